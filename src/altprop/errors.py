@@ -1,0 +1,51 @@
+"""Every error that altprop raises: each says what was given, what was expected, what to write.
+
+The command line turns any `AltpropError` into one line on standard error and exit status 2.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class AltpropError(Exception):
+    """Base of all errors that altprop raises on purpose."""
+
+
+class ConfigError(AltpropError, ValueError):
+    """An argument, option or configuration key is unknown or out of range."""
+
+
+class DataError(AltpropError, ValueError):
+    """A corpus, token file or prompt cannot be used."""
+
+
+class CheckpointError(AltpropError, ValueError):
+    """A run folder or checkpoint is missing, truncated, foreign or in the way."""
+
+
+class RuleError(AltpropError, ValueError):
+    """A learning rule does not fit the place where it is used."""
+
+
+class ConvergenceError(AltpropError, RuntimeError):
+    """A solve did not reach its tolerance."""
+
+
+def suggest(name: str, known: Iterable[str]) -> str:
+    """Return a clause that names the nearest of `known` to `name`, and then all of them.
+
+    >>> suggest("AEPP", ["AEP", "EP"])
+    'did you mean AEP? Known: AEP, EP'
+    """
+    names = sorted(known)
+    lowered = {n.lower(): n for n in reversed(names)}
+    near = difflib.get_close_matches(name.lower(), list(lowered), n=1, cutoff=0.4)
+    start = f"did you mean {lowered[near[0]]}? " if near else ""
+    return f"{start}Known: {', '.join(names)}"
+
+
+def unknown(what: str, name: str, known: Iterable[str]) -> ConfigError:
+    """Return the error for a `name` that is none of the `known` names of a `what`."""
+    return ConfigError(f"unknown {what} {name!r}: {suggest(name, known)}")
