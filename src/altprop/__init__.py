@@ -24,6 +24,7 @@ if TYPE_CHECKING:  # what the table below means, for type checkers and editors
     from altprop.equilibrium.dynamics import (
         AbstractDynamics as AbstractDynamics,
         CausalAttention as CausalAttention,
+        AbstractLinearisation as AbstractLinearisation,
         DampedAttention as DampedAttention,
         GatedBlock as GatedBlock,
     )
@@ -51,6 +52,10 @@ if TYPE_CHECKING:  # what the table below means, for type checkers and editors
         Result as Result,
         Solution as Solution,
     )
+    from altprop.equilibrium.stability import (
+        AbstractStabiliser as AbstractStabiliser,
+        JacobianHinge as JacobianHinge,
+    )
     from altprop.rule import AbstractRule as AbstractRule
 
 _EXPORTS = {
@@ -59,9 +64,10 @@ _EXPORTS = {
     ),
     "altprop.rule": "AbstractRule",
     "altprop.equilibrium.dynamics": (
-        "AbstractDynamics CausalAttention DampedAttention GatedBlock"
+        "AbstractDynamics AbstractLinearisation CausalAttention DampedAttention GatedBlock"
     ),
     "altprop.equilibrium.module": "Equilibrium equilibria using",
+    "altprop.equilibrium.stability": "AbstractStabiliser JacobianHinge",
     "altprop.equilibrium.solvers.solver": "AbstractSolver Result Solution",
     "altprop.equilibrium.solvers.anderson": "Anderson",
     "altprop.equilibrium.solvers.euler": "Euler",

@@ -25,7 +25,7 @@ class _AssignAdjoint(torch.autograd.Function):
         return value.clone()
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor, None, None]:
         with torch.no_grad():
             return ctx.adjoint(cotangent), None, None
@@ -42,4 +42,4 @@ def assign_adjoint(force: Tensor, value: Tensor, adjoint: Callable[[Tensor], Ten
 
     **Raises:** `RuntimeError` when the result is differentiated twice.
     """
-    return _AssignAdjoint.apply(force, value, adjoint)  # type: ignore[no-any-return,no-untyped-call]
+    return _AssignAdjoint.apply(force, value, adjoint)

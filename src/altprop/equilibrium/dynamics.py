@@ -14,15 +14,30 @@ import torch.nn.functional as nnf
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from altprop.equilibrium.linearised import (
+    LinearisedAttention,
+    LinearisedFeedForward,
+    LinearisedNorm,
+)
 from altprop.errors import ConfigError
 
 
-class Linearisation:
-    """The force near one state: its value, and products with its Jacobian `J = ∂F/∂z`.
+class AbstractLinearisation(ABC):
+    """The products with a force's Jacobian `J = ∂F/∂z` at one state, `(B, ...) → (B, ...)`."""
+
+    @abstractmethod
+    def vjp(self, a: Tensor) -> Tensor:
+        """Return `Jᵀa`, detached."""
+
+    @abstractmethod
+    def jvp(self, v: Tensor) -> Tensor:
+        """Return `Jv`, detached."""
+
+
+class AutogradLinearisation(AbstractLinearisation):
+    """The products of any force, by automatic differentiation.
 
     **Arguments:** `force`, from a state `(B, ...)` to the force of that shape; `state`, where.
-
-    `value`: `F` at the state, `(B, ...)`. `vjp(a)`: `Jᵀa`. `jvp(v)`: `Jv`. All detached.
     """
 
     def __init__(self, force: Callable[[Tensor], Tensor], state: Tensor) -> None:
@@ -30,7 +45,6 @@ class Linearisation:
         with torch.enable_grad():
             self._leaf = self._state.clone().requires_grad_()
             self._out = force(self._leaf)
-        self.value = self._out.detach()
 
     def vjp(self, a: Tensor) -> Tensor:
         if not self._out.requires_grad:
@@ -43,8 +57,8 @@ class Linearisation:
     def jvp(self, v: Tensor) -> Tensor:
         # the fused attention kernels have no forward-mode derivative
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-            _, out = torch.func.jvp(self._force, (self._state,), (v,))
-        return out
+            pair: tuple[Tensor, ...] = torch.func.jvp(self._force, (self._state,), (v,))
+        return pair[1]
 
 
 class AbstractDynamics(nn.Module, ABC):
@@ -64,10 +78,10 @@ class AbstractDynamics(nn.Module, ABC):
         """Return the state that the free phase starts from; `x` itself unless overridden."""
         return x
 
-    def linearise(self, z: Tensor, x: Tensor) -> Linearisation:
-        """Return the force near `z`; override it where closed forms are cheaper than autograd."""
+    def linearise(self, z: Tensor, x: Tensor) -> AbstractLinearisation:
+        """Return the Jacobian's products at `z`; override it where closed forms are cheaper."""
         x = x.detach()
-        return Linearisation(lambda state: self(state, x), z)
+        return AutogradLinearisation(lambda state: self(state, x), z)
 
 
 class CausalAttention(nn.Module):
@@ -97,6 +111,12 @@ class CausalAttention(nn.Module):
         mixed = nnf.scaled_dot_product_attention(q, k, v, is_causal=True)
         return nnf.linear(mixed.transpose(1, 2).reshape(B, T, C), self.W_O)
 
+    @torch.no_grad()
+    def linearise(self, z: Tensor) -> LinearisedAttention:
+        """Return the attention linearised at `z`, `(B, T, C)`."""
+        w_qkv = torch.cat([self.W_Q, self.W_K, self.W_V])
+        return LinearisedAttention(z, w_qkv, self.W_O.detach(), self.heads)
+
     def extra_repr(self) -> str:
         return f"d_model={self.W_Q.shape[0]}, heads={self.heads}"
 
@@ -112,9 +132,7 @@ class DampedAttention(AbstractDynamics):
     `N(0, 1/C)`. **Input and state:** `(B, T, C)`.
     """
 
-    def __init__(
-        self, d_model: int, heads: int, scale: float = 1.0, damping: float = 1.0
-    ) -> None:
+    def __init__(self, d_model: int, heads: int, scale: float = 1.0, damping: float = 1.0) -> None:
         super().__init__()
         if not 1 + scale * damping > 0:
             raise ConfigError(
@@ -127,6 +145,11 @@ class DampedAttention(AbstractDynamics):
 
     def forward(self, z: Tensor, x: Tensor) -> Tensor:
         return x - (1 + self.scale * self.damping) * z + self.scale * self.attention(z)
+
+    def linearise(self, z: Tensor, x: Tensor) -> AbstractLinearisation:
+        return _LinearisedDamping(
+            self.attention.linearise(z), self.scale, 1 + self.scale * self.damping
+        )
 
     def extra_repr(self) -> str:
         return f"scale={self.scale}, damping={self.damping}"
@@ -163,3 +186,51 @@ class GatedBlock(AbstractDynamics):
         w = x + self.alpha * (z - x)
         u = x + self.attention(self.norm1(w))
         return u + self.down(nnf.gelu(self.up(self.norm2(u)))) - z
+
+    def linearise(self, z: Tensor, x: Tensor) -> AbstractLinearisation:
+        return _LinearisedGate(self, z, x)
+
+
+class _LinearisedDamping(AbstractLinearisation):
+    """`J = s A − (1 + sc) I` with the attention's Jacobian `A`."""
+
+    def __init__(self, attention: LinearisedAttention, scale: float, leak: float) -> None:
+        self._attention, self._scale, self._leak = attention, scale, leak
+
+    @torch.no_grad()
+    def vjp(self, a: Tensor) -> Tensor:
+        return self._scale * self._attention.vjp(a) - self._leak * a
+
+    @torch.no_grad()
+    def jvp(self, v: Tensor) -> Tensor:
+        return self._scale * self._attention.jvp(v) - self._leak * v
+
+
+class _LinearisedGate(AbstractLinearisation):
+    """`J = (I + E N₂) A N₁ diag(α) − I`, by the parts' own Jacobians."""
+
+    @torch.no_grad()
+    def __init__(self, block: GatedBlock, z: Tensor, x: Tensor) -> None:
+        self._alpha = block.alpha.detach()
+        one, two = block.norm1, block.norm2
+        w = x + self._alpha * (z - x)
+        self._norm1 = LinearisedNorm(w, one.weight.detach(), one.bias.detach(), one.eps)
+        self._attention = block.attention.linearise(self._norm1.value)
+        u = x + self._attention.value
+        self._norm2 = LinearisedNorm(u, two.weight.detach(), two.bias.detach(), two.eps)
+        self._feed_forward = LinearisedFeedForward(
+            self._norm2.value,
+            block.up.weight.detach(),
+            block.up.bias.detach(),
+            block.down.weight.detach(),
+        )
+
+    @torch.no_grad()
+    def vjp(self, a: Tensor) -> Tensor:
+        du = a + self._norm2.vjp(self._feed_forward.vjp(a))
+        return self._alpha * self._norm1.vjp(self._attention.vjp(du)) - a
+
+    @torch.no_grad()
+    def jvp(self, v: Tensor) -> Tensor:
+        du = self._attention.jvp(self._norm1.jvp(self._alpha * v))
+        return du + self._feed_forward.jvp(self._norm2.jvp(du)) - v

@@ -63,9 +63,7 @@ class Equilibrium(nn.Module):
         self.solver = _expect(solver or Anderson(), AbstractSolver, "solver", "Anderson()")
         self.estimator = _expect(estimator or AEP(), AbstractEstimator, "estimator", "AEP()")
         if on_failure not in ("raise", "warn", "accept"):
-            raise ConfigError(
-                f"on_failure is {on_failure!r}, expected 'raise', 'warn' or 'accept'"
-            )
+            raise ConfigError(f"on_failure is {on_failure!r}, expected 'raise', 'warn' or 'accept'")
         self.on_failure: OnFailure = on_failure
         self.certificate = None
 
@@ -100,15 +98,15 @@ class Equilibrium(nn.Module):
             force: Force, start: Tensor, *, tol: float, max_steps: int, scale: Tensor
         ) -> Solution:
             with torch.autocast(x.device.type, enabled=False):
-                solver = replace(self.solver, tol=tol, max_steps=max_steps)  # type: ignore[type-var]
+                solver = replace(self.solver, tol=tol, max_steps=max_steps)
                 return _persist(solver, force, start, self.dynamics.step, scale)
 
-        def problem(z: Tensor) -> Problem:
+        def problem(z: Tensor, still: Tensor) -> Problem:
             def linearise() -> Any:
                 with torch.autocast(x.device.type, enabled=False):
                     return self.dynamics.linearise(z, x)
 
-            return Problem(z, self.dynamics.step, quiet, linearise, solve, cost)
+            return Problem(z, still, self.dynamics.step, quiet, linearise, solve, cost)
 
         def finish(certificate: Certificate) -> None:
             self.certificate = certificate
@@ -141,7 +139,7 @@ class Equilibrium(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # what was measured in one process is no part of the module that is copied or pickled
-        return {**super().__getstate__(), "certificate": None}  # type: ignore[misc]
+        return {**super().__getstate__(), "certificate": None}
 
     def extra_repr(self) -> str:
         return f"solver={self.solver}, estimator={self.estimator}, on_failure={self.on_failure!r}"

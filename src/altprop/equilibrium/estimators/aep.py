@@ -7,6 +7,7 @@ settles where `Jᵀ d = ±βg`, so the contrast is the exact adjoint for any Jac
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 import torch
@@ -58,28 +59,57 @@ class AEP(AbstractEstimator):
             raise ConfigError(f"AEP: start is {self.start!r}, expected 'adjoint' or 'zero'")
 
     def adjoint(self, problem: Problem, cotangent: Tensor) -> Adjoint:
-        products = problem.linearise()
-        evaluations = 1
+        products = _Antisymmetric(problem.linearise())
         if self.start == "adjoint":
-            linear = solve_adjoint(problem, products, cotangent, self.tol, self.max_steps)
-            evaluations += linear.evaluations
+            linear = solve_adjoint(problem, products.linear, cotangent, self.tol, self.max_steps)
             guess, first = linear.value, -linear.value
+            evaluations = linear.evaluations + 1
+            products.know_vjp(first, cotangent - linear.force)  # Jᵀa + g is the solve's residual
         else:
             guess, first = problem.step * cotangent, torch.zeros_like(cotangent)
+            evaluations = 1
         if self.beta is None:
             beta = response_beta(problem, guess, self.response)
         else:
             beta = torch.full_like(sample_norm(cotangent), self.beta)
-
-        def antisymmetric(u: Tensor) -> Tensor:
-            return products.jvp(u) - products.vjp(u)
-
-        still = products.value
-        plus = phase(
-            problem, still, cotangent, beta, first, antisymmetric, self.tol, self.max_steps
-        )
-        minus = phase(
-            problem, still, -cotangent, beta, -plus.value, antisymmetric, self.tol, self.max_steps
-        )
-        evaluations += 3 * (plus.evaluations + minus.evaluations)
+        run = partial(phase, problem, beta=beta, tol=self.tol, max_steps=self.max_steps)
+        plus = run(cotangent, start=first, correction=products)
+        mirrored = -plus.value
+        products.mirror(plus.value, mirrored)
+        minus = run(-cotangent, start=mirrored, correction=products)
+        evaluations += plus.evaluations + minus.evaluations + products.evaluations
         return replace(contrast(plus, minus, beta, problem), evaluations=evaluations)
+
+
+class _Antisymmetric:
+    """The correction `u ↦ (J − Jᵀ)u`, which never computes what is already known of it.
+
+    The phases start where a product is known: at the linear solution `Jᵀu`, and at the mirror
+    image of the first phase's end the whole correction up to its sign.
+    """
+
+    def __init__(self, linear: Products) -> None:
+        self.linear = linear
+        self.evaluations = 0
+        self._transposed: tuple[Tensor, Tensor] | None = None
+        self._whole: tuple[Tensor, Tensor] | None = None
+
+    def know_vjp(self, u: Tensor, vjp: Tensor) -> None:
+        self._transposed = (u, vjp)
+
+    def mirror(self, u: Tensor, mirrored: Tensor) -> None:
+        """Carry what is known at `u` over to `mirrored`, which is `−u`."""
+        if self._whole is not None and self._whole[0] is u:
+            self._whole = (mirrored, -self._whole[1])
+
+    def __call__(self, u: Tensor) -> Tensor:
+        if self._whole is not None and self._whole[0] is u:
+            return self._whole[1]
+        if self._transposed is not None and self._transposed[0] is u:
+            out = self.linear.jvp(u) - self._transposed[1]
+            self.evaluations += 1
+        else:
+            out = self.linear.jvp(u) - self.linear.vjp(u)
+            self.evaluations += 2
+        self._whole = (u, out)
+        return out

@@ -48,8 +48,7 @@ class EP(AbstractEstimator):
         )
 
     def adjoint(self, problem: Problem, cotangent: Tensor) -> Adjoint:
-        still = problem.force(problem.state)
-        evaluations = 1
+        evaluations = 0
         guess = problem.step * cotangent  # what one step of the linear phase would give
         if self.beta is None:
             beta = response_beta(problem, guess, self.response)
@@ -57,9 +56,7 @@ class EP(AbstractEstimator):
             beta = torch.full_like(sample_norm(cotangent), self.beta)
         start = -guess
         while True:
-            plus = phase(
-                problem, still, cotangent, beta, start, None, self.tol, self.max_steps
-            )
+            plus = phase(problem, cotangent, beta, start, None, self.tol, self.max_steps)
             evaluations += plus.evaluations
             wanted = response_beta(problem, plus.value, self.response)
             ratio = wanted / beta
@@ -67,8 +64,6 @@ class EP(AbstractEstimator):
                 break
             # The response was not what the guess said: take the measured one, from this state.
             beta, start = wanted, plus.value
-        minus = phase(
-            problem, still, -cotangent, beta, -plus.value, None, self.tol, self.max_steps
-        )
+        minus = phase(problem, -cotangent, beta, -plus.value, None, self.tol, self.max_steps)
         evaluations += minus.evaluations
         return replace(contrast(plus, minus, beta, problem), evaluations=evaluations)

@@ -31,9 +31,7 @@ from altprop.rule import AbstractRule, Seam
 
 
 class Products(Protocol):
-    """The force linearised at the free state: its value and its Jacobian's products."""
-
-    value: Tensor
+    """The Jacobian's products at the free state."""
 
     def vjp(self, a: Tensor) -> Tensor: ...
 
@@ -86,13 +84,14 @@ Cost = Callable[[Tensor], Tensor]
 class Problem:
     """What an estimator receives in the backward pass.
 
-    `state`: `z*`, `(B, ...)`. `step`: the dynamics' `ε`. `force`: `F(·; x)` without recording.
-    `linearise()`: the force's products at `z*`. `solve(force, start, tol=…, max_steps=…,
-    scale=…)`: drive a force to zero by the module's solver. `cost`: `C(z)` where
-    the caller gave it.
+    `state`: `z*`, `(B, ...)`. `still`: `F(z*)`, what the free phase left. `step`: the dynamics'
+    `ε`. `force`: `F(·; x)` without recording. `linearise()`: the Jacobian's products at `z*`.
+    `solve(force, start, tol=…, max_steps=…, scale=…)`: drive a force to zero by the module's
+    solver. `cost`: `C(z)` where the caller gave it.
     """
 
     state: Tensor
+    still: Tensor
     step: float
     force: Force
     linearise: Callable[[], Products]
@@ -105,8 +104,8 @@ class Site:
     """What one call of an `Equilibrium` offers to its estimator's `attach`.
 
     `force`: `F(·; x)`, recorded wherever autograd is on. `free_phase()`: solve for the free state.
-    `problem(z)`: the linear problem at `z`. `finish(certificate)`: hand over what was measured.
-    `settle(result, what)`: raise, warn or accept, as the module was told to.
+    `problem(z, F(z))`: what is to be solved at `z`. `finish(certificate)`: hand over what was
+    measured. `settle(result, residual, tol, what)`: raise, warn or accept, as the module was told.
     """
 
     x: Tensor
@@ -115,7 +114,7 @@ class Site:
     force: Force
     solver: AbstractSolver
     free_phase: Callable[[], Solution]
-    problem: Callable[[Tensor], Problem]
+    problem: Callable[[Tensor, Tensor], Problem]
     finish: Callable[[Certificate], None]
     settle: Callable[[Result, Tensor, float, str], None]
 
@@ -154,7 +153,7 @@ class AbstractEstimator(AbstractRule):
             return value
 
         def pull(cotangent: Tensor) -> Tensor:
-            adjoint = self.pull(site.problem(z), cotangent)
+            adjoint = self.pull(site.problem(z, still), cotangent)
             certificate.adjoint_result = adjoint.result
             certificate.adjoint_residual = adjoint.residual
             certificate.adjoint_remainder = adjoint.remainder

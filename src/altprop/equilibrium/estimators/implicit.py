@@ -32,9 +32,7 @@ class Implicit(AbstractEstimator):
         check_fields("Implicit", tol=self.tol, max_steps=self.max_steps)
 
     def adjoint(self, problem: Problem, cotangent: Tensor) -> Adjoint:
-        solution = solve_adjoint(
-            problem, problem.linearise(), cotangent, self.tol, self.max_steps
-        )
+        solution = solve_adjoint(problem, problem.linearise(), cotangent, self.tol, self.max_steps)
         return Adjoint(
             value=solution.value,
             residual=solution.residual,

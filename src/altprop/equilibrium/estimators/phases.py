@@ -9,7 +9,6 @@ phase's own residual out of it. Residuals are relative to the nudge, never to th
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -30,7 +29,6 @@ def response_beta(problem: Problem, adjoint: Tensor, response: float) -> Tensor:
 
 def phase(
     problem: Problem,
-    still: Tensor,
     nudge: Tensor,
     beta: Tensor,
     start: Tensor,
@@ -38,33 +36,32 @@ def phase(
     tol: float,
     max_steps: int,
 ) -> Solution:
-    """Solve one nudged phase from `u = start`, `(B, ...)`, and make one more plain update.
+    """Solve one nudged phase from `u = start`, `(B, ...)`; `value` is the last state evaluated.
 
-    The certificate is the residual before that update.
-
-    **Arguments:** `still`, `F(z*)`; `nudge`, `±g`; `beta`, `(B,)`; `correction`, what is subtracted
-    from the force, a linear map of `u`.
+    **Arguments:** `nudge`, `±g`; `beta`, `(B,)`; `correction`, what is subtracted from the force, a
+    linear map of `u`.
     """
     size = per_sample(beta, start)
 
     def residual(u: Tensor) -> Tensor:
-        moved = (problem.force(problem.state + size * u) - still) / size - nudge
+        moved = (problem.force(problem.state + size * u) - problem.still) / size - nudge
         return moved if correction is None else moved - correction(u)
 
-    solution = problem.solve(
-        residual, start, tol=tol, max_steps=max_steps, scale=torch.ones_like(beta)
-    )
-    # The last force is known, so one nonlinear update is free, even where the start was converged.
-    return replace(solution, value=solution.value + problem.step * solution.force)
+    return problem.solve(residual, start, tol=tol, max_steps=max_steps, scale=torch.ones_like(beta))
 
 
 def contrast(plus: Solution, minus: Solution, beta: Tensor, problem: Problem) -> Adjoint:
-    """Return the adjoint read off the two phases' states, with its certificate."""
+    """Return the adjoint read off the two phases' states, with its certificate.
+
+    The last force of each phase is known, so one nonlinear update of either state is free, and is
+    made even where the phase's start was within the tolerance already. The certificate is the
+    residual before that update.
+    """
     worst = torch.maximum(plus.residual, minus.residual)
     size = torch.maximum(sample_norm(plus.value), sample_norm(minus.value))
     tiny = torch.finfo(size.dtype).tiny
     return Adjoint(
-        value=(minus.value - plus.value) / 2,
+        value=(minus.value - plus.value + problem.step * (minus.force - plus.force)) / 2,
         residual=worst,
         remainder=(minus.force - plus.force) / 2,
         evaluations=0,

@@ -1,0 +1,128 @@
+"""Keep a fixed point while it learns: stabilisers that act between backward and clipping.
+
+A stabiliser is a value; `init` makes its state, `apply` adds its own gradient to `.grad`. A
+training loop calls it without knowing what it is.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from altprop.equilibrium.estimators.estimator import Certificate
+from altprop.equilibrium.module import Equilibrium, equilibria
+from altprop.errors import ConfigError
+
+
+class AbstractStabiliser(ABC):
+    """Base of every stabiliser: a frozen dataclass."""
+
+    @abstractmethod
+    def init(self, generator: torch.Generator) -> Any:
+        """Return this stabiliser's state; its random draws come from `generator` (on the CPU)."""
+
+    @abstractmethod
+    def apply(self, model: nn.Module, state: Any, step: int) -> dict[str, float]:
+        """Add this stabiliser's gradient to `.grad` of `model`'s parameters.
+
+        Call it after `loss.backward()` and before clipping, with the number of the step from 0.
+        Returns what it measured, by name (empty on a step where it rests).
+        """
+
+
+@dataclass
+class HingeState:
+    """The probes that a `JacobianHinge` carries from step to step, by the block's path."""
+
+    generator: torch.Generator
+    probes: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class JacobianHinge(AbstractStabiliser):
+    """Push the Jacobian's gain back, but only past a margin: `w · max(0, ρ − τ)²`.
+
+    For `g(z) = z + εF(z)` at the free state, held constant, `ρ = ‖J_gᵀ v‖` with a unit `v` that
+    adds a power-iterated probe to the direction of the adjoint's remaining residual: the probe
+    finds the lasting hard modes, the residual those of this very batch. The task pushes the
+    feedback up and the hinge only down, so together they hold the gain near the margin.
+
+    Costs one VJP with a graph per block on the steps where it acts, and its backward where it
+    pushes. Without a gate in the dynamics it also shrinks what the block computes: use it with
+    `GatedBlock`.
+
+    **Arguments:** `target`, the margin `τ`; `every`, act on every so many steps, with `every`
+    times the weight; `weight`, `w` for `every=1`; `fresh`, the size of the random part of the next
+    probe relative to a unit vector.
+    """
+
+    target: float = 0.3
+    every: int = 2
+    weight: float = 1.0
+    fresh: float = 0.05
+
+    def __post_init__(self) -> None:
+        for name in ("target", "weight"):
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
+                raise ConfigError(
+                    f"JacobianHinge: {name} is {getattr(self, name)}, expected a number > 0"
+                )
+        if self.every < 1:
+            raise ConfigError(f"JacobianHinge: every is {self.every}, expected at least 1")
+        if self.fresh < 0:
+            raise ConfigError(f"JacobianHinge: fresh is {self.fresh}, expected a number ≥ 0")
+
+    def init(self, generator: torch.Generator) -> HingeState:
+        return HingeState(generator)
+
+    def apply(self, model: nn.Module, state: HingeState, step: int) -> dict[str, float]:
+        if step % self.every:
+            return {}
+        worst = -math.inf
+        for path, block in equilibria(model):
+            if block.certificate is not None:
+                worst = max(worst, self._push(path, block, block.certificate, state))
+        return {"jacobian_gain": worst} if worst > -math.inf else {}
+
+    def _push(self, path: str, block: Equilibrium, seen: Certificate, state: HingeState) -> float:
+        z, x = seen.state, seen.input
+        noise = torch.randn(z.shape, generator=state.generator).to(z) / math.sqrt(z.numel())
+        probe = state.probes.get(path)
+        if probe is None or probe.shape != z.shape:
+            probe = noise
+        direction = _unit(probe)
+        if seen.adjoint_remainder is not None:
+            direction = _unit(direction + _unit(seen.adjoint_remainder))
+        # the fused attention kernels have no double backward
+        with torch.enable_grad(), torch.autocast(z.device.type, enabled=False):
+            with sdpa_kernel(SDPBackend.MATH):
+                leaf = z.detach().requires_grad_()
+                mapped = leaf + block.dynamics.step * block.dynamics(leaf, x)
+                (pulled,) = torch.autograd.grad(mapped, leaf, direction, create_graph=True)
+            gain = (pulled.square().sum() + 1e-12).sqrt()  # differentiable at J = 0
+            size = float(gain.detach())
+            if size > self.target:
+                penalty = self.weight * self.every * (gain - self.target).square()
+                _accumulate(penalty, block.dynamics)
+        state.probes[path] = pulled.detach() / size + self.fresh * noise
+        return size
+
+
+def _unit(v: Tensor) -> Tensor:
+    return v / (v.norm() + 1e-12)
+
+
+def _accumulate(penalty: Tensor, module: nn.Module) -> None:
+    """Add the gradient of `penalty` to `.grad`, averaged over the ranks of a data-parallel run."""
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    gradients = torch.autograd.grad(penalty, parameters, allow_unused=True)
+    for p, gradient in zip(parameters, gradients, strict=True):
+        if gradient is None:
+            continue
+        p.grad = gradient if p.grad is None else p.grad + gradient
