@@ -25,7 +25,7 @@ docs: .venv/.installed-dev
 
 clean:
 	rm -rf build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
-	find src tests benchmarks docs -name __pycache__ -prune -exec rm -rf {} +
+	find . -path ./.venv -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The install is editable, so that only a change of what is installed asks for another one.
 .venv/.installed-%: pyproject.toml constraints.txt | $(BIN)/python
