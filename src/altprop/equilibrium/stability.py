@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,13 +26,19 @@ class AbstractStabiliser(ABC):
 
     @abstractmethod
     def init(self, generator: torch.Generator) -> Any:
-        """Return this stabiliser's state; its random draws come from `generator` (on the CPU)."""
+        """Return this stabiliser's state; its random draws come from `generator` (on the CPU).
+
+        The state has `state_dict()` and `load_state_dict(...)`, of tensors by name.
+        """
 
     @abstractmethod
-    def apply(self, model: nn.Module, state: Any, step: int) -> dict[str, float]:
+    def apply(
+        self, model: nn.Module, state: Any, step: int, *, urgent: bool = False
+    ) -> dict[str, float]:
         """Add this stabiliser's gradient to `.grad` of `model`'s parameters.
 
-        Call it after `loss.backward()` and before clipping, with the number of the step from 0.
+        Call it after `loss.backward()` and before clipping, with the number of the step from 0;
+        `urgent` when the step's own gradient was refused, so that it acts even if it would rest.
         Returns what it measured, by name (empty on a step where it rests).
         """
 
@@ -42,6 +49,22 @@ class HingeState:
 
     generator: torch.Generator
     probes: dict[str, Tensor] = field(default_factory=dict)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return everything that a resumed run needs, as tensors by name."""
+        return {
+            "generator": self.generator.get_state(),
+            **{f"probe.{path}": probe for path, probe in self.probes.items()},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take back what `state_dict` returned."""
+        self.generator.set_state(state["generator"])
+        self.probes = {
+            name.removeprefix("probe."): probe
+            for name, probe in state.items()
+            if name.startswith("probe.")
+        }
 
 
 @dataclass(frozen=True)
@@ -81,14 +104,17 @@ class JacobianHinge(AbstractStabiliser):
     def init(self, generator: torch.Generator) -> HingeState:
         return HingeState(generator)
 
-    def apply(self, model: nn.Module, state: HingeState, step: int) -> dict[str, float]:
-        if step % self.every:
+    def apply(
+        self, model: nn.Module, state: HingeState, step: int, *, urgent: bool = False
+    ) -> dict[str, float]:
+        if step % self.every and not urgent:
             return {}
-        worst = -math.inf
-        for path, block in equilibria(model):
-            if block.certificate is not None:
-                worst = max(worst, self._push(path, block, block.certificate, state))
-        return {"jacobian_gain": worst} if worst > -math.inf else {}
+        gains = [
+            self._push(path, block, block.certificate, state)
+            for path, block in equilibria(model)
+            if block.certificate is not None
+        ]
+        return {"jacobian_gain": max(gains)} if gains else {}
 
     def _push(self, path: str, block: Equilibrium, seen: Certificate, state: HingeState) -> float:
         z, x = seen.state, seen.input
@@ -96,7 +122,7 @@ class JacobianHinge(AbstractStabiliser):
         probe = state.probes.get(path)
         if probe is None or probe.shape != z.shape:
             probe = noise
-        direction = _unit(probe)
+        direction = _unit(probe.to(z))
         if seen.adjoint_remainder is not None:
             direction = _unit(direction + _unit(seen.adjoint_remainder))
         # the fused attention kernels have no double backward
@@ -110,7 +136,10 @@ class JacobianHinge(AbstractStabiliser):
             if size > self.target:
                 penalty = self.weight * self.every * (gain - self.target).square()
                 _accumulate(penalty, block.dynamics)
-        state.probes[path] = pulled.detach() / size + self.fresh * noise
+        if math.isfinite(size):
+            state.probes[path] = pulled.detach() / size + self.fresh * noise
+        else:  # a lost state must not poison the probes of the steps to come
+            state.probes.pop(path, None)
         return size
 
 
