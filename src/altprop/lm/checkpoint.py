@@ -46,11 +46,9 @@ def save(
     """
     tensors = {f"model.{k}": v for k, v in model.state_dict().items()}
     if optimiser is not None:
-        names = {p: n for n, p in model.named_parameters()}
-        for parameter, moments in optimiser.state.items():
-            for key, value in moments.items():
-                moment = value if isinstance(value, Tensor) else torch.tensor(value)
-                tensors[f"optimiser.{names[parameter]}.{key}"] = moment
+        for name, parameter in model.named_parameters():
+            for key, value in optimiser.state.get(parameter, {}).items():
+                tensors[f"optimiser.{name}.{key}"] = torch.as_tensor(value)
     tensors |= {f"extra.{k}": v for k, v in extra.items()}
     # clone: tied parameters share storage, which the format refuses
     whole = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
@@ -100,9 +98,7 @@ def restore_model(model: nn.Module, checkpoint: Checkpoint, path: Path) -> None:
         model.load_state_dict(checkpoint.model)
     except RuntimeError as error:
         first = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
-        raise CheckpointError(
-            f"{path}: of another model than this configuration: {first}"
-        ) from None
+        raise CheckpointError(f"{path}: not of this configuration's model: {first}") from None
 
 
 def restore_optimiser(

@@ -1,4 +1,4 @@
-"""What a training run depends on: one frozen dataclass, the same for Python and the command line."""
+"""What a training run depends on: one frozen dataclass, for Python and the command line."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class TrainConfig:
     """Everything that a training run depends on.
 
     Args:
-        data: a built-in corpus (`plays`), a UTF-8 text file, a folder of them, or a prepared folder.
+        data: a built-in corpus (`plays`), a text file or folder of them, or a prepared folder.
         out: the run's folder; a new one below runs/ unless given.
         resume: go on from the last checkpoint in the run's folder.
         overwrite: replace a run that is already in the folder.
@@ -49,8 +49,9 @@ class TrainConfig:
         eval_windows: fixed windows that an evaluation covers.
         free_limit: the largest free residual of a step that may be applied.
         adjoint_limit: the largest adjoint residual of a step that may be applied.
-        on_failure: what to do with a step past these limits or with a loss that is not finite: `skip`
-            drops its gradient (the stabiliser still acts) and counts it, `stop` ends the run.
+        on_failure: what to do with a step past these limits or with a loss that is not finite:
+            `skip` drops its gradient (the stabiliser still acts) and counts it, `stop` ends the
+            run.
         device: `auto`, `cpu`, `cuda`, or any other that torch knows.
         sample: characters of text to write at the end.
     """

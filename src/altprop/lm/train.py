@@ -152,7 +152,7 @@ def evaluate(
     ids, targets = held_out
     for x, y in zip(ids.split(batch), targets.split(batch), strict=True):
         _, loss = model(x.to(device), y.to(device))
-        total += float(loss) * len(x)  # type: ignore[arg-type]
+        total += float(loss) * len(x)
         worst = max([worst, *(float(c.free_residual.max()) for c in certificates(model))])
     return total / len(ids), worst
 
@@ -185,8 +185,8 @@ class Guard:
             if config.on_failure == "stop":
                 raise ConvergenceError(
                     f"step {progress.step + 1}: the loss is {loss:.4g}, the free residual "
-                    f"{measured.get('free_residual', 0.0):.1e} (limit {config.free_limit:.0e}), the "
-                    f"adjoint residual {measured.get('adjoint_residual', 0.0):.1e} (limit "
+                    f"{measured.get('free_residual', 0.0):.1e} (limit {config.free_limit:.0e}), "
+                    f"the adjoint residual {measured.get('adjoint_residual', 0.0):.1e} (limit "
                     f"{config.adjoint_limit:.0e}); lower lr, stabilise, or write --on_failure skip"
                 )
             progress.refused += 1
