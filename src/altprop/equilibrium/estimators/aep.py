@@ -18,6 +18,7 @@ from altprop.equilibrium.estimators.estimator import (
     Adjoint,
     Problem,
     Products,
+    check_counts,
     check_fields,
     solve_adjoint,
 )
@@ -48,13 +49,8 @@ class AEP(AbstractEstimator):
     start: Literal["adjoint", "zero"] = "adjoint"
 
     def __post_init__(self) -> None:
-        check_fields(
-            "AEP",
-            beta=self.beta,
-            response=self.response,
-            tol=self.tol,
-            max_steps=self.max_steps,
-        )
+        check_fields("AEP", beta=self.beta, response=self.response, tol=self.tol)
+        check_counts("AEP", max_steps=self.max_steps)
         if self.start not in ("adjoint", "zero"):
             raise ConfigError(f"AEP: start is {self.start!r}, expected 'adjoint' or 'zero'")
 
@@ -91,25 +87,35 @@ class _Antisymmetric:
     def __init__(self, linear: Products) -> None:
         self.linear = linear
         self.evaluations = 0
-        self._transposed: tuple[Tensor, Tensor] | None = None
-        self._whole: tuple[Tensor, Tensor] | None = None
+        self._transposed: _Known | None = None
+        self._whole: _Known | None = None
 
     def know_vjp(self, u: Tensor, vjp: Tensor) -> None:
-        self._transposed = (u, vjp)
+        self._transposed = _Known(u, vjp)
 
     def mirror(self, u: Tensor, mirrored: Tensor) -> None:
         """Carry what is known at `u` over to `mirrored`, which is `−u`."""
-        if self._whole is not None and self._whole[0] is u:
-            self._whole = (mirrored, -self._whole[1])
+        if self._whole is not None and self._whole.at(u):
+            self._whole = _Known(mirrored, -self._whole.product)
 
     def __call__(self, u: Tensor) -> Tensor:
-        if self._whole is not None and self._whole[0] is u:
-            return self._whole[1]
-        if self._transposed is not None and self._transposed[0] is u:
-            out = self.linear.jvp(u) - self._transposed[1]
+        if self._whole is not None and self._whole.at(u):
+            return self._whole.product
+        if self._transposed is not None and self._transposed.at(u):
+            out = self.linear.jvp(u) - self._transposed.product
             self.evaluations += 1
         else:
             out = self.linear.jvp(u) - self.linear.vjp(u)
             self.evaluations += 2
-        self._whole = (u, out)
+        self._whole = _Known(u, out)
         return out
+
+
+class _Known:
+    """A product known at the tensor `u` itself, until someone writes into `u`."""
+
+    def __init__(self, u: Tensor, product: Tensor) -> None:
+        self._u, self._version, self.product = u, u._version, product
+
+    def at(self, u: Tensor) -> bool:
+        return u is self._u and u._version == self._version

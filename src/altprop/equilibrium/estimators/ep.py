@@ -15,6 +15,7 @@ from altprop.equilibrium.estimators.estimator import (
     AbstractEstimator,
     Adjoint,
     Problem,
+    check_counts,
     check_fields,
 )
 from altprop.equilibrium.estimators.phases import contrast, phase, response_beta
@@ -39,13 +40,8 @@ class EP(AbstractEstimator):
     max_steps: int = 100
 
     def __post_init__(self) -> None:
-        check_fields(
-            "EP",
-            beta=self.beta,
-            response=self.response,
-            tol=self.tol,
-            max_steps=self.max_steps,
-        )
+        check_fields("EP", beta=self.beta, response=self.response, tol=self.tol)
+        check_counts("EP", max_steps=self.max_steps)
 
     def adjoint(self, problem: Problem, cotangent: Tensor) -> Adjoint:
         evaluations = 0

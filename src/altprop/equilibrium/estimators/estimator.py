@@ -22,6 +22,8 @@ from altprop.equilibrium.solvers.solver import (
     Force,
     Result,
     Solution,
+    is_count,
+    is_positive,
     per_sample,
     relative_residual,
     sample_norm,
@@ -159,6 +161,7 @@ class AbstractEstimator(AbstractRule):
             certificate.adjoint_remainder = adjoint.remainder
             certificate.adjoint_evaluations += adjoint.evaluations
             certificate.beta, certificate.response = adjoint.beta, adjoint.response
+            site.finish(certificate)  # a recomputation (checkpointing) has put its own in place
             site.settle(adjoint.result, adjoint.residual, self.tolerance(), "adjoint")
             return adjoint.value
 
@@ -202,5 +205,14 @@ def solve_adjoint(
 def check_fields(name: str, **fields: float | None) -> None:
     """Refuse numbers that are not positive, naming the estimator and the field."""
     for field_name, value in fields.items():
-        if value is not None and not (math.isfinite(value) and value > 0):
-            raise ConfigError(f"{name}: {field_name} is {value}, expected a number > 0")
+        if value is not None and not is_positive(value):
+            raise ConfigError(f"{name}: {field_name} is {value!r}, expected a number > 0")
+
+
+def check_counts(name: str, **fields: int) -> None:
+    """Refuse counts that are not whole numbers, at least 1, naming the estimator and the field."""
+    for field_name, value in fields.items():
+        if not is_count(value):
+            raise ConfigError(
+                f"{name}: {field_name} is {value!r}, expected a whole number, at least 1"
+            )

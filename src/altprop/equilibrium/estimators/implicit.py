@@ -13,6 +13,7 @@ from altprop.equilibrium.estimators.estimator import (
     AbstractEstimator,
     Adjoint,
     Problem,
+    check_counts,
     check_fields,
     solve_adjoint,
 )
@@ -29,7 +30,8 @@ class Implicit(AbstractEstimator):
     max_steps: int = 100
 
     def __post_init__(self) -> None:
-        check_fields("Implicit", tol=self.tol, max_steps=self.max_steps)
+        check_fields("Implicit", tol=self.tol)
+        check_counts("Implicit", max_steps=self.max_steps)
 
     def adjoint(self, problem: Problem, cotangent: Tensor) -> Adjoint:
         solution = solve_adjoint(problem, problem.linearise(), cotangent, self.tol, self.max_steps)

@@ -19,6 +19,7 @@ from altprop.equilibrium.estimators.estimator import (
     AbstractEstimator,
     Adjoint,
     Problem,
+    check_counts,
     check_fields,
 )
 from altprop.equilibrium.solvers.solver import conclude, sample_norm
@@ -95,7 +96,8 @@ class PublishedAEP(AbstractEstimator):
 
 
 def _check(name: str, step: float, steps: int, beta: float, nudge: str) -> None:
-    check_fields(name, step=step, steps=steps, beta=beta)
+    check_fields(name, step=step, beta=beta)
+    check_counts(name, steps=steps)
     if nudge not in ("cost", "linear"):
         raise ConfigError(f"{name}: nudge is {nudge!r}, expected 'cost' or 'linear'")
 

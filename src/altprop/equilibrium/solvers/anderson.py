@@ -7,7 +7,6 @@ least-squares problem per sample.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +19,8 @@ from altprop.equilibrium.solvers.solver import (
     Solution,
     check_solver_fields,
     conclude,
+    is_count,
+    is_positive,
     per_sample,
     relative_residual,
 )
@@ -48,12 +49,14 @@ class Anderson(AbstractSolver):
 
     def __post_init__(self) -> None:
         check_solver_fields(self)
-        if self.memory < 1:
-            raise ConfigError(f"Anderson: memory is {self.memory}, expected at least 1")
-        if not (math.isfinite(self.ridge) and self.ridge > 0):
-            raise ConfigError(f"Anderson: ridge is {self.ridge}, expected a number > 0")
-        if not (math.isfinite(self.mixing) and self.mixing > 0):
-            raise ConfigError(f"Anderson: mixing is {self.mixing}, expected a number > 0")
+        if not is_count(self.memory):
+            raise ConfigError(
+                f"Anderson: memory is {self.memory!r}, expected a whole number, at least 1"
+            )
+        if not is_positive(self.ridge):
+            raise ConfigError(f"Anderson: ridge is {self.ridge!r}, expected a number > 0")
+        if not is_positive(self.mixing):
+            raise ConfigError(f"Anderson: mixing is {self.mixing!r}, expected a number > 0")
 
     @torch.no_grad()
     def solve(

@@ -11,6 +11,8 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -86,13 +88,25 @@ class AbstractSolver(ABC):
         )
 
 
+def is_positive(value: Any) -> bool:
+    """Return whether `value` is a finite number above 0."""
+    return isinstance(value, Real) and math.isfinite(value) and float(value) > 0
+
+
+def is_count(value: Any) -> bool:
+    """Return whether `value` is a whole number, at least 1."""
+    return isinstance(value, Integral) and int(value) >= 1
+
+
 def check_solver_fields(solver: AbstractSolver) -> None:
     """Refuse limits that no solve can honour."""
     name = type(solver).__name__
-    if not (math.isfinite(solver.tol) and solver.tol >= 0):
-        raise ConfigError(f"{name}: tol is {solver.tol}, expected a number ≥ 0, such as 1e-3")
-    if solver.max_steps < 1:
-        raise ConfigError(f"{name}: max_steps is {solver.max_steps}, expected at least 1")
+    if not (is_positive(solver.tol) or solver.tol == 0):
+        raise ConfigError(f"{name}: tol is {solver.tol!r}, expected a number ≥ 0, such as 1e-3")
+    if not is_count(solver.max_steps):
+        raise ConfigError(
+            f"{name}: max_steps is {solver.max_steps!r}, expected a whole number, at least 1"
+        )
 
 
 def sample_norm(z: Tensor) -> Tensor:
