@@ -27,11 +27,7 @@ class BPTT(AbstractEstimator):
     """
 
     def attach(self, site: Site) -> Tensor:
-        if site.start.requires_grad or site.x.requires_grad or torch.is_grad_enabled():
-            z = site.solver.unroll(site.force, site.start)
-        else:
-            with torch.no_grad():
-                z = site.solver.unroll(site.force, site.start)
+        z = site.solver.unroll(site.force, site.start)
         steps = int(getattr(site.solver, "max_steps", 0))
         with torch.no_grad():
             residual = relative_residual(site.force(z), z, None)
@@ -46,6 +42,7 @@ class BPTT(AbstractEstimator):
                 adjoint_evaluations=steps,
             )
         )
+        site.settle(result, residual, site.solver.tol, "free phase")
         return z
 
     def adjoint(self, problem: Problem, cotangent: Tensor) -> Adjoint:

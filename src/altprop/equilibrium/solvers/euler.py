@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +13,8 @@ from altprop.equilibrium.solvers.solver import (
     Solution,
     check_solver_fields,
     conclude,
+    is_positive,
+    per_sample,
     relative_residual,
 )
 from altprop.errors import ConfigError
@@ -36,8 +37,8 @@ class Euler(AbstractSolver):
 
     def __post_init__(self) -> None:
         check_solver_fields(self)
-        if not (math.isfinite(self.step) and self.step > 0):
-            raise ConfigError(f"Euler: step is {self.step}, expected a number > 0, such as 0.1")
+        if not is_positive(self.step):
+            raise ConfigError(f"Euler: step is {self.step!r}, expected a number > 0, such as 0.1")
 
     @torch.no_grad()
     def solve(
@@ -48,15 +49,15 @@ class Euler(AbstractSolver):
         step: float,
         scale: Tensor | None = None,
     ) -> Solution:
-        # A sample that converged stops, so that its result does not depend on its batch-mates.
+        # A sample that converged or blew up stops, and the others go on: no sample's result
+        # depends on its batch-mates.
         z, f = start, force(start)
         residual = relative_residual(f, z, scale)
         for n in range(self.max_steps):
-            moving = ~(residual <= self.tol)
-            if not bool(moving.any()) or not bool(torch.isfinite(residual).all()):
+            moving = ~(residual <= self.tol) & torch.isfinite(residual)
+            if not bool(moving.any()):
                 return Solution(z, f, residual, n + 1, conclude(residual, self.tol))
-            shaped = moving.reshape(-1, *([1] * (z.dim() - 1)))
-            z = torch.where(shaped, z + self.step * f, z)
+            z = torch.where(per_sample(moving, z), z + self.step * f, z)
             f = force(z)
             residual = relative_residual(f, z, scale)
         return Solution(z, f, residual, self.max_steps + 1, conclude(residual, self.tol))
