@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ from altprop.equilibrium.estimators.estimator import (
 )
 from altprop.equilibrium.solvers.anderson import Anderson
 from altprop.equilibrium.solvers.solver import AbstractSolver, Force, Result, Solution
-from altprop.errors import ConfigError, ConvergenceError
+from altprop.errors import ConfigError, ConvergenceError, RuleError
 
 OnFailure = Literal["raise", "warn", "accept"]
 
@@ -60,11 +60,13 @@ class Equilibrium(nn.Module):
     ) -> None:
         super().__init__()
         self.dynamics = _expect(dynamics, AbstractDynamics, "dynamics", "GatedBlock(128, heads=4)")
-        self.solver = _expect(solver or Anderson(), AbstractSolver, "solver", "Anderson()")
-        self.estimator = _expect(estimator or AEP(), AbstractEstimator, "estimator", "AEP()")
-        if on_failure not in ("raise", "warn", "accept"):
-            raise ConfigError(f"on_failure is {on_failure!r}, expected 'raise', 'warn' or 'accept'")
-        self.on_failure: OnFailure = on_failure
+        self.solver = _expect(
+            Anderson() if solver is None else solver, AbstractSolver, "solver", "Anderson()"
+        )
+        self.estimator = _expect(
+            AEP() if estimator is None else estimator, AbstractEstimator, "estimator", "AEP()"
+        )
+        self.on_failure: OnFailure = _expect_policy(on_failure)
         self.certificate = None
 
     def forward(self, x: Tensor, *, cost: Cost | None = None) -> Tensor:
@@ -76,8 +78,13 @@ class Equilibrium(nn.Module):
         **Raises:** `ConvergenceError` as `on_failure` says; `ConfigError` for an input in half
         precision outside autocast.
         """
+        if torch.compiler.is_compiling():
+            return _outside_graph(self, x, cost)
+        return self._relax(x, cost)
+
+    def _relax(self, x: Tensor, cost: Cost | None) -> Tensor:
         kind = x.device.type
-        if torch.is_autocast_enabled(kind):
+        if torch.is_autocast_enabled(kind) and x.is_floating_point() and x.itemsize < 4:
             x = x.float()
         if not x.is_floating_point() or torch.finfo(x.dtype).bits < 32:
             raise ConfigError(
@@ -101,7 +108,16 @@ class Equilibrium(nn.Module):
                 solver = replace(self.solver, tol=tol, max_steps=max_steps)
                 return _persist(solver, force, start, self.dynamics.step, scale)
 
+        held = tuple(self.dynamics.parameters())
+
         def problem(z: Tensor, still: Tensor) -> Problem:
+            if any(p is not q for p, q in zip(held, self.dynamics.parameters(), strict=True)):
+                raise RuleError(
+                    "the dynamics' parameters are not those of the forward pass (functional_call "
+                    "puts its own in place only until the call returns), so the adjoint would be "
+                    "that of another system: load them with load_state_dict, or use BPTT()"
+                )
+
             def linearise() -> Any:
                 with torch.autocast(x.device.type, enabled=False):
                     return self.dynamics.linearise(z, x)
@@ -145,6 +161,15 @@ class Equilibrium(nn.Module):
         return f"solver={self.solver}, estimator={self.estimator}, on_failure={self.on_failure!r}"
 
 
+def _outside_graph(block: Equilibrium, x: Tensor, cost: Cost | None) -> Tensor:
+    """Relax outside the graph of a compiled model, and compile nothing that is called meanwhile.
+
+    What the relaxation iterates over can be compiled by itself: `block.dynamics.compile()`.
+    (`disable` is looked up here, for it imports the compiler, which takes as long as torch.)
+    """
+    return torch.compiler.disable(block._relax, reason="its length depends on the data")(x, cost)
+
+
 def equilibria(model: nn.Module) -> Iterator[tuple[str, Equilibrium]]:
     """Yield every `Equilibrium` in `model` with its path."""
     for path, module in model.named_modules():
@@ -159,7 +184,16 @@ def using(
     solver: AbstractSolver | None = None,
     on_failure: OnFailure | None = None,
 ) -> Iterator[None]:
-    """Run the equilibria of `model` with another estimator, solver or policy for a while."""
+    """Run the equilibria of `model` with another estimator, solver or policy for a while.
+
+    **Raises:** `ConfigError` as `Equilibrium` does, and then nothing is changed.
+    """
+    if estimator is not None:
+        _expect(estimator, AbstractEstimator, "estimator", "AEP()")
+    if solver is not None:
+        _expect(solver, AbstractSolver, "solver", "Anderson()")
+    if on_failure is not None:
+        _expect_policy(on_failure)
     before = [(m, m.estimator, m.solver, m.on_failure) for _, m in equilibria(model)]
     try:
         for module, *_ in before:
@@ -178,7 +212,9 @@ def _persist(
 ) -> Solution:
     """Solve, and once more from where the first attempt stopped if that was too early."""
     first = solver.solve(force, start, step=step, scale=scale)
-    if first.result is not Result.MAX_STEPS or solver.tol == 0:
+    # one lost sample must not cost its batch-mates their second attempt
+    unfinished = torch.isfinite(first.residual) & (first.residual > solver.tol)
+    if solver.tol == 0 or not bool(unfinished.any()):
         return first
     second = solver.solve(force, first.value, step=step, scale=scale)
     return replace(second, evaluations=first.evaluations + second.evaluations)
@@ -192,3 +228,9 @@ def _expect(value: Any, kind: type, name: str, example: str) -> Any:
     else:
         given = f"{type(value).__name__} {value!r}"
     raise ConfigError(f"{name} is {given}, expected an {kind.__name__}: write {name}={example}")
+
+
+def _expect_policy(value: Any) -> OnFailure:
+    if value in get_args(OnFailure):
+        return value
+    raise ConfigError(f"on_failure is {value!r}, expected 'raise', 'warn' or 'accept'")
