@@ -18,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from altprop.equilibrium.estimators.estimator import Certificate
 from altprop.equilibrium.module import Equilibrium, equilibria
+from altprop.equilibrium.solvers.solver import is_count, is_positive
 from altprop.errors import ConfigError
 
 
@@ -92,14 +93,16 @@ class JacobianHinge(AbstractStabiliser):
 
     def __post_init__(self) -> None:
         for name in ("target", "weight"):
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
+            if not is_positive(getattr(self, name)):
                 raise ConfigError(
-                    f"JacobianHinge: {name} is {getattr(self, name)}, expected a number > 0"
+                    f"JacobianHinge: {name} is {getattr(self, name)!r}, expected a number > 0"
                 )
-        if self.every < 1:
-            raise ConfigError(f"JacobianHinge: every is {self.every}, expected at least 1")
-        if self.fresh < 0:
-            raise ConfigError(f"JacobianHinge: fresh is {self.fresh}, expected a number ≥ 0")
+        if not is_count(self.every):
+            raise ConfigError(
+                f"JacobianHinge: every is {self.every!r}, expected a whole number, at least 1"
+            )
+        if not (is_positive(self.fresh) or self.fresh == 0):
+            raise ConfigError(f"JacobianHinge: fresh is {self.fresh!r}, expected a number ≥ 0")
 
     def init(self, generator: torch.Generator) -> HingeState:
         return HingeState(generator)
@@ -109,22 +112,26 @@ class JacobianHinge(AbstractStabiliser):
     ) -> dict[str, float]:
         if step % self.every and not urgent:
             return {}
+        group = _process_group(model)
         gains = [
-            self._push(path, block, block.certificate, state)
+            self._push(path, block, block.certificate, state, group)
             for path, block in equilibria(model)
             if block.certificate is not None
         ]
-        return {"jacobian_gain": max(gains)} if gains else {}
+        return {"jacobian_gain": max(gains, key=_nan_is_worst)} if gains else {}
 
-    def _push(self, path: str, block: Equilibrium, seen: Certificate, state: HingeState) -> float:
+    def _push(
+        self, path: str, block: Equilibrium, seen: Certificate, state: HingeState, group: Any
+    ) -> float:
         z, x = seen.state, seen.input
         noise = torch.randn(z.shape, generator=state.generator).to(z) / math.sqrt(z.numel())
         probe = state.probes.get(path)
         if probe is None or probe.shape != z.shape:
             probe = noise
         direction = _unit(probe.to(z))
-        if seen.adjoint_remainder is not None:
-            direction = _unit(direction + _unit(seen.adjoint_remainder))
+        remainder = seen.adjoint_remainder
+        if remainder is not None and bool(remainder.isfinite().all()):
+            direction = _unit(direction + _unit(remainder))
         # the fused attention kernels have no double backward
         with torch.enable_grad(), torch.autocast(z.device.type, enabled=False):
             with sdpa_kernel(SDPBackend.MATH):
@@ -133,9 +140,9 @@ class JacobianHinge(AbstractStabiliser):
                 (pulled,) = torch.autograd.grad(mapped, leaf, direction, create_graph=True)
             gain = (pulled.square().sum() + 1e-12).sqrt()  # differentiable at J = 0
             size = float(gain.detach())
-            if size > self.target:
-                penalty = self.weight * self.every * (gain - self.target).square()
-                _accumulate(penalty, block.dynamics)
+            over = math.isfinite(size) and size > self.target
+            penalty = self.weight * self.every * (gain - self.target).square() if over else None
+            _accumulate(penalty, block.dynamics, group)
         if math.isfinite(size):
             state.probes[path] = pulled.detach() / size + self.fresh * noise
         else:  # a lost state must not poison the probes of the steps to come
@@ -147,11 +154,31 @@ def _unit(v: Tensor) -> Tensor:
     return v / (v.norm() + 1e-12)
 
 
-def _accumulate(penalty: Tensor, module: nn.Module) -> None:
-    """Add the gradient of `penalty` to `.grad`, averaged over the ranks of a data-parallel run."""
+def _nan_is_worst(gain: float) -> float:
+    return math.inf if math.isnan(gain) else gain
+
+
+def _process_group(model: nn.Module) -> Any:
+    """Return the process group over which `model`'s gradients are averaged, or `None`."""
+    return model.process_group if isinstance(model, nn.parallel.DistributedDataParallel) else None
+
+
+def _accumulate(penalty: Tensor | None, module: nn.Module, group: Any) -> None:
+    """Add the gradient of `penalty` to `.grad`, averaged over the ranks of `group`.
+
+    Every rank takes part, whether its own samples are past the margin or not.
+    """
     parameters = [p for p in module.parameters() if p.requires_grad]
-    gradients = torch.autograd.grad(penalty, parameters, allow_unused=True)
-    for p, gradient in zip(parameters, gradients, strict=True):
+    gradients: tuple[Tensor | None, ...] = (None,) * len(parameters)
+    if parameters and penalty is not None and penalty.requires_grad:
+        gradients = torch.autograd.grad(penalty, parameters, allow_unused=True)
+    for p, own in zip(parameters, gradients, strict=True):
+        gradient = own
+        if group is not None:
+            gradient = torch.zeros_like(p) if own is None else own.contiguous()
+            torch.distributed.all_reduce(gradient, group=group)
+            gradient = gradient / group.size()
         if gradient is None:
             continue
-        p.grad = gradient if p.grad is None else p.grad + gradient
+        with torch.no_grad():
+            p.grad = gradient.clone() if p.grad is None else p.grad.add_(gradient)
