@@ -85,9 +85,9 @@ class _AssignTransport(torch.autograd.Function):
         flat = g.reshape(-1, g.shape[-1])
         to_x = to_W = to_b = to_B = None
         if needs_x:
-            to_x = (flat @ rule.matrix(W, B, noise)).view(*g.shape[:-1], W.shape[1])
+            to_x = flat.mm(rule.matrix(W, B, noise)).view(*g.shape[:-1], W.shape[1])
         if x is not None:
-            to_W = flat.t() @ x.reshape(-1, x.shape[-1])
+            to_W = flat.t().mm(x.reshape(-1, x.shape[-1]))
         if needs_b:
             to_b = flat.sum(0)
         if needs_B:
@@ -182,10 +182,9 @@ class _AssignTaps(torch.autograd.Function):
 
 def _autocast(x: Tensor, *others: Tensor | None) -> list[Any]:
     """Cast as autocast would, but where autograd sees it, so that gradients come back uncast."""
-    kind = x.device.type
-    if not torch.is_autocast_enabled(kind) or x.dtype == torch.float64:
+    if x.dtype == torch.float64:
         return [x, *others]
-    dtype = torch.get_autocast_dtype(kind)
+    dtype = torch.get_autocast_dtype(x.device.type)
     return [x.to(dtype), *(t if t is None else t.to(dtype) for t in others)]
 
 
@@ -221,7 +220,8 @@ def assign_transport(
 
     **Raises:** `RuntimeError` when the result is differentiated twice.
     """
-    x, W, b, B = _autocast(x, W, b, B)
+    if torch.is_autocast_enabled(x.device.type):
+        x, W, b, B = _autocast(x, W, b, B)
     return _AssignTransport.apply(x, W, b, B, noise, rule)  # type: ignore[no-any-return,no-untyped-call]
 
 
@@ -235,7 +235,8 @@ def assign_map(
 
     **Raises:** `RuntimeError` when the result is differentiated twice.
     """
-    x, W, b = _autocast(x, W, b)
+    if torch.is_autocast_enabled(x.device.type):
+        x, W, b = _autocast(x, W, b)
     return _AssignMap.apply(x, W, b, send, exact)  # type: ignore[no-any-return,no-untyped-call]
 
 

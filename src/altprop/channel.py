@@ -6,6 +6,9 @@ and no shared state survives the pass; whatever was collected is dropped when th
 
 from __future__ import annotations
 
+import functools
+import importlib
+import warnings
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -29,6 +32,14 @@ def in_backward() -> bool:
     if torch.compiler.is_compiling():
         return False
     return bool(torch._C._current_graph_task_id() != -1)
+
+
+@functools.cache
+def _load_forward_mode() -> None:
+    """Load torch's forward-mode formulas, whose import warns of torch's own deprecations."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        importlib.import_module("torch._decomp.decompositions_for_jvp")
 
 
 class Channel:
@@ -133,6 +144,7 @@ class JacobianProbe:
         self._response: Tensor | None = None
         training = [module for module in self._root.modules() if module.training]
         devices = list({t.device for t in self._root.parameters() if t.device.type == "cuda"})
+        _load_forward_mode()
         fast = torch.backends.mha.get_fastpath_enabled()  # a fused forward has no forward mode
         self._channel.probe = self
         try:
@@ -146,6 +158,11 @@ class JacobianProbe:
                 forward_ad.dual_level(),
             ):
                 self._root(*self._args, **self._kwargs)
+        except NotImplementedError as error:
+            raise RuleError(
+                f"an operation above {self.taps[tap].path} has no forward-mode derivative; under "
+                f"activation checkpointing write use_reentrant=False ({error})"
+            ) from error
         finally:
             self._channel.probe = None
             torch.backends.mha.set_fastpath_enabled(fast)

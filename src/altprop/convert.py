@@ -170,7 +170,8 @@ def _transport(changes: _Changes, place: Place, rule: AbstractRule, switch: Swit
     if rule.noisy:
         changes.counter(module)
     maps = module.__dict__.setdefault("_altprop_maps", {})
-    maps[place.key] = TransportSite(site, rule, name, changes.seed, switch)
+    name = "" if B is None else name
+    maps[place.key] = TransportSite(site, rule, name, changes.seed, switch, rule.noisy)
 
 
 def _tap(

@@ -170,7 +170,7 @@ def _row(
         rule = site.rule
         seed, transports = site.seed, False
         signal = "exact" if index >= last and tapped is None else below
-        B = getattr(module, site.name, None)
+        B = getattr(module, site.name) if site.name else None
         shape = None if B is None else tuple(B.shape)
         kind = "learned" if site.rule.learned else "fixed" if B is not None else ""
         kind = kind or ("drawn at every pass" if site.rule.noisy else "from the weight")

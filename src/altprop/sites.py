@@ -28,7 +28,14 @@ def _count(module: nn.Module) -> int:
     """Return the number of this recorded pass; a checkpoint's recomputation repeats the last."""
     step = cast(Tensor, getattr(module, STEP))
     if in_backward():
+        if "_altprop_counted" not in module.__dict__:
+            raise RuleError(
+                f"a {type(module).__name__} whose rule draws at every pass was never recorded "
+                "before the backward pass: reentrant activation checkpointing hides it; write "
+                "use_reentrant=False"
+            )
         return int(step) - 1
+    module.__dict__["_altprop_counted"] = True
     number = int(step)
     step += 1
     return number
@@ -41,19 +48,20 @@ class TransportSite:
     site: Site
     rule: AbstractTransport
     name: str
-    """The module's attribute that holds the feedback, if the rule has any."""
+    """The module's attribute that holds the feedback, or nothing."""
     seed: int
     switch: Switch
+    noisy: bool
 
     def __call__(
         self, module: nn.Module, x: Tensor, W: Tensor, b: Tensor | None, rows: slice | None = None
     ) -> Tensor:
         if not (self.switch.on and torch.is_grad_enabled()):
             return F.linear(x, W, b)
-        B = getattr(module, self.name, None)
-        if B is not None and rows is not None:
+        B = getattr(module, self.name) if self.name else None
+        if rows is not None and B is not None:
             B = B[rows]
-        noise = self.noise(module, W) if self.rule.noisy else None
+        noise = self.noise(module, W) if self.noisy else None
         return assign_transport(x, W, b, self.rule, B, noise)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -162,8 +170,8 @@ class LinearRole(Role):
     _altprop_maps: dict[str, Any]
 
     def forward(self, input: Tensor) -> Tensor:
-        module = cast(nn.Linear, self)
-        return cast(Tensor, self._altprop_maps["weight"](module, input, module.weight, module.bias))
+        m: Any = self
+        return self._altprop_maps["weight"](m, input, m.weight, m.bias)  # type: ignore[no-any-return]
 
 
 class TransposedLinearRole(Role):
@@ -172,8 +180,8 @@ class TransposedLinearRole(Role):
     _altprop_maps: dict[str, Any]
 
     def forward(self, x: Tensor) -> Tensor:
-        module = cast(nn.Linear, self)
-        return cast(Tensor, self._altprop_maps["weight"](module, x, module.weight.t(), module.bias))
+        m: Any = self
+        return self._altprop_maps["weight"](m, x, m.weight.t(), m.bias)  # type: ignore[no-any-return]
 
 
 class TapRole(Role):
@@ -273,6 +281,8 @@ def site_class(base: type[nn.Module], roles: tuple[type[Role], ...]) -> type[nn.
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return super(cls, self).forward(*args, **kwargs)  # type: ignore[misc]
 
+    # torch.compile limits recompilations per code object, so each class gets one of its own
+    forward.__code__ = forward.__code__.replace(co_name=f"forward_{base.__name__}")
     body = {"__reduce_ex__": __reduce_ex__, "forward": forward, "__module__": base.__module__}
     if issubclass(roles[0], (LinearRole, TransposedLinearRole)):
         del body["forward"]
