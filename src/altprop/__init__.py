@@ -8,6 +8,8 @@ The names below are the whole public product. They are resolved on first use, so
 from __future__ import annotations
 
 import importlib
+import sys
+import types
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0.dev0"
@@ -78,6 +80,17 @@ _EXPORTS = {
 _WHERE = {name: module for module, names in _EXPORTS.items() for name in names.split()}
 
 __all__ = sorted(_WHERE)
+
+
+class _Package(types.ModuleType):
+    """Keeps `altprop.convert` the function when the file of that name has been imported."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _WHERE and isinstance(value, types.ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
 
 
 def __getattr__(name: str) -> Any:

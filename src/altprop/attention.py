@@ -137,4 +137,4 @@ class EncoderLayerRole(Role):
             src = src + m._sa_block(m.norm1(src), *rest, is_causal=is_causal)
             return cast(Tensor, src + m._ff_block(m.norm2(src)))
         src = m.norm1(src + m._sa_block(src, *rest, is_causal=is_causal))
-        return cast(Tensor, m.norm2(src + m._ff_block(src)))
+        return m.norm2(src + m._ff_block(src))

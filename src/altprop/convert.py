@@ -277,14 +277,13 @@ def rules_off(model: nn.Module) -> Iterator[None]:
 def learned_feedback(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, list[nn.Parameter]]]:
     """Yield name, parameter and the weights it goes with, for every learned feedback."""
     for path, module in model.named_modules():
-        if not isinstance(module, Role):
-            continue
-        own = [n for n in module._altprop_names if isinstance(getattr(module, n), nn.Parameter)]
+        names: tuple[str, ...] = getattr(module, "_altprop_names", ())
+        own = [n for n in names if isinstance(getattr(module, n), nn.Parameter)]
         for name in own:
             site = next((s for s in _sites(module) if s.name == name), None)
             if isinstance(site, (TransportSite, MapTap)):
-                keys = [k for k, s in module._altprop_maps.items() if s is site]  # type: ignore[attr-defined]
-                with_it = [getattr(module, key) for key in keys]
+                maps = module.__dict__["_altprop_maps"]
+                with_it = [getattr(module, key) for key, s in maps.items() if s is site]
             else:
                 feedback = {id(getattr(module, n)) for n in own}
                 with_it = [p for p in module.parameters() if id(p) not in feedback]

@@ -74,7 +74,7 @@ def explain(model: nn.Module) -> Table:
     rows: dict[str, Row] = {}
     seen: dict[int, str] = {}
     order = list(model.named_modules(remove_duplicate=False))
-    sites = {id(m): _sites(m) for _, m in order if isinstance(m, Role)}
+    sites = {id(m): _sites(m) for _, m in order}
     after = [
         i
         for i, (_, m) in enumerate(order)

@@ -28,7 +28,7 @@ class LinearFA(torch.autograd.Function):
     """`LinearFA.apply(x, W, B, bias=None)`: `x Wᵀ + b`, whose input receives `g B`."""
 
     @staticmethod
-    def apply(x: Tensor, W: Tensor, B: Tensor, bias: Tensor | None = None) -> Tensor:  # type: ignore[override]
+    def apply(x: Tensor, W: Tensor, B: Tensor, bias: Tensor | None = None) -> Tensor:
         """Apply to `x` (..., in) with `W` and `B` (out, in) and `bias` (out) or none."""
         if B.shape != W.shape:
             raise ConfigError(
@@ -41,7 +41,7 @@ class LinearSignSym(torch.autograd.Function):
     """`LinearSignSym.apply(x, W, bias=None)`: input receives `g sign(W) ‖W‖_F / √numel(W)`."""
 
     @staticmethod
-    def apply(x: Tensor, W: Tensor, bias: Tensor | None = None) -> Tensor:  # type: ignore[override]
+    def apply(x: Tensor, W: Tensor, bias: Tensor | None = None) -> Tensor:
         """Apply to `x` (..., in) with `W` (out, in) and `bias` (out) or none."""
         return assign_transport(x, W, bias, SignSymmetry())
 
@@ -234,7 +234,7 @@ def apply_dfa_update(model: nn.Module, e_L: Tensor) -> None:
 
 
 def initialize_dfa_block_targets(model: nn.Module, d_block: int, init_std: float = 0.02) -> None:
-    """Draw the feedback of every `LocalLinear(method="dfa_block")`, for blocks of width `d_block`."""
+    """Draw the feedback of every `dfa_block` layer, for blocks of output width `d_block`."""
     for layer in _layers(model, "dfa_block"):
         layer._target("B_dfa_block", d_block, init_std)
 

@@ -7,6 +7,7 @@ class that pickles by its parts. Roles hold plain data, so deepcopy and pickle n
 from __future__ import annotations
 
 import functools
+import types
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -274,7 +275,8 @@ def site_class(base: type[nn.Module], roles: tuple[type[Role], ...]) -> type[nn.
 
     def __reduce_ex__(self: nn.Module, protocol: Any) -> Any:
         # the class has no importable name: pickle and deepcopy rebuild it from its parts
-        _, args, *rest = base.__reduce_ex__(self, protocol)
+        parts: tuple[Any, ...] = base.__reduce_ex__(self, protocol)  # type: ignore[assignment]
+        _, args, *rest = parts
         return (_rebuild, (base, roles, *args[1:]), *rest)
 
     @functools.wraps(base.forward)  # trainers read the signature to choose a batch's columns
@@ -282,7 +284,8 @@ def site_class(base: type[nn.Module], roles: tuple[type[Role], ...]) -> type[nn.
         return super(cls, self).forward(*args, **kwargs)  # type: ignore[misc]
 
     # torch.compile limits recompilations per code object, so each class gets one of its own
-    forward.__code__ = forward.__code__.replace(co_name=f"forward_{base.__name__}")
+    plain = cast(types.FunctionType, forward)
+    plain.__code__ = plain.__code__.replace(co_name=f"forward_{base.__name__}")
     body = {"__reduce_ex__": __reduce_ex__, "forward": forward, "__module__": base.__module__}
     if issubclass(roles[0], (LinearRole, TransposedLinearRole)):
         del body["forward"]
