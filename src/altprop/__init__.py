@@ -8,14 +8,12 @@ The names below are the whole public product. They are resolved on first use, so
 from __future__ import annotations
 
 import importlib
-import sys
-import types
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0.dev0"
 
 if TYPE_CHECKING:  # what the table below means, for type checkers and editors
-    from altprop.convert import (
+    from altprop.converting import (
         add_feedback as add_feedback,
         convert as convert,
         feedback_parameters as feedback_parameters,
@@ -30,7 +28,7 @@ if TYPE_CHECKING:  # what the table below means, for type checkers and editors
         DataError as DataError,
         RuleError as RuleError,
     )
-    from altprop.explain import explain as explain
+    from altprop.explaining import explain as explain
     from altprop.linear import (
         LinearFA as LinearFA,
         LinearSignSym as LinearSignSym,
@@ -57,11 +55,11 @@ if TYPE_CHECKING:  # what the table below means, for type checkers and editors
     from altprop.rules.weight_mirror import WeightMirror as WeightMirror
 
 _EXPORTS = {
-    "altprop.convert": "add_feedback convert feedback_parameters revert rules_off",
+    "altprop.converting": "add_feedback convert feedback_parameters revert rules_off",
     "altprop.errors": (
         "AltpropError CheckpointError ConfigError ConvergenceError DataError RuleError"
     ),
-    "altprop.explain": "explain",
+    "altprop.explaining": "explain",
     "altprop.linear": (
         "LinearFA LinearSignSym LocalLinear apply_dfa_block_update apply_dfa_update "
         "initialize_dfa_block_targets initialize_dfa_targets"
@@ -80,17 +78,6 @@ _EXPORTS = {
 _WHERE = {name: module for module, names in _EXPORTS.items() for name in names.split()}
 
 __all__ = sorted(_WHERE)
-
-
-class _Package(types.ModuleType):
-    """Keeps `altprop.convert` the function when the file of that name has been imported."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if not (name in _WHERE and isinstance(value, types.ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package
 
 
 def __getattr__(name: str) -> Any:

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from altprop.convert import convert, feedback_parameters, revert, rules_off
+from altprop.converting import convert, feedback_parameters, revert, rules_off
 from altprop.errors import RuleError
 from altprop.feedback import generator_for
 from altprop.rule import AbstractBroadcast, AbstractRule, AbstractTransport, Site

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from altprop.convert import conversions, learned_feedback
+from altprop.converting import conversions, learned_feedback
 from altprop.errors import RuleError
 from altprop.rule import AbstractBroadcast, AbstractTransport
 from altprop.sites import MapTap, OutputTap, Role, TransportSite
