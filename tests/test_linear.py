@@ -106,7 +106,8 @@ def test_grape_steps_turn_the_feedback_towards_the_weight() -> None:
     assert isinstance(m.B, nn.Parameter) and not m.B.requires_grad
 
     def cosine() -> float:
-        return float(torch.cosine_similarity(m.B.flatten(), m.weight.flatten(), dim=0))
+        W = m.weight.detach()
+        return float(torch.cosine_similarity(m.B.flatten(), W.flatten(), dim=0))
 
     before = cosine()
     for _ in range(200):

@@ -53,6 +53,41 @@ if TYPE_CHECKING:  # what the table below means, for type checkers and editors
     from altprop.rules.kolen_pollack import KolenPollack as KolenPollack
     from altprop.rules.sign_symmetry import SignSymmetry as SignSymmetry
     from altprop.rules.weight_mirror import WeightMirror as WeightMirror
+    from altprop.equilibrium.dynamics import (
+        AbstractDynamics as AbstractDynamics,
+        CausalAttention as CausalAttention,
+        AbstractLinearisation as AbstractLinearisation,
+        DampedAttention as DampedAttention,
+        GatedBlock as GatedBlock,
+    )
+    from altprop.equilibrium.estimators.aep import AEP as AEP
+    from altprop.equilibrium.estimators.bptt import BPTT as BPTT
+    from altprop.equilibrium.estimators.ep import EP as EP
+    from altprop.equilibrium.estimators.estimator import (
+        AbstractEstimator as AbstractEstimator,
+        Certificate as Certificate,
+    )
+    from altprop.equilibrium.estimators.implicit import Implicit as Implicit
+    from altprop.equilibrium.estimators.published import (
+        PublishedAEP as PublishedAEP,
+        PublishedEP as PublishedEP,
+    )
+    from altprop.equilibrium.module import (
+        Equilibrium as Equilibrium,
+        equilibria as equilibria,
+        using as using,
+    )
+    from altprop.equilibrium.solvers.anderson import Anderson as Anderson
+    from altprop.equilibrium.solvers.euler import Euler as Euler
+    from altprop.equilibrium.solvers.solver import (
+        AbstractSolver as AbstractSolver,
+        Result as Result,
+        Solution as Solution,
+    )
+    from altprop.equilibrium.stability import (
+        AbstractStabiliser as AbstractStabiliser,
+        JacobianHinge as JacobianHinge,
+    )
 
 _EXPORTS = {
     "altprop.converting": "add_feedback convert feedback_parameters revert rules_off",
@@ -74,6 +109,20 @@ _EXPORTS = {
     "altprop.rules.kolen_pollack": "KolenPollack",
     "altprop.rules.sign_symmetry": "SignSymmetry",
     "altprop.rules.weight_mirror": "WeightMirror",
+    "altprop.equilibrium.dynamics": (
+        "AbstractDynamics AbstractLinearisation CausalAttention DampedAttention GatedBlock"
+    ),
+    "altprop.equilibrium.module": "Equilibrium equilibria using",
+    "altprop.equilibrium.stability": "AbstractStabiliser JacobianHinge",
+    "altprop.equilibrium.solvers.solver": "AbstractSolver Result Solution",
+    "altprop.equilibrium.solvers.anderson": "Anderson",
+    "altprop.equilibrium.solvers.euler": "Euler",
+    "altprop.equilibrium.estimators.estimator": "AbstractEstimator Certificate",
+    "altprop.equilibrium.estimators.aep": "AEP",
+    "altprop.equilibrium.estimators.bptt": "BPTT",
+    "altprop.equilibrium.estimators.ep": "EP",
+    "altprop.equilibrium.estimators.implicit": "Implicit",
+    "altprop.equilibrium.estimators.published": "PublishedAEP PublishedEP",
 }
 _WHERE = {name: module for module, names in _EXPORTS.items() for name in names.split()}
 

@@ -14,7 +14,6 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 Grads = tuple[Tensor | None, ...]
 
@@ -47,14 +46,47 @@ class _AssignAdjoint(torch.autograd.Function):
     def forward(
         ctx: Any, force: Tensor, value: Tensor, adjoint: Callable[[Tensor], Tensor]
     ) -> Tensor:
+        ctx.save_for_backward(force)
         ctx.adjoint = adjoint
         return value.clone()
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor, None, None]:
-        with torch.no_grad():
-            return ctx.adjoint(cotangent), None, None
+        # Under activation checkpointing this recomputes the module first, so that what the adjoint
+        # measures is recorded after, and not before, what the recomputation records.
+        (force,) = ctx.saved_tensors
+        with torch.no_grad(), torch.autocast(cotangent.device.type, enabled=False):
+            a = ctx.adjoint(cotangent)
+        if torch.is_grad_enabled():  # the caller said create_graph=True
+            a = _OnceOnly.apply(a, cotangent, force)
+        return a, None, None
+
+
+class _OnceOnly(torch.autograd.Function):
+    """`(a, *sources) ↦ a`, where differentiating `a` with respect to any source is an error.
+
+    The adjoint depends on the cotangent and on all that the force depends on, and none of that is
+    recorded. (`once_differentiable` refuses only where the cotangent itself requires a gradient,
+    and not for `torch.autograd.grad`, which prunes the node that would raise.)
+    """
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, *sources: Tensor) -> Tensor:
+        return a.clone()
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[None, ...]:
+        raise RuntimeError(
+            "a learning rule's gradient cannot be differentiated again: how it depends on "
+            "parameters and input is not recorded. Drop create_graph=True, or use a rule that "
+            "records its computation, such as Equilibrium(..., solver=Euler(), estimator=BPTT())"
+        )
+
+
+def _once_only(grads: Grads, *sources: Tensor | None) -> Grads:
+    """Make it an error to differentiate any of these gradients with respect to any source."""
+    known = [source for source in sources if source is not None]
+    return tuple(None if g is None else _OnceOnly.apply(g, *known) for g in grads)
 
 
 class _AssignTransport(torch.autograd.Function):
@@ -77,9 +109,12 @@ class _AssignTransport(torch.autograd.Function):
         return F.linear(x, W, b)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, g: Tensor) -> Grads:
         x, W, B, noise = ctx.saved_tensors
+        if torch.is_grad_enabled():  # the caller said create_graph=True
+            with torch.no_grad():
+                grads = _AssignTransport.backward(ctx, g)
+            return _once_only(grads, g, x, W, B)
         needs_x, needs_W, needs_b, needs_B = ctx.needs_input_grad[:4]
         rule: Transports = ctx.rule
         flat = g.reshape(-1, g.shape[-1])
@@ -117,9 +152,12 @@ class _AssignMap(torch.autograd.Function):
         return y, tap
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, g: Tensor | None, tap: Tensor | None) -> Grads:
         x, W = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            with torch.no_grad():
+                grads = _AssignMap.backward(ctx, g, tap)
+            return _once_only(grads, g, tap, x, W)
         needs_x, needs_W, needs_b = ctx.needs_input_grad[:3]
         to_x = to_W = to_b = None
         if needs_x:
@@ -152,9 +190,12 @@ class _AssignTaps(torch.autograd.Function):
         return error.view_as(error)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, e: Tensor) -> Grads:
         saved = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            with torch.no_grad():
+                grads = _AssignTaps.backward(ctx, e)
+            return (e, *_once_only(grads[1:], e, *saved))
         feedback, estimates = saved[: len(saved) // 2], saved[len(saved) // 2 :]
         rule: Broadcasts = ctx.rule
         count = len(ctx.shapes)
@@ -195,11 +236,12 @@ def assign_adjoint(force: Tensor, value: Tensor, adjoint: Callable[[Tensor], Ten
     the force that autograd recorded, together with the adjoint state `a`, gives every gradient.
 
     **Arguments:** `force`, a recorded evaluation of the force, any shape; `value`, what the module
-    returns, same shape, not differentiated; `adjoint`, from the cotangent `g` to `a`, same shape.
+    returns, same shape, not differentiated; `adjoint`, from the cotangent `g` to `a`, same shape,
+    called without recording and outside autocast, whatever the caller of `backward` has set.
 
     **Raises:** `RuntimeError` when the result is differentiated twice.
     """
-    return _AssignAdjoint.apply(force, value, adjoint)  # type: ignore[no-any-return,no-untyped-call]
+    return _AssignAdjoint.apply(force, value, adjoint)
 
 
 def assign_transport(
@@ -222,7 +264,7 @@ def assign_transport(
     """
     if torch.is_autocast_enabled(x.device.type):
         x, W, b, B = _autocast(x, W, b, B)
-    return _AssignTransport.apply(x, W, b, B, noise, rule)  # type: ignore[no-any-return,no-untyped-call]
+    return _AssignTransport.apply(x, W, b, B, noise, rule)
 
 
 def assign_map(
@@ -237,7 +279,7 @@ def assign_map(
     """
     if torch.is_autocast_enabled(x.device.type):
         x, W, b = _autocast(x, W, b)
-    return _AssignMap.apply(x, W, b, send, exact)  # type: ignore[no-any-return,no-untyped-call]
+    return _AssignMap.apply(x, W, b, send, exact)
 
 
 def assign_taps(
@@ -255,4 +297,4 @@ def assign_taps(
 
     **Raises:** `RuntimeError` when the result is differentiated twice.
     """
-    return _AssignTaps.apply(error, rule, len(taps), *taps, *feedback, *estimates)  # type: ignore[no-any-return,no-untyped-call]
+    return _AssignTaps.apply(error, rule, len(taps), *taps, *feedback, *estimates)

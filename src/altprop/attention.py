@@ -135,6 +135,6 @@ class EncoderLayerRole(Role):
         rest = (src_mask, src_key_padding_mask)
         if m.norm_first:
             src = src + m._sa_block(m.norm1(src), *rest, is_causal=is_causal)
-            return cast(Tensor, src + m._ff_block(m.norm2(src)))
+            return src + m._ff_block(m.norm2(src))
         src = m.norm1(src + m._sa_block(src, *rest, is_causal=is_causal))
         return m.norm2(src + m._ff_block(src))

@@ -183,11 +183,11 @@ class JacobianProbe:
             return hidden
         p = torch.randn(hidden.shape, generator=self._generator).to(hidden)
         self._tangent = p
-        dual: Tensor = forward_ad.make_dual(hidden, p)  # type: ignore[no-untyped-call]
+        dual: Tensor = forward_ad.make_dual(hidden, p)
         return dual
 
     def catch(self, error: Tensor) -> None:
         """Keep the tangent that arrived at the error's place."""
         from torch.autograd import forward_ad
 
-        self._response = forward_ad.unpack_dual(error).tangent  # type: ignore[no-untyped-call]
+        self._response = forward_ad.unpack_dual(error).tangent

@@ -59,9 +59,10 @@ def convert(
     """
     mapping = {"*": rule} if isinstance(rule, AbstractRule) else rule
     if not isinstance(mapping, Mapping) or not mapping:
+        hint = f": write {rule.__name__}()" if isinstance(rule, type) else ""
         raise ConfigError(
             f"a rule must be a value such as FeedbackAlignment() or a mapping of name patterns to "
-            f"rules, not {rule!r}"
+            f"rules, not {rule!r}{hint}"
         )
     for pattern, value in mapping.items():
         if not isinstance(pattern, str) or not isinstance(value, AbstractRule):

@@ -205,5 +205,5 @@ def _tap_above(root: nn.Module, root_path: str, parts: list[str]) -> OutputTap |
         module = root.get_submodule(".".join(inner[:length]))
         tap = module.__dict__.get("_altprop_tap")
         if tap is not None:
-            return tap  # type: ignore[no-any-return]
+            return tap
     return None

@@ -172,7 +172,7 @@ class LinearRole(Role):
 
     def forward(self, input: Tensor) -> Tensor:
         m: Any = self
-        return self._altprop_maps["weight"](m, input, m.weight, m.bias)  # type: ignore[no-any-return]
+        return self._altprop_maps["weight"](m, input, m.weight, m.bias)
 
 
 class TransposedLinearRole(Role):
@@ -182,7 +182,7 @@ class TransposedLinearRole(Role):
 
     def forward(self, x: Tensor) -> Tensor:
         m: Any = self
-        return self._altprop_maps["weight"](m, x, m.weight.t(), m.bias)  # type: ignore[no-any-return]
+        return self._altprop_maps["weight"](m, x, m.weight.t(), m.bias)
 
 
 class TapRole(Role):
@@ -269,9 +269,18 @@ class LocalRole(Role):
             channel.clear()
 
 
-@functools.cache
+_CLASSES: dict[tuple[type, ...], type[nn.Module]] = {}
+
+
 def site_class(base: type[nn.Module], roles: tuple[type[Role], ...]) -> type[nn.Module]:
     """Return the class of a `base` with these roles in front of it, outermost first."""
+    key = (base, *roles)
+    if key not in _CLASSES:
+        _CLASSES[key] = _make_class(base, roles)
+    return _CLASSES[key]
+
+
+def _make_class(base: type[nn.Module], roles: tuple[type[Role], ...]) -> type[nn.Module]:
 
     def __reduce_ex__(self: nn.Module, protocol: Any) -> Any:
         # the class has no importable name: pickle and deepcopy rebuild it from its parts

@@ -18,6 +18,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.multiprocessing.spawn import spawn
 from torch.utils.checkpoint import checkpoint
 
 from altprop.converting import convert, feedback_parameters, revert, rules_off
@@ -102,7 +103,7 @@ def _take(model: nn.Module) -> Grads:
 
 
 def _grads(model: nn.Module, run: Callable[[Tensor], Tensor] | None = None) -> Grads:
-    _loss(model if run is None else run, _data()).backward()  # type: ignore[no-untyped-call]
+    _loss(model if run is None else run, _data()).backward()
     return _take(model)
 
 
@@ -157,7 +158,7 @@ def _check_forward(rule: AbstractRule) -> None:
         pass
     else:
         raise AssertionError("a state dict without norm.weight loaded: strictness was lost")
-    _loss(model, _data()).backward()  # type: ignore[no-untyped-call]
+    _loss(model, _data()).backward()
     optimizer.step()
     moved = {n for n, t in model.state_dict().items() if n in old and not torch.equal(t, old[n])}
     assert moved >= {"embed.weight", "norm.weight"}, "an optimiser built before no longer steps"
@@ -181,7 +182,7 @@ def _check_gradients(rule: AbstractRule) -> None:
     model, twin = _converted(rule), _converted(rule)
     first, second = _grads(twin), _grads(twin)
     for _ in range(2):
-        _loss(model, _data()).backward()  # type: ignore[no-untyped-call]
+        _loss(model, _data()).backward()
     total = {n: None if g is None else g + cast(Tensor, second[n]) for n, g in first.items()}
     _assert_close(_take(model), total, "accumulation over two passes")
     with rules_off(model):
@@ -194,13 +195,17 @@ def _check_twice(rule: AbstractRule) -> None:
     model = _converted(rule)
     if not any(_places(model)):
         return  # nothing was replaced: plain autograd may be differentiated again
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    grads = torch.autograd.grad(_loss(model, _data()), parameters, create_graph=True)
-    try:
-        sum(g.square().sum() for g in grads).backward()  # type: ignore[union-attr]
-    except RuntimeError:
-        return
-    raise AssertionError("differentiating twice did not raise: it would be silently wrong")
+    for sources in ("all", "norm.weight"):
+        model = _converted(rule)
+        parameters = list(model.parameters())
+        again = parameters if sources == "all" else [model.norm.weight]
+        grads = torch.autograd.grad(_loss(model, _data()), parameters, create_graph=True)
+        total = sum((g.square().sum() for g in grads), torch.zeros(()))
+        try:
+            torch.autograd.grad(total, again, allow_unused=True)
+        except RuntimeError:
+            continue
+        raise AssertionError("differentiating twice did not raise: it would be silently wrong")
 
 
 def _check_precision(rule: AbstractRule) -> None:
@@ -208,7 +213,7 @@ def _check_precision(rule: AbstractRule) -> None:
     plain = _grads(model)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss = _loss(twin, _data())
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     for name, grad in _take(twin).items():
         want = cast(Tensor, plain[name])
         assert grad is not None and grad.dtype == torch.float32, f"autocast: {name} has {grad}"
@@ -265,7 +270,7 @@ def _check_compiled(rule: AbstractRule) -> None:
     model = _model()
     whole = _deterministic(rule)
     run = torch.compile(model, fullgraph=whole, backend="aot_eager")
-    _loss(run, _data()).backward()  # type: ignore[no-untyped-call]
+    _loss(run, _data()).backward()
     model.zero_grad()
     convert(model, rule, output="head")  # after compilation
     with warnings.catch_warnings():  # torch's compiler warns of what it does itself
@@ -344,9 +349,7 @@ def check_distributed(rules: Sequence[AbstractRule]) -> None:
     Feedback and its gradient must be equal on both ranks too. **Raises:** whatever a rank raised.
     """
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(
-            _rank, args=(str(Path(folder) / "store"), list(rules)), nprocs=2
-        )
+        spawn(_rank, args=(str(Path(folder) / "store"), list(rules)), nprocs=2)
 
 
 def _rank(rank: int, store: str, rules: list[AbstractRule]) -> None:
@@ -369,7 +372,7 @@ def _compare_ranks(rule: AbstractRule, rank: int) -> None:
     learned = {id(p) for p in feedback_parameters(local)}
     for _ in range(2):  # a reduction that stalls shows in the second pass
         joint = _grads(single)
-        _loss(parallel, (tokens[half], targets[half])).backward()  # type: ignore[no-untyped-call]
+        _loss(parallel, (tokens[half], targets[half])).backward()
         names = {name for name, p in local.named_parameters() if id(p) not in learned}
         got = _take(local)
         what = f"{rule} in two processes"

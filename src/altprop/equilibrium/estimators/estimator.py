@@ -1,0 +1,218 @@
+"""What an estimator is: from the cotangent of an equilibrium to its adjoint state.
+
+With `F(z*; x, θ) = 0` and `L = C(z*)`, `dL/dθ = aᵀ ∂F/∂θ` and `dL/dx = aᵀ ∂F/∂x`, where
+`Jᵀ a = −∇C`. So an estimator only has to produce `a`; one recorded evaluation of the force then
+carries it to the parameters and the input, whatever the number of relaxation steps.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from altprop.assign import assign_adjoint
+from altprop.equilibrium.solvers.solver import (
+    AbstractSolver,
+    Force,
+    Result,
+    Solution,
+    is_count,
+    is_positive,
+    per_sample,
+    relative_residual,
+    sample_norm,
+)
+from altprop.errors import ConfigError
+from altprop.rule import AbstractRule, Seam
+
+
+class Products(Protocol):
+    """The Jacobian's products at the free state."""
+
+    def vjp(self, a: Tensor) -> Tensor: ...
+
+    def jvp(self, v: Tensor) -> Tensor: ...
+
+
+@dataclass
+class Certificate:
+    """What one call of an `Equilibrium` measured; the backward pass fills in the adjoint's part.
+
+    `free_residual`: `‖F‖/‖z‖` per sample at the state that is recorded, `(B,)`. `free_evaluations`:
+    force evaluations of the free phase, the recorded one included. `result`: its outcome. `state`,
+    `input`: `z*` and `x`, detached, `(B, ...)`. `adjoint_residual`: of the linear or nudged phases
+    relative to the nudge, `(B,)`. `adjoint_remainder`: that residual as a vector, `(B, ...)`.
+    `adjoint_evaluations`: force, JVP and VJP products in the backward pass. `beta`: the nudge per
+    sample for a cotangent of unit norm, `(B,)`. `response`: `‖z^β − z*‖ / ‖z*‖`, `(B,)`.
+    """
+
+    result: Result
+    free_residual: Tensor
+    free_evaluations: int
+    state: Tensor
+    input: Tensor
+    adjoint_result: Result | None = None
+    adjoint_residual: Tensor | None = None
+    adjoint_remainder: Tensor | None = None
+    adjoint_evaluations: int = 0
+    beta: Tensor | None = None
+    response: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Adjoint:
+    """What an estimator returns: `value` is `a`, `(B, ...)`; the rest certifies it."""
+
+    value: Tensor
+    residual: Tensor
+    remainder: Tensor
+    evaluations: int
+    result: Result
+    beta: Tensor | None = None
+    response: Tensor | None = None
+
+
+Solve = Callable[..., Solution]
+Cost = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What an estimator receives in the backward pass.
+
+    `state`: `z*`, `(B, ...)`. `still`: `F(z*)`, what the free phase left. `step`: the dynamics'
+    `ε`. `force`: `F(·; x)` without recording. `linearise()`: the Jacobian's products at `z*`.
+    `solve(force, start, tol=…, max_steps=…, scale=…)`: drive a force to zero by the module's
+    solver. `cost`: `C(z)` where the caller gave it.
+    """
+
+    state: Tensor
+    still: Tensor
+    step: float
+    force: Force
+    linearise: Callable[[], Products]
+    solve: Solve
+    cost: Cost | None = None
+
+
+@dataclass
+class Site:
+    """What one call of an `Equilibrium` offers to its estimator's `attach`.
+
+    `force`: `F(·; x)`, recorded wherever autograd is on. `free_phase()`: solve for the free state.
+    `problem(z, F(z))`: what is to be solved at `z`. `finish(certificate)`: hand over what was
+    measured. `settle(result, residual, tol, what)`: raise, warn or accept, as the module was told.
+    """
+
+    x: Tensor
+    start: Tensor
+    step: float
+    force: Force
+    solver: AbstractSolver
+    free_phase: Callable[[], Solution]
+    problem: Callable[[Tensor, Tensor], Problem]
+    finish: Callable[[Certificate], None]
+    settle: Callable[[Result, Tensor, float, str], None]
+
+
+class AbstractEstimator(AbstractRule):
+    """Base of every estimator: a frozen dataclass whose `adjoint` turns `g` into `a`."""
+
+    seam: ClassVar[Seam] = "adjoint"
+
+    @abstractmethod
+    def adjoint(self, problem: Problem, cotangent: Tensor) -> Adjoint:
+        """Return `a` with `Jᵀ a = −g` as well as this estimator can.
+
+        **Arguments:** `problem`, the free state and what can be computed there; `cotangent`, `g`
+        scaled to unit norm per sample (or zero), `(B, ...)`.
+        """
+
+    def attach(self, site: Site) -> Tensor:
+        """Return the equilibrium `(B, ...)`, differentiable in the way of this estimator."""
+        solution = site.free_phase()
+        # The last force is known: one plain step is free, and its own force certifies the result.
+        z = (solution.value + site.step * solution.force).detach()
+        force = site.force(z)
+        still = force.detach()
+        certificate = Certificate(
+            result=solution.result,
+            free_residual=relative_residual(still, z, None),
+            free_evaluations=solution.evaluations + 1,
+            state=z,
+            input=site.x.detach(),
+        )
+        site.finish(certificate)
+        site.settle(solution.result, solution.residual, site.solver.tol, "free phase")
+        value = z + site.step * still
+        if not force.requires_grad:
+            return value
+
+        def pull(cotangent: Tensor) -> Tensor:
+            adjoint = self.pull(site.problem(z, still), cotangent)
+            certificate.adjoint_result = adjoint.result
+            certificate.adjoint_residual = adjoint.residual
+            certificate.adjoint_remainder = adjoint.remainder
+            certificate.adjoint_evaluations += adjoint.evaluations
+            certificate.beta, certificate.response = adjoint.beta, adjoint.response
+            site.finish(certificate)  # a recomputation (checkpointing) has put its own in place
+            site.settle(adjoint.result, adjoint.residual, self.tolerance(), "adjoint")
+            return adjoint.value
+
+        return assign_adjoint(force, value, pull)
+
+    def tolerance(self) -> float:
+        """Return the residual that this estimator aims at, relative to the nudge."""
+        return float(getattr(self, "tol", math.inf))
+
+    def pull(self, problem: Problem, cotangent: Tensor) -> Adjoint:
+        """Return the adjoint of any cotangent: scale each sample to unit norm, and back.
+
+        So neither the loss's reduction nor a loss scale touches the result, and a sample without
+        a cotangent gets `a = 0`. An overflowed cotangent stays visible as NaN.
+        """
+        size = sample_norm(cotangent)
+        usable = torch.isfinite(size) & (size > 0)
+        unit = torch.where(
+            per_sample(usable, cotangent),
+            cotangent / per_sample(size, cotangent),
+            torch.zeros_like(cotangent),
+        )
+        adjoint = self.adjoint(problem, unit)
+        undo = torch.where(usable, size, size - size)
+        return replace(adjoint, value=adjoint.value * per_sample(undo, cotangent))
+
+
+def solve_adjoint(
+    problem: Problem, products: Products, cotangent: Tensor, tol: float, max_steps: int
+) -> Solution:
+    """Solve `Jᵀ a + g = 0` by VJPs; the solution's force is the remaining residual."""
+    return problem.solve(
+        lambda a: products.vjp(a) + cotangent,
+        problem.step * cotangent,
+        tol=tol,
+        max_steps=max_steps,
+        scale=torch.ones_like(sample_norm(cotangent)),  # unit or zero by contract
+    )
+
+
+def check_fields(name: str, **fields: float | None) -> None:
+    """Refuse numbers that are not positive, naming the estimator and the field."""
+    for field_name, value in fields.items():
+        if value is not None and not is_positive(value):
+            raise ConfigError(f"{name}: {field_name} is {value!r}, expected a number > 0")
+
+
+def check_counts(name: str, **fields: int) -> None:
+    """Refuse counts that are not whole numbers, at least 1, naming the estimator and the field."""
+    for field_name, value in fields.items():
+        if not is_count(value):
+            raise ConfigError(
+                f"{name}: {field_name} is {value!r}, expected a whole number, at least 1"
+            )

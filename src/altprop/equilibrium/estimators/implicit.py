@@ -1,0 +1,44 @@
+"""Implicit differentiation: solve `Jᵀ a = −g` by vector-Jacobian products.
+
+Reference: Bai, Kolter and Koltun, "Deep Equilibrium Models", NeurIPS 2019, equation 12.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from altprop.equilibrium.estimators.estimator import (
+    AbstractEstimator,
+    Adjoint,
+    Problem,
+    check_counts,
+    check_fields,
+    solve_adjoint,
+)
+
+
+@dataclass(frozen=True)
+class Implicit(AbstractEstimator):
+    """Solve the adjoint equation `Jᵀ a = −g` to a tolerance: exact, but it transports `Jᵀ`.
+
+    **Arguments:** `tol`, the residual `‖Jᵀa + g‖ / ‖g‖` per sample; `max_steps`, the limit of VJPs.
+    """
+
+    tol: float = 1e-3
+    max_steps: int = 100
+
+    def __post_init__(self) -> None:
+        check_fields("Implicit", tol=self.tol)
+        check_counts("Implicit", max_steps=self.max_steps)
+
+    def adjoint(self, problem: Problem, cotangent: Tensor) -> Adjoint:
+        solution = solve_adjoint(problem, problem.linearise(), cotangent, self.tol, self.max_steps)
+        return Adjoint(
+            value=solution.value,
+            residual=solution.residual,
+            remainder=solution.force,
+            evaluations=solution.evaluations + 1,
+            result=solution.result,
+        )

@@ -1,0 +1,102 @@
+"""Closed-form products with the Jacobians of a transformer's parts, frozen at one state.
+
+A nudged phase needs many products `Jv` and `Jᵀa` at the same state. Everything that does not
+depend on `v` or `a` (projections, attention matrix, norms' statistics, the activation's slope) is
+computed once here; each product then costs about one forward evaluation, where forward-mode or
+double-backward automatic differentiation costs several.
+
+Shapes: `B` samples, `T` tokens, `C` channels, `H` heads, `D = C/H`.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as nnf
+from torch import Tensor
+
+
+class LinearisedAttention:
+    """Causal softmax attention `z ↦ softmax(QKᵀ/√D) V W_Oᵀ`, linearised at `z`, `(B, T, C)`.
+
+    **Arguments:** `z`; `w_qkv`, `(3C, C)`; `w_o`, `(C, C)`; `heads`. `value` is its output at `z`.
+    """
+
+    def __init__(self, z: Tensor, w_qkv: Tensor, w_o: Tensor, heads: int) -> None:
+        _, T, C = z.shape
+        self._w_qkv, self._w_o, self._heads = w_qkv, w_o, heads
+        self._scale = (C // heads) ** -0.5
+        self._q, self._k, self._v = self._split(nnf.linear(z, w_qkv))
+        scores = self._scale * (self._q @ self._k.transpose(-1, -2))
+        future = torch.ones(T, T, dtype=torch.bool, device=z.device).triu_(1)
+        self._p = scores.masked_fill_(future, -math.inf).softmax(-1)
+        self.value = nnf.linear(self._merge(self._p @ self._v), w_o)
+
+    def jvp(self, dz: Tensor) -> Tensor:
+        dq, dk, dv = self._split(nnf.linear(dz, self._w_qkv))
+        ds = dq @ self._k.transpose(-1, -2)
+        ds += self._q @ dk.transpose(-1, -2)
+        return nnf.linear(self._merge(self._slope(ds) @ self._v + self._p @ dv), self._w_o)
+
+    def vjp(self, a: Tensor) -> Tensor:
+        (da,) = self._split(a @ self._w_o)
+        ds = self._slope(da @ self._v.transpose(-1, -2))
+        dq, dk, dv = ds @ self._k, ds.transpose(-1, -2) @ self._q, self._p.transpose(-1, -2) @ da
+        return torch.cat([self._merge(d) for d in (dq, dk, dv)], dim=-1) @ self._w_qkv
+
+    def _slope(self, ds: Tensor) -> Tensor:
+        """Return the softmax's (symmetric) derivative applied to raw score changes `ds`.
+
+        Future positions have `P = 0`, so what `ds` holds there never counts.
+        """
+        weighted = self._p * ds
+        weighted -= self._p * weighted.sum(-1, keepdim=True)
+        return weighted.mul_(self._scale)
+
+    def _split(self, y: Tensor) -> tuple[Tensor, ...]:
+        """Return the `(B, H, T, D)` parts of `(B, T, nC)`."""
+        B, T, _ = y.shape
+        D = self._w_o.shape[0] // self._heads
+        return y.view(B, T, -1, self._heads, D).permute(2, 0, 3, 1, 4).unbind(0)
+
+    @staticmethod
+    def _merge(y: Tensor) -> Tensor:
+        B, H, T, D = y.shape
+        return y.transpose(1, 2).reshape(B, T, H * D)
+
+
+class LinearisedNorm:
+    """Layer norm over the last axis, linearised at `x`, `(..., C)`; `value` is its output."""
+
+    def __init__(self, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> None:
+        self._weight = weight
+        self.value, mean, self._rstd = torch.native_layer_norm(x, weight.shape, weight, bias, eps)
+        self._unit = (x - mean) * self._rstd
+
+    def jvp(self, dx: Tensor) -> Tensor:
+        return self._project(dx) * self._weight
+
+    def vjp(self, a: Tensor) -> Tensor:
+        return self._project(a * self._weight)
+
+    def _project(self, v: Tensor) -> Tensor:
+        """Return `rstd (v − mean(v) − x̂ mean(x̂ v))`, which is symmetric in `v`."""
+        along = (self._unit * v).mean(-1, keepdim=True)
+        return self._rstd * (v - v.mean(-1, keepdim=True) - self._unit * along)
+
+
+class LinearisedFeedForward:
+    """`x ↦ down(gelu(up(x)))`, linearised at `x`, `(..., C)`."""
+
+    def __init__(self, x: Tensor, up: Tensor, up_bias: Tensor, down: Tensor) -> None:
+        self._up, self._down = up, down
+        h = nnf.linear(x, up, up_bias)
+        density = torch.exp(-0.5 * h * h).mul_(h / math.sqrt(2 * math.pi))
+        self._slope = torch.special.ndtr(h).add_(density)  # gelu' = Φ(h) + h φ(h)
+
+    def jvp(self, dx: Tensor) -> Tensor:
+        return nnf.linear(nnf.linear(dx, self._up).mul_(self._slope), self._down)
+
+    def vjp(self, a: Tensor) -> Tensor:
+        return (a @ self._down).mul_(self._slope) @ self._up

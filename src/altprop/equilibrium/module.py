@@ -1,0 +1,236 @@
+"""A module whose output is an equilibrium: `Equilibrium(dynamics, solver, estimator)`.
+
+The free phase is solved without recording. One recorded evaluation of the force then certifies the
+state and, in the backward pass, carries the estimator's adjoint to parameters and input.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from altprop.equilibrium.dynamics import AbstractDynamics
+from altprop.equilibrium.estimators.aep import AEP
+from altprop.equilibrium.estimators.estimator import (
+    AbstractEstimator,
+    Certificate,
+    Cost,
+    Problem,
+    Site,
+)
+from altprop.equilibrium.solvers.anderson import Anderson
+from altprop.equilibrium.solvers.solver import AbstractSolver, Force, Result, Solution
+from altprop.errors import ConfigError, ConvergenceError, RuleError
+
+OnFailure = Literal["raise", "warn", "accept"]
+
+
+class Equilibrium(nn.Module):
+    """Return the equilibrium of a dynamics, and give it an estimator's gradient.
+
+    `block(x)` solves `F(z; x) = 0` and returns `z*`; `.backward()` through it is the estimator's.
+    Training, evaluation and generation use this same definition of the state. Everything inside
+    runs in float32 or float64 whatever the autocast state, for bf16's round-off is as large as a
+    nudge. Memory does not depend on the number of relaxation steps (except under `BPTT`).
+
+    **Arguments:** `dynamics`; `solver`, of the free phase, whose kind also solves the estimator's
+    phases; `estimator`; `on_failure`, what to do when a solve misses its tolerance even after one
+    more attempt from where it stopped: `"raise"` a `ConvergenceError`, `"warn"`, or `"accept"`.
+    `certificate` holds what the last call measured.
+
+    **Shapes:** `x` is `(B, ...)`, and so is the result; samples never interact.
+
+    Sources: mathematics of the adjoint, Bai et al. 2019 and Scurria et al. (arXiv 2602.03670).
+    """
+
+    certificate: Certificate | None
+
+    def __init__(
+        self,
+        dynamics: AbstractDynamics,
+        solver: AbstractSolver | None = None,
+        estimator: AbstractEstimator | None = None,
+        on_failure: OnFailure = "raise",
+    ) -> None:
+        super().__init__()
+        self.dynamics = _expect(dynamics, AbstractDynamics, "dynamics", "GatedBlock(128, heads=4)")
+        self.solver = _expect(
+            Anderson() if solver is None else solver, AbstractSolver, "solver", "Anderson()"
+        )
+        self.estimator = _expect(
+            AEP() if estimator is None else estimator, AbstractEstimator, "estimator", "AEP()"
+        )
+        self.on_failure: OnFailure = _expect_policy(on_failure)
+        self.certificate = None
+
+    def forward(self, x: Tensor, *, cost: Cost | None = None) -> Tensor:
+        """Return the equilibrium `z*` under input `x`, both `(B, ...)`.
+
+        **Arguments:** `cost`, `z ↦ C(z)` (a scalar), for estimators that nudge with the cost's own
+        gradient; it must be the loss that is differentiated afterwards.
+
+        **Raises:** `ConvergenceError` as `on_failure` says; `ConfigError` for an input in half
+        precision outside autocast.
+        """
+        if torch.compiler.is_compiling():
+            return _outside_graph(self, x, cost)
+        return self._relax(x, cost)
+
+    def _relax(self, x: Tensor, cost: Cost | None) -> Tensor:
+        kind = x.device.type
+        if torch.is_autocast_enabled(kind) and x.is_floating_point() and x.itemsize < 4:
+            x = x.float()
+        if not x.is_floating_point() or torch.finfo(x.dtype).bits < 32:
+            raise ConfigError(
+                f"Equilibrium was given {x.dtype}: its nudges are smaller than that precision's "
+                "round-off; keep the block in float32 and use torch.autocast around the model"
+            )
+        with torch.autocast(kind, enabled=False):
+            return self.estimator.attach(self._site(x, cost))
+
+    def _site(self, x: Tensor, cost: Cost | None) -> Site:
+        start = self.dynamics.start(x)
+
+        def quiet(z: Tensor) -> Tensor:
+            with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+                return self.dynamics(z, x)
+
+        def solve(
+            force: Force, start: Tensor, *, tol: float, max_steps: int, scale: Tensor
+        ) -> Solution:
+            with torch.autocast(x.device.type, enabled=False):
+                solver = replace(self.solver, tol=tol, max_steps=max_steps)
+                return _persist(solver, force, start, self.dynamics.step, scale)
+
+        held = tuple(self.dynamics.parameters())
+
+        def problem(z: Tensor, still: Tensor) -> Problem:
+            if any(p is not q for p, q in zip(held, self.dynamics.parameters(), strict=True)):
+                raise RuleError(
+                    "the dynamics' parameters are not those of the forward pass (functional_call "
+                    "puts its own in place only until the call returns), so the adjoint would be "
+                    "that of another system: load them with load_state_dict, or use BPTT()"
+                )
+
+            def linearise() -> Any:
+                with torch.autocast(x.device.type, enabled=False):
+                    return self.dynamics.linearise(z, x)
+
+            return Problem(z, still, self.dynamics.step, quiet, linearise, solve, cost)
+
+        def finish(certificate: Certificate) -> None:
+            self.certificate = certificate
+
+        return Site(
+            x=x,
+            start=start,
+            step=self.dynamics.step,
+            force=lambda z: self.dynamics(z, x),
+            solver=self.solver,
+            free_phase=lambda: _persist(
+                self.solver, quiet, start.detach(), self.dynamics.step, None
+            ),
+            problem=problem,
+            finish=finish,
+            settle=self._settle,
+        )
+
+    def _settle(self, result: Result, residual: Tensor, tol: float, what: str) -> None:
+        if result or self.on_failure == "accept":
+            return
+        text = (
+            f"{what}: {result.value} (worst residual {float(residual.max()):.2e}, tolerance "
+            f"{tol:.0e}); raise max_steps or tol, stabilise the dynamics (JacobianHinge), or pass "
+            "on_failure='accept' and check certificate"
+        )
+        if self.on_failure == "raise":
+            raise ConvergenceError(text)
+        warnings.warn(text, RuntimeWarning, stacklevel=2)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # what was measured in one process is no part of the module that is copied or pickled
+        return {**super().__getstate__(), "certificate": None}
+
+    def extra_repr(self) -> str:
+        return f"solver={self.solver}, estimator={self.estimator}, on_failure={self.on_failure!r}"
+
+
+def _outside_graph(block: Equilibrium, x: Tensor, cost: Cost | None) -> Tensor:
+    """Relax outside the graph of a compiled model, and compile nothing that is called meanwhile.
+
+    What the relaxation iterates over can be compiled by itself: `block.dynamics.compile()`.
+    (`disable` is looked up here, for it imports the compiler, which takes as long as torch.)
+    """
+    return torch.compiler.disable(block._relax, reason="its length depends on the data")(x, cost)
+
+
+def equilibria(model: nn.Module) -> Iterator[tuple[str, Equilibrium]]:
+    """Yield every `Equilibrium` in `model` with its path."""
+    for path, module in model.named_modules():
+        if isinstance(module, Equilibrium):
+            yield path, module
+
+
+@contextmanager
+def using(
+    model: nn.Module,
+    estimator: AbstractEstimator | None = None,
+    solver: AbstractSolver | None = None,
+    on_failure: OnFailure | None = None,
+) -> Iterator[None]:
+    """Run the equilibria of `model` with another estimator, solver or policy for a while.
+
+    **Raises:** `ConfigError` as `Equilibrium` does, and then nothing is changed.
+    """
+    if estimator is not None:
+        _expect(estimator, AbstractEstimator, "estimator", "AEP()")
+    if solver is not None:
+        _expect(solver, AbstractSolver, "solver", "Anderson()")
+    if on_failure is not None:
+        _expect_policy(on_failure)
+    before = [(m, m.estimator, m.solver, m.on_failure) for _, m in equilibria(model)]
+    try:
+        for module, *_ in before:
+            module.estimator = estimator or module.estimator
+            module.solver = solver or module.solver
+            module.on_failure = on_failure or module.on_failure
+        yield
+    finally:
+        for module, own_estimator, own_solver, own_policy in before:
+            module.estimator, module.solver = own_estimator, own_solver
+            module.on_failure = own_policy
+
+
+def _persist(
+    solver: AbstractSolver, force: Force, start: Tensor, step: float, scale: Tensor | None
+) -> Solution:
+    """Solve, and once more from where the first attempt stopped if that was too early."""
+    first = solver.solve(force, start, step=step, scale=scale)
+    # one lost sample must not cost its batch-mates their second attempt
+    unfinished = torch.isfinite(first.residual) & (first.residual > solver.tol)
+    if solver.tol == 0 or not bool(unfinished.any()):
+        return first
+    second = solver.solve(force, first.value, step=step, scale=scale)
+    return replace(second, evaluations=first.evaluations + second.evaluations)
+
+
+def _expect(value: Any, kind: type, name: str, example: str) -> Any:
+    if isinstance(value, kind):
+        return value
+    if isinstance(value, type) and issubclass(value, kind):
+        given = f"the class {value.__name__}"
+    else:
+        given = f"{type(value).__name__} {value!r}"
+    raise ConfigError(f"{name} is {given}, expected an {kind.__name__}: write {name}={example}")
+
+
+def _expect_policy(value: Any) -> OnFailure:
+    if value in get_args(OnFailure):
+        return value
+    raise ConfigError(f"on_failure is {value!r}, expected 'raise', 'warn' or 'accept'")

@@ -1,0 +1,137 @@
+"""What a solver is: it drives a force to zero and says honestly how far it came.
+
+Shapes: a state is `(B, ...)`; every norm, weight and decision belongs to one sample of the first
+axis, so that batch-mates change nothing beyond rounding.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from altprop.errors import ConfigError, RuleError
+
+Force = Callable[[Tensor], Tensor]
+
+
+class Result(enum.Enum):
+    """The outcome of a solve; the value is its message."""
+
+    CONVERGED = "the force residual of every sample is within the tolerance"
+    FIXED_TIME = "the stated number of steps was made; there was no tolerance to reach"
+    MAX_STEPS = "the limit of steps was reached before the tolerance"
+    NON_FINITE = "the state became infinite or NaN"
+
+    def __bool__(self) -> bool:
+        return self in (Result.CONVERGED, Result.FIXED_TIME)
+
+
+@dataclass(frozen=True)
+class Solution:
+    """What a solve returns.
+
+    `value`: the state, `(B, ...)`. `force`: the force at `value`, same shape. `residual`: `‖force‖`
+    per sample relative to the solve's scale, `(B,)`. `evaluations`: calls of the force. `result`:
+    the outcome of the worst sample.
+    """
+
+    value: Tensor
+    force: Tensor
+    residual: Tensor
+    evaluations: int
+    result: Result
+
+
+class AbstractSolver(ABC):
+    """Base of every solver. A concrete solver is a frozen dataclass with `tol` and `max_steps`.
+
+    `tol`: the largest accepted residual per sample, relative to the scale of the solve; 0 asks for
+    exactly `max_steps` steps, which then cannot fail to converge but only to stay finite.
+    `max_steps`: the limit of force evaluations (at least 1).
+    """
+
+    tol: float
+    max_steps: int
+
+    @abstractmethod
+    def solve(
+        self,
+        force: Force,
+        start: Tensor,
+        *,
+        step: float,
+        scale: Tensor | None = None,
+    ) -> Solution:
+        """Seek `z` with `force(z) = 0`, without recording for autograd.
+
+        **Arguments:** `force`, from a state to the force of the same shape `(B, ...)`; `start`, the
+        first state; `step`, the `ε` for which `z + ε force(z)` is the natural fixed-point map;
+        `scale`, the size `(B,)` that residuals are relative to (default: the state's own norm).
+        """
+
+    def unroll(self, force: Force, start: Tensor) -> Tensor:
+        """Return the last state of a relaxation that autograd can record step by step.
+
+        **Raises:** `RuleError` for a solver that is no plain relaxation.
+        """
+        raise RuleError(
+            f"BPTT differentiates a stated relaxation, and {type(self).__name__} is none: "
+            "write Equilibrium(..., solver=Euler(step=0.1, max_steps=120), estimator=BPTT())"
+        )
+
+
+def is_positive(value: Any) -> bool:
+    """Return whether `value` is a finite number above 0."""
+    return isinstance(value, Real) and math.isfinite(value) and float(value) > 0
+
+
+def is_count(value: Any) -> bool:
+    """Return whether `value` is a whole number, at least 1."""
+    return isinstance(value, Integral) and int(value) >= 1
+
+
+def check_solver_fields(solver: AbstractSolver) -> None:
+    """Refuse limits that no solve can honour."""
+    name = type(solver).__name__
+    if not (is_positive(solver.tol) or solver.tol == 0):
+        raise ConfigError(f"{name}: tol is {solver.tol!r}, expected a number ≥ 0, such as 1e-3")
+    if not is_count(solver.max_steps):
+        raise ConfigError(
+            f"{name}: max_steps is {solver.max_steps!r}, expected a whole number, at least 1"
+        )
+
+
+def sample_norm(z: Tensor) -> Tensor:
+    """Return the Euclidean norm of each sample, `(B, ...) → (B,)`."""
+    return torch.linalg.vector_norm(z.flatten(1), dim=1)
+
+
+def per_sample(s: Tensor, z: Tensor) -> Tensor:
+    """Return `s`, `(B,)`, shaped so that it multiplies `z`, `(B, ...)`, sample by sample."""
+    return s.reshape(-1, *([1] * (z.dim() - 1)))
+
+
+def relative_residual(force: Tensor, state: Tensor, scale: Tensor | None) -> Tensor:
+    """Return `‖F‖ / scale` per sample, `(B,)`; the scale is `max(‖z‖, tiny)` unless given."""
+    size = sample_norm(state) if scale is None else scale
+    return sample_norm(force) / size.clamp_min(torch.finfo(force.dtype).tiny)
+
+
+def conclude(residual: Tensor, tol: float) -> Result:
+    """Return the outcome of a solve that ended with these residuals, `(B,)`.
+
+    A tolerance of 0 asks for a fixed time and not for convergence.
+    """
+    if not bool(torch.isfinite(residual).all()):
+        return Result.NON_FINITE
+    if tol == 0:
+        return Result.FIXED_TIME
+    return Result.CONVERGED if bool((residual <= tol).all()) else Result.MAX_STEPS

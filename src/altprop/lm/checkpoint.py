@@ -1,0 +1,119 @@
+"""A checkpoint is one safetensors file that is either whole or not there.
+
+It holds the model (`model.…`), the optimiser's moments (`optimiser.<parameter>.<moment>`) and what
+else a run needs to go on (`extra.…`); the header says what wrote it and at which step.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from altprop import CheckpointError
+
+FORMAT = "altprop/1"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a file holds: tensors by group and name, and the plain data of its header."""
+
+    model: dict[str, Tensor]
+    optimiser: dict[str, Tensor]
+    extra: dict[str, Tensor]
+    notes: dict[str, Any]
+
+
+def save(
+    path: Path,
+    model: nn.Module,
+    optimiser: torch.optim.Optimizer | None,
+    extra: Mapping[str, Tensor],
+    notes: Mapping[str, Any],
+) -> None:
+    """Write a checkpoint in one step: a reader finds the old file or the new one, whole.
+
+    **Arguments:** `extra`, more tensors by name; `notes`, plain data for the header.
+    """
+    tensors = {f"model.{k}": v for k, v in model.state_dict().items()}
+    if optimiser is not None:
+        for name, parameter in model.named_parameters():
+            for key, value in optimiser.state.get(parameter, {}).items():
+                tensors[f"optimiser.{name}.{key}"] = torch.as_tensor(value)
+    tensors |= {f"extra.{k}": v for k, v in extra.items()}
+    # clone: tied parameters share storage, which the format refuses
+    whole = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
+    fresh = path.with_name(path.name + ".part")
+    try:
+        save_file(whole, fresh, {"format": FORMAT, "notes": json.dumps(dict(notes))})
+        os.replace(fresh, path)
+    finally:
+        fresh.unlink(missing_ok=True)
+
+
+def load(path: Path) -> Checkpoint:
+    """Read a checkpoint.
+
+    **Raises:** `CheckpointError` if the file is missing, truncated, or not altprop's.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path}: there is no such checkpoint; give a run folder of train")
+    groups: dict[str, dict[str, Tensor]] = {"model": {}, "optimiser": {}, "extra": {}}
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+            if header.get("format") != FORMAT:
+                raise CheckpointError(
+                    f"{path}: not a checkpoint of this version of altprop (its header says format "
+                    f"{header.get('format')!r}, expected {FORMAT!r})"
+                )
+            notes = json.loads(header["notes"])
+            for name in file.keys():
+                group, _, key = name.partition(".")
+                groups[group][key] = file.get_tensor(name)
+    except (SafetensorError, KeyError, ValueError, OSError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(
+            f"{path}: truncated or not a checkpoint ({error}); take another or train again"
+        ) from error
+    return Checkpoint(groups["model"], groups["optimiser"], groups["extra"], notes)
+
+
+def restore_model(model: nn.Module, checkpoint: Checkpoint, path: Path) -> None:
+    """Load the model's part, strictly.
+
+    **Raises:** `CheckpointError` naming what does not fit.
+    """
+    try:
+        model.load_state_dict(checkpoint.model)
+    except RuntimeError as error:
+        first = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
+        raise CheckpointError(f"{path}: not of this configuration's model: {first}") from None
+
+
+def restore_optimiser(
+    model: nn.Module, optimiser: torch.optim.Optimizer, checkpoint: Checkpoint
+) -> None:
+    """Give the optimiser back its moments, by the parameters' names."""
+    for name, parameter in model.named_parameters():
+        prefix = f"{name}."
+        moments = {
+            key[len(prefix) :]: value
+            for key, value in checkpoint.optimiser.items()
+            if key.startswith(prefix) and "." not in key[len(prefix) :]
+        }
+        if moments:
+            optimiser.state[parameter] = {
+                key: value.clone() if key == "step" else value.to(parameter)
+                for key, value in moments.items()
+            }

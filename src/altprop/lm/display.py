@@ -1,0 +1,93 @@
+"""What a person sees while a run goes on: one live line on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+class Display:
+    """Shows step, loss, validation loss, tokens per second, residual, evaluations, time left.
+
+    **Arguments:** `total`, the number of steps; `done`, how many a resumed run has made already;
+    `console`, where to write (the terminal); `every`, seconds between lines where there is none.
+    """
+
+    def __init__(
+        self, total: int, done: int = 0, console: Console | None = None, every: float = 10.0
+    ) -> None:
+        self._console = console or Console(highlight=False)
+        self._total, self._every = total, every
+        self._validation = math.nan
+        self._shown = -math.inf
+        self._started, self._first = time.monotonic(), done
+        self._bar: Progress | None = None
+        if self._console.is_terminal:
+            self._bar = Progress(
+                TextColumn("{task.completed}/{task.total}"),
+                BarColumn(bar_width=18),
+                TextColumn("{task.description}"),
+                TimeRemainingColumn(compact=True),
+                console=self._console,
+            )
+            self._task = self._bar.add_task("", total=total, completed=done)
+
+    def __enter__(self) -> Display:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def note(self, text: str) -> None:
+        """Print a line of its own."""
+        self._console.print(escape(text), soft_wrap=True)
+
+    def step(self, record: dict[str, Any]) -> None:
+        """Show what a step measured."""
+        words = self._words(record)
+        if self._bar is not None:
+            self._bar.update(self._task, completed=record["step"], description=words)
+        elif time.monotonic() - self._shown >= self._every:
+            self._shown = time.monotonic()
+            self.note(f"step {record['step']}/{self._total}  {words}  {self._left(record['step'])}")
+
+    def evaluation(self, step: int, loss: float) -> None:
+        """Show a validation loss."""
+        self._validation = loss
+        self.note(f"step {step}/{self._total}  validation loss {loss:.4f}")
+
+    def finish(self, loss: float, best: float, refused: int, text: str, folder: Path) -> None:
+        """Show how the run ended."""
+        minutes, seconds = divmod(round(time.monotonic() - self._started), 60)
+        if text:
+            self._console.rule("a sample")
+            self.note(text)
+            self._console.rule()
+        self.note(f"validation cross-entropy {loss:.4f} nats per token (best {best:.4f})")
+        self.note(f"refused steps {refused}; time {minutes}:{seconds:02d}; run folder {folder}")
+
+    def _words(self, record: dict[str, Any]) -> str:
+        parts = [f"loss {record['loss']:.3f}"]
+        if math.isfinite(self._validation):
+            parts.append(f"val {self._validation:.3f}")
+        parts.append(f"{record['tokens_per_second'] / 1e3:.1f}k tok/s")
+        if "free_residual" in record:
+            evaluations = record["free_evaluations"] + record["adjoint_evaluations"]
+            parts += [f"residual {record['free_residual']:.0e}", f"{evaluations:.0f} evals"]
+        if record["refused"]:
+            parts.append(f"{record['refused']} refused")
+        return "  ".join(parts)
+
+    def _left(self, step: int) -> str:
+        made = step - self._first
+        left = (time.monotonic() - self._started) / max(1, made) * (self._total - step)
+        return f"{int(left // 60)}:{int(left % 60):02d} left"

@@ -1,0 +1,84 @@
+"""Pictures of a run, drawn from its `metrics.jsonl` alone."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from altprop import CheckpointError, ConfigError
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """Return the records of a run, one per line of its `metrics.jsonl`.
+
+    **Raises:** `CheckpointError` if the folder has none or a line is no JSON object.
+    """
+    path = folder / "metrics.jsonl"
+    if not path.is_file():
+        raise CheckpointError(f"{folder}: no metrics.jsonl there; give a run folder of train")
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not one JSON object a line ({error})") from None
+
+
+def plot_run(folder: Path) -> Path:
+    """Draw the loss, residual and evaluation curves of a run into `curves.png`; return its path.
+
+    **Raises:** `ConfigError` without matplotlib; `CheckpointError` without metrics.
+    """
+    records = read_metrics(folder)
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ConfigError('plots need matplotlib: pip install "altprop[plots]"') from None
+
+    figure = Figure(figsize=(8, 7), layout="constrained")
+    loss, residual, evaluations = figure.subplots(
+        3, 1, sharex=True, gridspec_kw={"height_ratios": [3, 2, 1.4]}
+    )
+    steps, losses = _series(records, "loss")
+    loss.plot(steps, losses, color="0.75", linewidth=0.8, label="training")
+    steps, losses = _series(records, "validation_loss")
+    loss.plot(steps, losses, "o-", color="C0", markersize=4, label="validation")
+    if losses:
+        loss.annotate(
+            f"{losses[-1]:.3f}", (steps[-1], losses[-1]), (0, 8), textcoords="offset points",
+            ha="right", color="C0",
+        )  # fmt: skip
+    loss.set_ylabel("cross-entropy (nats)")
+    loss.legend(frameon=False)
+
+    for name, label in (("free_residual", "free"), ("adjoint_residual", "adjoint")):
+        steps, values = _series(records, name)
+        if values:
+            residual.semilogy(steps, values, linewidth=0.8, label=label)
+    residual.set_ylabel("worst relative residual")
+    for name, label in (("free_evaluations", "free"), ("adjoint_evaluations", "adjoint")):
+        steps, values = _series(records, name)
+        if values:
+            evaluations.plot(steps, values, linewidth=0.8, label=label)
+    evaluations.set_ylabel("evaluations")
+    evaluations.set_xlabel("step")
+    for axis in (residual, evaluations):
+        if axis.lines:
+            axis.legend(frameon=False, ncols=2)
+        else:
+            axis.text(0.5, 0.5, "no equilibrium in this model", ha="center", va="center",
+                      transform=axis.transAxes, color="0.5")  # fmt: skip
+    for axis in (loss, residual, evaluations):
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(alpha=0.25)
+
+    path = folder / "curves.png"
+    fresh = folder / "curves.part.png"
+    figure.savefig(fresh, dpi=130)
+    os.replace(fresh, path)
+    return path
+
+
+def _series(records: list[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
+    pairs = [(r["step"], r[name]) for r in records if r.get(name) is not None]
+    return [step for step, _ in pairs], [value for _, value in pairs]

@@ -1,0 +1,162 @@
+"""A run's folder: what it was configured with, its metrics, and checkpoints to go on from."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Protocol, TextIO
+
+import torch
+from torch import Tensor, nn
+
+from altprop import CheckpointError
+from altprop.lm import checkpoint
+from altprop.lm.config import read_config, write_config
+from altprop.lm.settings import TrainConfig
+from altprop.lm.text import Batches, Corpus
+
+
+class Stateful(Protocol):
+    """What can be saved as tensors by name, and restored."""
+
+    def state_dict(self) -> dict[str, Tensor]: ...
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None: ...
+
+
+@dataclass
+class Progress:
+    """How far a run has come."""
+
+    step: int = 0
+    refused: int = 0
+    loss: float = math.inf
+    best_loss: float = math.inf
+
+
+class Run:
+    """A run's folder: what it was configured with, its metrics and its checkpoints."""
+
+    # what a resumed run may change without becoming another run
+    _FREE = {"out", "resume", "overwrite", "steps", "eval_every", "device", "sample", "on_failure"}
+
+    def __init__(self, folder: Path, config: TrainConfig) -> None:
+        self.folder, self.config = folder, config
+        self._metrics: TextIO | None = None
+
+    @classmethod
+    def open(cls, config: TrainConfig, corpus: Corpus) -> Run:
+        """Make the folder, or find the one to go on in; refuse to mix two runs.
+
+        **Raises:** `CheckpointError` for a run that is in the way or cannot be resumed.
+        """
+        folder = config.out or Path("runs") / time.strftime(
+            f"{Path(config.data).stem}-{type(config.estimator).__name__}-%Y%m%d-%H%M%S"
+        )
+        run = cls(folder, config)
+        there = (folder / "config.yaml").exists() or (folder / "metrics.jsonl").exists()
+        if config.resume:
+            run._check_same(there)
+        elif there and not config.overwrite:
+            raise CheckpointError(
+                f"{folder} already holds a run: add --resume to go on with it, --overwrite to "
+                "replace it, or name another folder with --out"
+            )
+        elif folder.exists() and (not folder.is_dir() or (not there and any(folder.iterdir()))):
+            raise CheckpointError(f"{folder} is no run folder: name a new folder with --out")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if not config.resume:
+                for old in ("metrics.jsonl", "best.safetensors", "last.safetensors", "curves.png"):
+                    (folder / old).unlink(missing_ok=True)
+                corpus.tokenizer.to_json(folder / "vocab.json")
+                write_config(folder / "config.yaml", _resumable(config, folder))
+        except OSError as error:
+            raise CheckpointError(f"{folder}: cannot be written ({error.strerror})") from None
+        return run
+
+    def _check_same(self, there: bool) -> None:
+        if not there:
+            raise CheckpointError(f"{self.folder} holds no run to resume: leave out --resume")
+        before = read_config(self.folder / "config.yaml", TrainConfig)
+        changed = [
+            f.name
+            for f in fields(TrainConfig)
+            if f.name not in self._FREE and getattr(before, f.name) != getattr(self.config, f.name)
+        ]
+        if changed:
+            raise CheckpointError(
+                f"{self.folder} was started with other values of {', '.join(changed)}: write "
+                f"--config {self.folder / 'config.yaml'} --resume, or start a new run"
+            )
+
+    def restore(
+        self,
+        model: nn.Module,
+        optimiser: torch.optim.Optimizer,
+        batches: Batches,
+        stabiliser: Stateful | None,
+    ) -> Progress:
+        """Take everything back to the last checkpoint, the metrics too."""
+        path = self.folder / "last.safetensors"
+        saved = checkpoint.load(path)
+        checkpoint.restore_model(model, saved, path)
+        checkpoint.restore_optimiser(model, optimiser, saved)
+        batches.generator.set_state(saved.extra["batches"])
+        prefix = "stabiliser."
+        state = {k[len(prefix) :]: v for k, v in saved.extra.items() if k.startswith(prefix)}
+        if stabiliser is not None:
+            stabiliser.load_state_dict(state)
+        progress = Progress(**saved.notes["progress"])
+        metrics = self.folder / "metrics.jsonl"
+        kept = [
+            line
+            for line in metrics.read_text(encoding="utf-8").splitlines()
+            if json.loads(line)["step"] <= progress.step
+        ]
+        metrics.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        return progress
+
+    def __enter__(self) -> Run:
+        self._metrics = open(self.folder / "metrics.jsonl", "a", encoding="utf-8")
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._metrics is not None:
+            self._metrics.close()
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Append one JSON object to `metrics.jsonl`, at once; what is not finite becomes null."""
+        assert self._metrics is not None, "log belongs inside the run's with block"
+        plain = {
+            k: None if isinstance(v, float) and not math.isfinite(v) else v
+            for k, v in record.items()
+        }
+        self._metrics.write(json.dumps(plain, allow_nan=False) + "\n")
+        self._metrics.flush()
+
+    def save(
+        self,
+        name: str,
+        model: nn.Module,
+        optimiser: torch.optim.Optimizer | None,
+        batches: Batches,
+        stabiliser: Stateful | None,
+        progress: Progress,
+    ) -> None:
+        """Write `<name>.safetensors`; with the optimiser it is one to go on from."""
+        extra = {"batches": batches.generator.get_state()}
+        if stabiliser is not None:
+            extra |= {f"stabiliser.{k}": v for k, v in stabiliser.state_dict().items()}
+        notes = {"progress": vars(progress)}
+        path = self.folder / f"{name}.safetensors"
+        checkpoint.save(path, model, optimiser, extra, notes)
+
+
+def _resumable(config: TrainConfig, folder: Path) -> TrainConfig:
+    """Return the configuration as it is stored: with the folder, ready for `--resume`."""
+    return replace(config, out=folder, resume=False, overwrite=False)

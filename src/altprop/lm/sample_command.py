@@ -1,0 +1,69 @@
+"""Write text with a trained model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from altprop import CheckpointError
+from altprop.lm import checkpoint
+from altprop.lm.config import read_config
+from altprop.lm.model import EquilibriumLM, generate
+from altprop.lm.settings import TrainConfig
+from altprop.lm.text import CharTokenizer
+from altprop.lm.train import build_model, pick_device
+
+
+def load_run(
+    run: Path, which: str = "best", device: str = "auto"
+) -> tuple[EquilibriumLM, CharTokenizer]:
+    """Return a run's model, on `device`, and its tokenizer.
+
+    **Arguments:** `run`, the folder of a training run; `which`, `best` or `last`.
+
+    **Raises:** `CheckpointError` if the folder or the checkpoint is no run of altprop's.
+    """
+    for name in ("config.yaml", "vocab.json"):
+        if not (run / name).is_file():
+            raise CheckpointError(f"{run}: no {name} there; give the folder of a training run")
+    config = read_config(run / "config.yaml", TrainConfig)
+    tokenizer = CharTokenizer.from_json(run / "vocab.json")
+    path = run / f"{which}.safetensors"
+    saved = checkpoint.load(path)
+    model = build_model(config, len(tokenizer)).to(pick_device(device))
+    checkpoint.restore_model(model, saved, path)
+    return model.eval(), tokenizer
+
+
+def sample(
+    run: Path,
+    *,
+    prompt: str = "\n",
+    tokens: int = 500,
+    temperature: float = 0.8,
+    top_k: int | None = None,
+    seed: int = 0,
+    which: str = "best",
+    device: str = "auto",
+) -> None:
+    """Write text with a trained model.
+
+    Args:
+        run: the folder of a training run.
+        prompt: the text to continue; its characters must be in the run's vocabulary.
+        tokens: how many tokens to write.
+        temperature: divides the logits; 0 takes the likeliest token.
+        top_k: keep only the likeliest so many tokens; null for all.
+        seed: of the draws.
+        which: the checkpoint, `best` or `last`.
+        device: `auto`, `cpu`, `cuda`, or any other that torch knows.
+    """
+    model, tokenizer = load_run(run, which, device)
+    ids = torch.as_tensor(tokenizer.encode(prompt).astype("int64")).unsqueeze(0)
+    ids = ids.to(next(model.parameters()).device)
+    generator = torch.Generator().manual_seed(seed)
+    out = generate(model, ids, tokens, temperature=temperature, top_k=top_k, generator=generator)
+    text = tokenizer.decode(out[0].cpu().numpy())
+    Console(highlight=False).print(text, markup=False, soft_wrap=True)

@@ -1,0 +1,113 @@
+"""What a training run depends on: one frozen dataclass, for Python and the command line."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from altprop import (
+    AEP,
+    AbstractEstimator,
+    AbstractSolver,
+    AbstractStabiliser,
+    Anderson,
+    ConfigError,
+    JacobianHinge,
+)
+from altprop.lm.model import ModelConfig
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that a training run depends on.
+
+    Args:
+        data: a built-in corpus (`plays`), a text file or folder of them, or a prepared folder.
+        out: the run's folder; a new one below runs/ unless given.
+        resume: go on from the last checkpoint in the run's folder.
+        overwrite: replace a run that is already in the folder.
+        block: the dynamics, `gated` or `damped`.
+        d_model: the width.
+        heads: attention heads; must divide the width.
+        context: the length of a window, in tokens.
+        estimator: how a cotangent becomes a gradient.
+        solver: how the free phase is solved, in training, evaluation and generation.
+        stabiliser: what keeps the fixed point while it learns; null for nothing.
+        batch: windows per step.
+        steps: optimiser steps.
+        lr: the peak learning rate of AdamW.
+        warmup: steps of linear warm-up.
+        final_lr: where the cosine ends, as a fraction of the peak.
+        weight_decay: of matrices and embeddings; vectors (norms, biases, gates) have none.
+        beta1: AdamW's decay of the mean.
+        beta2: AdamW's decay of the square.
+        clip: the largest gradient norm.
+        seed: of everything random in the run.
+        eval_every: steps between evaluations.
+        eval_windows: fixed windows that an evaluation covers.
+        free_limit: the largest free residual of a step that may be applied.
+        adjoint_limit: the largest adjoint residual of a step that may be applied.
+        on_failure: what to do with a step past these limits or with a loss that is not finite:
+            `skip` drops its gradient (the stabiliser still acts) and counts it, `stop` ends the
+            run.
+        device: `auto`, `cpu`, `cuda`, or any other that torch knows.
+        sample: characters of text to write at the end.
+    """
+
+    data: str = "plays"
+    out: Path | None = None
+    resume: bool = False
+    overwrite: bool = False
+    block: str = "gated"
+    d_model: int = 128
+    heads: int = 4
+    context: int = 64
+    estimator: AbstractEstimator = AEP()
+    solver: AbstractSolver = Anderson()
+    stabiliser: AbstractStabiliser | None = JacobianHinge()
+    batch: int = 16
+    steps: int = 1000
+    lr: float = 3e-3
+    warmup: int = 100
+    final_lr: float = 0.1
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.99
+    clip: float = 1.0
+    seed: int = 0
+    eval_every: int = 250
+    eval_windows: int = 320
+    free_limit: float = 1e-3
+    adjoint_limit: float = 0.05
+    on_failure: Literal["skip", "stop"] = "skip"
+    device: str = "auto"
+    sample: int = 400
+
+    def __post_init__(self) -> None:
+        for name in ("batch", "steps", "eval_every", "eval_windows"):
+            _require(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
+        for name in ("lr", "clip", "free_limit", "adjoint_limit"):
+            value = getattr(self, name)
+            _require(name, value, math.isfinite(value) and value > 0, "a number > 0")
+        for name in ("warmup", "weight_decay", "sample", "final_lr"):
+            value = getattr(self, name)
+            _require(name, value, math.isfinite(value) and value >= 0, "a number ≥ 0")
+        for name in ("beta1", "beta2"):
+            _require(name, getattr(self, name), 0 <= getattr(self, name) < 1, "in [0, 1)")
+        _require("on_failure", self.on_failure, self.on_failure in ("skip", "stop"), "skip or stop")
+        if self.resume and self.overwrite:
+            raise ConfigError("resume and overwrite exclude each other: give one of them")
+        if self.resume and self.out is None:
+            raise ConfigError("resume needs the run's folder: write --out FOLDER --resume")
+        self.model(vocabulary=1)  # refuses a shape that no model can have
+
+    def model(self, vocabulary: int) -> ModelConfig:
+        """Return the model's shape for a vocabulary of so many tokens."""
+        return ModelConfig(vocabulary, self.context, self.d_model, self.heads, self.block)
+
+
+def _require(name: str, value: object, holds: bool, expected: str) -> None:
+    if not holds:
+        raise ConfigError(f"{name} is {value}, expected {expected}")

@@ -1,0 +1,265 @@
+"""The training loop: one function that reads from top to bottom and knows no rule by name."""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from altprop import Certificate, ConfigError, ConvergenceError, equilibria
+from altprop.lm.display import Display
+from altprop.lm.model import EquilibriumLM, generate
+from altprop.lm.report import plot_run
+from altprop.lm.run import Progress, Run
+from altprop.lm.settings import TrainConfig
+from altprop.lm.text import Batches, Corpus, check_context, load_corpus, windows
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run ended with; losses are validation cross-entropies in nats per token."""
+
+    folder: Path
+    loss: float
+    best_loss: float
+    refused: int
+    sample: str
+
+
+def train(config: TrainConfig) -> TrainResult:
+    """Train a language model and return what came of it.
+
+    Writes into the run's folder `config.yaml`, `vocab.json`, `metrics.jsonl`, `best.safetensors`,
+    `last.safetensors` and `curves.png`.
+
+    **Raises:** `DataError`, `ConfigError`, `CheckpointError` before anything is written;
+    `ConvergenceError` if a step fails under `on_failure="stop"`; `KeyboardInterrupt` after saving.
+    """
+    corpus = load_corpus(config.data)
+    check_context(corpus, config.context)
+    device = pick_device(config.device)
+    with torch.random.fork_rng():
+        torch.manual_seed(config.seed)
+        model = build_model(config, len(corpus.tokenizer)).to(device)
+    optimiser = make_optimiser(model, config)
+    batches = Batches(
+        corpus.train, config.batch, config.context, torch.Generator().manual_seed(config.seed)
+    )
+    held_out = windows(corpus.validation, config.eval_windows, config.context, seed=0)
+    guard = Guard(config, torch.Generator().manual_seed(config.seed + 1))
+
+    run = Run.open(config, corpus)
+    progress = run.restore(model, optimiser, batches, guard.state) if config.resume else Progress()
+    with run, Display(config.steps, progress.step) as display, interruptible() as interrupted:
+        display.note(f"{count_parameters(model):,} parameters; run folder {run.folder}")
+        while progress.step < config.steps and not interrupted():
+            clock = time.perf_counter()
+            rate = learning_rate(config, progress.step)
+            for group in optimiser.param_groups:
+                group["lr"] = rate
+            ids, targets = (t.to(device) for t in batches.draw())
+            optimiser.zero_grad(set_to_none=True)
+            _, loss = model(ids, targets)
+            loss.backward()
+            measured = guard.check(model, optimiser, float(loss.detach()), progress)
+            norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+            optimiser.step()
+
+            progress.step += 1
+            seconds = time.perf_counter() - clock
+            record = {
+                "step": progress.step,
+                "loss": float(loss.detach()),
+                "lr": rate,
+                "gradient_norm": float(norm),
+                **measured,
+                "refused": progress.refused,
+                "tokens_per_second": ids.numel() / seconds,
+            }
+            run.log(record)
+            display.step(record)
+            if progress.step % config.eval_every == 0 or progress.step == config.steps:
+                progress.loss, residual = evaluate(model, held_out, config.batch, device)
+                run.log(
+                    {
+                        "step": progress.step,
+                        "validation_loss": progress.loss,
+                        "validation_free_residual": residual,
+                    }
+                )
+                display.evaluation(progress.step, progress.loss)
+                if progress.loss < progress.best_loss:
+                    progress.best_loss = progress.loss
+                    run.save("best", model, None, batches, guard.state, progress)
+                run.save("last", model, optimiser, batches, guard.state, progress)
+
+    plot_run(run.folder)
+    if progress.step < config.steps:
+        run.save("last", model, optimiser, batches, guard.state, progress)
+        display.note(
+            f"stopped after step {progress.step} of {config.steps}; go on with\n"
+            f"  altprop train --config {run.folder / 'config.yaml'} --resume"
+        )
+        raise KeyboardInterrupt
+    text = write_sample(model, corpus, config, device)
+    display.finish(progress.loss, progress.best_loss, progress.refused, text, run.folder)
+    return TrainResult(run.folder, progress.loss, progress.best_loss, progress.refused, text)
+
+
+def build_model(config: TrainConfig, vocabulary: int) -> EquilibriumLM:
+    """Return the untrained model of a run; the guard of the loop judges its failed solves."""
+    return EquilibriumLM(config.model(vocabulary), config.solver, config.estimator, "accept")
+
+
+def make_optimiser(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
+    """Return AdamW with weight decay on matrices and none on vectors."""
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    vectors = [p for p in model.parameters() if p.dim() <= 1]
+    return torch.optim.AdamW(
+        [
+            {"params": matrices, "weight_decay": config.weight_decay},
+            {"params": vectors, "weight_decay": 0.0},
+        ],
+        lr=config.lr,
+        betas=(config.beta1, config.beta2),
+    )
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """Return the rate of step 0, 1, …: linear warm-up, then a cosine to `final_lr` of the peak."""
+    if step < config.warmup:
+        return config.lr * (step + 1) / config.warmup
+    done = (step - config.warmup) / max(1, config.steps - config.warmup)
+    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+    return config.lr * (config.final_lr + (1 - config.final_lr) * cosine)
+
+
+@torch.no_grad()
+def evaluate(
+    model: EquilibriumLM, held_out: tuple[Tensor, Tensor], batch: int, device: torch.device
+) -> tuple[float, float]:
+    """Return the mean cross-entropy over fixed windows, and their worst free residual."""
+    total, worst = 0.0, 0.0
+    ids, targets = held_out
+    for x, y in zip(ids.split(batch), targets.split(batch), strict=True):
+        _, loss = model(x.to(device), y.to(device))
+        total += float(loss) * len(x)
+        worst = max([worst, *(float(c.free_residual.max()) for c in certificates(model))])
+    return total / len(ids), worst
+
+
+def certificates(model: nn.Module) -> list[Certificate]:
+    """Return what the equilibria of `model` measured in their last call."""
+    return [block.certificate for _, block in equilibria(model) if block.certificate is not None]
+
+
+class Guard:
+    """Judges every step's gradient before it is applied, and lets the stabiliser act."""
+
+    def __init__(self, config: TrainConfig, generator: torch.Generator) -> None:
+        self._config = config
+        self.state = config.stabiliser.init(generator) if config.stabiliser else None
+
+    def check(
+        self, model: nn.Module, optimiser: torch.optim.Optimizer, loss: float, progress: Progress
+    ) -> dict[str, float]:
+        """Refuse a gradient of a state that is none, and return what was measured of this step."""
+        seen = certificates(model)
+        measured = summary(seen)
+        config = self._config
+        finite = math.isfinite(loss)
+        if not (
+            finite
+            and measured.get("free_residual", 0.0) <= config.free_limit
+            and measured.get("adjoint_residual", 0.0) <= config.adjoint_limit
+        ):
+            if config.on_failure == "stop":
+                raise ConvergenceError(
+                    f"step {progress.step + 1}: the loss is {loss:.4g}, the free residual "
+                    f"{measured.get('free_residual', 0.0):.1e} (limit {config.free_limit:.0e}), "
+                    f"the adjoint residual {measured.get('adjoint_residual', 0.0):.1e} (limit "
+                    f"{config.adjoint_limit:.0e}); lower lr, stabilise, or write --on_failure skip"
+                )
+            progress.refused += 1
+            optimiser.zero_grad(set_to_none=True)
+            if config.stabiliser and finite:
+                measured |= config.stabiliser.apply(model, self.state, progress.step, urgent=True)
+        elif config.stabiliser:
+            measured |= config.stabiliser.apply(model, self.state, progress.step)
+        return measured
+
+
+def summary(seen: list[Certificate]) -> dict[str, float]:
+    """Return the worst residuals and the sums of evaluations over a model's certificates."""
+    if not seen:
+        return {}
+    out = {
+        "free_residual": max(float(c.free_residual.max()) for c in seen),
+        "free_evaluations": float(sum(c.free_evaluations for c in seen)),
+        "adjoint_evaluations": float(sum(c.adjoint_evaluations for c in seen)),
+    }
+    for name in ("adjoint_residual", "response", "beta"):
+        values = [getattr(c, name) for c in seen if getattr(c, name) is not None]
+        if values:
+            out[name] = max(float(v.max()) for v in values)
+    return out
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Return the number of trainable parameters."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def pick_device(name: str) -> torch.device:
+    """Return the device of that name; `auto` is the accelerator if there is one, else the CPU."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"device {name!r} cannot be used here ({reason}): try cpu") from None
+    return device
+
+
+def write_sample(
+    model: EquilibriumLM, corpus: Corpus, config: TrainConfig, device: torch.device
+) -> str:
+    """Return text that the model writes after a line break (or the corpus's first character)."""
+    if not config.sample:
+        return ""
+    tokenizer = corpus.tokenizer
+    prompt = "\n" if "\n" in tokenizer.vocab else tokenizer.vocab[0]
+    ids = torch.as_tensor(tokenizer.encode(prompt).astype("int64")).unsqueeze(0).to(device)
+    generator = torch.Generator().manual_seed(config.seed)
+    out = generate(model, ids, config.sample, temperature=0.8, generator=generator)
+    return tokenizer.decode(out[0, 1:].cpu().numpy())
+
+
+@contextmanager
+def interruptible() -> Iterator[Callable[[], bool]]:
+    """Let Ctrl-C ask for a stop after the current step; a second one stops at once."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked.is_set
+        return
+
+    def ask(number: int, frame: Any) -> None:
+        asked.set()
+        signal.signal(signal.SIGINT, before)
+
+    before = signal.signal(signal.SIGINT, ask)
+    try:
+        yield asked.is_set
+    finally:
+        signal.signal(signal.SIGINT, before)

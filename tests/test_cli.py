@@ -1,0 +1,440 @@
+"""The command line calls a function with exactly what was asked for, or says what to write."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import altprop
+from altprop.errors import DataError
+from altprop.lm.cli import COMMANDS, Commands, main
+
+
+class AbstractSolver(ABC):
+    @abstractmethod
+    def solve(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Anderson(AbstractSolver):
+    """Mix the last iterates.
+
+    Args:
+        tol: Residual at which to stop.
+    """
+
+    tol: float = 1e-4
+    memory: int = 5
+
+    def solve(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Picard(AbstractSolver):
+    tol: float = 1e-2
+
+    def solve(self) -> None: ...
+
+
+class AbstractEstimator(ABC):
+    @abstractmethod
+    def estimate(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class AEP(AbstractEstimator):
+    beta: float = 1e-3
+    tol: float = 1e-4
+    solver: AbstractSolver | None = Picard(0.5)
+
+    def estimate(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class EP(AbstractEstimator):
+    beta: float = 0.1
+    sign: int = 1
+
+    def estimate(self) -> None: ...
+
+
+class Colour(Enum):
+    RED = "r"
+    BLUE = "b"
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """What a run is."""
+
+    steps: int = 1000
+    """Number of optimiser steps, 100% of them."""
+    learning_rate: float = 3e-4
+    out: Path = Path("runs/a")
+    name: str | None = None
+    estimator: AbstractEstimator = AEP(tol=1e-5)
+    """How gradients are estimated."""
+    stabiliser: AbstractSolver | None = Anderson()
+    compile: bool = False
+    colour: Colour = Colour.RED
+    betas: tuple[float, float] = (0.9, 0.95)
+
+
+CALLS: list[Any] = []
+
+
+def train(config: TrainConfig) -> None:
+    """Train a model."""
+    CALLS.append(config)
+
+
+def sample(run: Path, /, *, prompt: str = "\n", tokens: int = 500, seed: int | None = None) -> None:
+    """Write text.
+
+    Args:
+        run: Folder of the run.
+        tokens: How many to write.
+    """
+    CALLS.append((run, prompt, tokens, seed))
+
+
+SIGNATURE_SOLVER = Anderson(memory=9)
+
+
+def data(corpus: str = "plays", *, solver: AbstractSolver = SIGNATURE_SOLVER) -> None:
+    CALLS.append((corpus, solver))
+
+
+def fail(kind: str, /, *, path: Path = Path("nowhere")) -> None:
+    if kind == "data":
+        raise DataError("the corpus is empty:\nadd text")
+    if kind == "interrupt":
+        raise KeyboardInterrupt
+    if kind == "bug":
+        raise ZeroDivisionError("a bug")
+    path.read_text()
+
+
+TABLE: Commands = {
+    f.__name__: (f"{__name__}:{f.__name__}", f"What {f.__name__} does.")
+    for f in (train, sample, data, fail)
+}
+
+
+def call(*argv: str) -> Any:
+    """Run the command line and return what the command was called with."""
+    CALLS.clear()
+    assert main(argv, TABLE) == 0
+    assert len(CALLS) == 1
+    return CALLS[0]
+
+
+# Before a command is imported
+
+
+SCRIPT = """
+import sys
+from altprop.lm.cli import main
+status = main(sys.argv[1:])
+heavy = {"torch", "numpy", "jsonargparse", "yaml", "docstring_parser", "rich"} & set(sys.modules)
+assert not heavy, heavy
+sys.exit(status)
+"""
+
+
+@pytest.mark.parametrize(
+    ("argv", "status"), [(["--help"], 0), (["--version"], 0), ([], 0), (["trian"], 2), (["-x"], 2)]
+)
+def test_the_overview_imports_nothing_heavy_and_answers_at_once(
+    argv: list[str], status: int
+) -> None:
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", SCRIPT, *argv], capture_output=True, text=True)
+    assert time.perf_counter() - start < 1.0
+    assert done.returncode == status, done.stderr
+    assert len(done.stderr.splitlines()) == (status == 2)
+
+
+def test_the_overview_lists_every_command_with_its_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 0
+    bare = capsys.readouterr().out
+    assert main(["--help"]) == 0
+    assert capsys.readouterr().out == bare
+    for name, (_, line) in COMMANDS.items():
+        assert f"  {name:6}  {line}\n" in bare
+
+
+def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"altprop {altprop.__version__}\n"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_of_altprop_explains_its_options(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if importlib.util.find_spec(COMMANDS[command][0].partition(":")[0]) is None:
+        pytest.skip("not written yet")
+    assert main([command, "--help"]) == 0
+    assert capsys.readouterr().out.startswith(f"usage: altprop {command}")
+
+
+# What a command is called with
+
+
+def test_without_options_a_command_gets_the_defaults_of_its_signature() -> None:
+    assert call("train") == TrainConfig()
+    assert call("sample", "runs/a") == (Path("runs/a"), "\n", 500, None)
+    corpus, solver = call("data")
+    assert corpus == "plays"
+    assert solver is SIGNATURE_SOLVER
+
+
+def test_a_positional_is_taken_by_place_wherever_it_stands() -> None:
+    assert call("sample", "--tokens", "7", "a") == (Path("a"), "\n", 7, None)
+    assert call("sample", "a", "--seed=3", "--prompt=--x") == (Path("a"), "--x", 500, 3)
+    assert call("sample", "--seed", "-1", "--", "-a") == (Path("-a"), "\n", 500, -1)
+    assert call("data", "my.txt")[0] == "my.txt"
+
+
+OPTIONS: list[tuple[list[str], dict[str, Any]]] = [
+    (["--steps", "5"], {"steps": 5}),
+    (["--steps=5", "--steps=6"], {"steps": 6}),
+    (["--learning-rate", "1e-3"], {"learning_rate": 1e-3}),
+    (["--learning_rate", "2"], {"learning_rate": 2.0}),
+    (["--out", "a b"], {"out": Path("a b")}),
+    (["--name", "5"], {"name": "5"}),
+    (["--name", "null"], {"name": None}),
+    (["--compile"], {"compile": True}),
+    (["--compile", "--steps", "1"], {"compile": True, "steps": 1}),
+    (["--compile", "false"], {"compile": False}),
+    (["--colour", "BLUE"], {"colour": Colour.BLUE}),
+    (["--betas", "0.1,0.2"], {"betas": (0.1, 0.2)}),
+    (["--betas", "[0.1, 1e-3]"], {"betas": (0.1, 1e-3)}),
+    (["--estimator", "EP"], {"estimator": EP()}),
+    (["--estimator", "AEP"], {"estimator": AEP()}),
+    (["--estimator", "AEP", "--estimator.tol", "1e-3"], {"estimator": AEP(tol=1e-3)}),
+    (["--estimator.beta", "0.01"], {"estimator": AEP(beta=0.01, tol=1e-5)}),
+    (["--estimator.beta", "9", "--estimator", "EP"], {"estimator": EP()}),
+    (["--estimator", "test_cli.EP", "--estimator.sign=-1"], {"estimator": EP(sign=-1)}),
+    (["--estimator", "{class_path: EP, init_args: {beta: 2}}"], {"estimator": EP(2.0)}),
+    (["--estimator.solver.tol", "3"], {"estimator": AEP(tol=1e-5, solver=Picard(3.0))}),
+    (["--estimator.solver", "Anderson"], {"estimator": AEP(tol=1e-5, solver=Anderson())}),
+    (["--estimator.solver", "null"], {"estimator": AEP(tol=1e-5, solver=None)}),
+    (["--stabiliser", "null"], {"stabiliser": None}),
+    (["--stabiliser", "Picard"], {"stabiliser": Picard()}),
+]
+
+
+@pytest.mark.parametrize(("argv", "fields"), OPTIONS, ids=str)
+def test_options_set_exactly_the_fields_that_they_name(
+    argv: list[str], fields: dict[str, Any]
+) -> None:
+    assert call("train", *argv) == TrainConfig(**fields)
+
+
+@pytest.mark.parametrize("argv", [[], *(argv for argv, _ in OPTIONS)], ids=str)
+def test_print_config_reads_back_to_the_same_configuration(
+    argv: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = call("train", *argv)
+    CALLS.clear()
+    assert main(["train", *argv, "--print_config"], TABLE) == 0
+    assert not CALLS
+    printed = capsys.readouterr().out
+    file = tmp_path / "run.yaml"
+    file.write_text(printed)
+    assert call("train", "--config", str(file)) == asked
+    assert main(["train", f"--config={file}", "--print-config"], TABLE) == 0
+    assert capsys.readouterr().out == printed
+
+
+def test_print_config_of_a_function_holds_its_positional_too(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = call("sample", "a", "--prompt", "null", "--tokens", "9")
+    assert main(["sample", "a", "--prompt", "null", "--tokens", "9", "--print_config"], TABLE) == 0
+    file = tmp_path / "sample.yaml"
+    file.write_text(capsys.readouterr().out)
+    assert call("sample", "--config", str(file)) == asked
+    assert call("sample", "b", "--config", str(file)) == (Path("b"), *asked[1:])
+
+
+def test_words_win_over_files_and_later_files_over_earlier_ones(tmp_path: Path) -> None:
+    first, second = tmp_path / "1.yaml", tmp_path / "2.yaml"
+    first.write_text("steps: 1\nname: a\nestimator:\n  class_path: EP\n  init_args: {beta: 2}\n")
+    second.write_text("name: b\nestimator: {sign: -1}\n")
+    argv = ["--steps", "9", "--config", str(first), "--config", str(second)]
+    assert call("train", *argv) == TrainConfig(steps=9, name="b", estimator=EP(2.0, -1))
+    # A class named on the command line starts afresh: beta is that of EP's signature.
+    assert call("train", *argv, "--estimator", "EP").estimator == EP()
+
+
+# Help
+
+
+def test_help_of_a_command_shows_types_defaults_and_documentation(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "150")
+    assert main(["train", "--help"], TABLE) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "Train a model." in out
+    assert (
+        "--steps N Number of optimiser steps, 100% of them. (a whole number; default 1000)" in out
+    )
+    assert "How gradients are estimated. (one of AEP, EP; default AEP(tol=1e-05))" in out
+    assert "--stabiliser.tol X Residual at which to stop. (a number; default 0.0001)" in out
+    assert "--estimator.solver.tol X (a number; default 0.5)" in out
+    assert "--estimator.sign" not in out
+    assert main(["train", "--estimator", "EP", "--help"], TABLE) == 0
+    assert "--estimator.sign N (a whole number; default 1)" in " ".join(
+        capsys.readouterr().out.split()
+    )
+
+
+def test_help_needs_no_positional_and_runs_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    CALLS.clear()
+    assert main(["sample", "--print_config", "-h"], TABLE) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("usage: altprop sample RUN [--option VALUE ...]\n")
+    assert "Folder of the run. (a path; required)" in out
+    assert not CALLS
+
+
+# Bad input
+
+
+BAD: list[tuple[list[str], str]] = [
+    (["trian"], "unknown command 'trian': did you mean train? Known: data, fail, sample, train"),
+    (["--steps", "5"], "unknown option --steps: write a command first, one of train, sample,"),
+    (["train", "--stepz", "5"], "unknown option --stepz: did you mean --steps?"),
+    (["train", "--step", "5"], "unknown option --step: did you mean --steps?"),
+    (["train", "--est", "EP"], "unknown option --est: did you mean --estimator?"),
+    (["train", "--memory", "5"], "unknown option --memory: did you mean --stabiliser.memory?"),
+    (["train", "--qq"], "unknown option --qq: --help lists the options"),
+    (["train", "-s", "5"], "unknown option -s: altprop train --help lists the options"),
+    (["train", "steps"], "unexpected argument 'steps': altprop train --help lists the options"),
+    (["sample", "a", "b"], "unexpected argument 'b'"),
+    (["sample"], "RUN is missing: give a path"),
+    (["train", "--steps", "x"], "--steps: expected a whole number, got 'x'"),
+    (["train", "--steps", "1.5"], "--steps: expected a whole number, got '1.5'"),
+    (["train", "--learning-rate", "x"], "--learning_rate: expected a number, got 'x'"),
+    (["train", "--compile=x"], "--compile: expected true or false, got 'x'"),
+    (["train", "--colour", "x"], "--colour: expected one of RED, BLUE, got 'x'"),
+    (["train", "--betas", "1"], "--betas: expected a list of 2 (a number, a number), got [1]"),
+    (["train", "--betas", "[1"], "--betas: expected a list of 2 (a number, a number), got '[1'"),
+    (["train", "--steps"], "--steps expects a value: write --steps VALUE or --steps=VALUE"),
+    (["train", "--steps", "--compile"], "--steps expects a value"),
+    (["train", "--config"], "--config expects a value"),
+    (
+        ["train", "--estimator", "AEPP"],
+        "--estimator: unknown class 'AEPP': did you mean AEP? Known: AEP, EP",
+    ),
+    (["train", "--estimator", "Anderson"], "--estimator: unknown class 'Anderson'"),
+    (
+        ["train", "--estimator.betta", "1"],
+        "unknown option --estimator.betta of AEP: did you mean --estimator.beta?",
+    ),
+    (
+        ["train", "--estimator", "EP", "--estimator.solver", "Picard"],
+        "unknown option --estimator.solver of EP: it takes beta, sign",
+    ),
+    (["train", "--estimator.beta", "x"], "--estimator.beta: expected a number, got 'x'"),
+    (
+        ["train", "--stabiliser", "null", "--stabiliser.tol", "1"],
+        "unknown option --stabiliser.tol: --stabiliser is null, it takes one of Anderson",
+    ),
+    (["train", "--steps.x", "1"], "unknown option --steps.x: --steps is 1000, it takes a whole"),
+    (["train", "--config", "none.yaml"], "none.yaml: No such file or directory"),
+    (["train", "--config", "."], ".: Is a directory"),
+    (["fail", "data"], "the corpus is empty: add text"),
+    (["fail", "os"], "nowhere: No such file or directory"),
+]
+
+
+@pytest.mark.parametrize(("argv", "message"), BAD, ids=lambda value: str(value)[:40])
+def test_bad_input_is_answered_in_one_line(
+    argv: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    CALLS.clear()
+    assert main(argv, TABLE) == 2
+    out, err = capsys.readouterr()
+    assert err.startswith(f"altprop: error: {message}")
+    assert err.count("\n") == 1 and err.endswith("\n")
+    assert not out and not CALLS
+
+
+FILES = [
+    ("stepz: 5", "unknown key {file}: stepz: did you mean steps?"),
+    ("steps: [", "{file}: line 1, column 9: not valid YAML"),
+    ("5", "{file}: expected lines such as 'steps: 1000', got 5"),
+    ("estimator: {class_path: EPP}", "{file}: estimator: unknown class 'EPP': did you mean EP?"),
+    ("estimator: {class_path: os.system}", "{file}: estimator: os.system is no dataclass that"),
+    ("estimator: {class_path: no.EP}", "{file}: estimator: cannot import 'no.EP'"),
+]
+
+
+@pytest.mark.parametrize(("text", "message"), FILES)
+def test_a_bad_file_is_answered_in_one_line(
+    text: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(text)
+    assert main(["train", "--config", str(file)], TABLE) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"altprop: error: {message.format(file=file)}")
+    assert err.count("\n") == 1
+
+
+# Ends that are no bad input
+
+
+def test_an_interrupt_ends_with_130_and_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fail", "interrupt"], TABLE) == 130
+    assert capsys.readouterr().err == "altprop: interrupted\n"
+
+
+def test_a_bug_keeps_its_traceback() -> None:
+    with pytest.raises(ZeroDivisionError, match="a bug"):
+        main(["fail", "bug"], TABLE)
+
+
+def test_an_error_of_the_system_without_a_file_is_a_bug(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_memory(path: Path) -> str:
+        raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr(Path, "read_text", no_memory)
+    with pytest.raises(OSError, match="allocate"):
+        main(["fail", "os"], TABLE)
+
+
+def test_a_reader_that_went_away_ends_the_output_quietly() -> None:
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(
+        [sys.executable, "-m", "altprop", "--help"], stdout=write, stderr=subprocess.PIPE
+    )
+    os.close(write)
+    assert done.returncode == 141
+    assert done.stderr == b""
+
+
+def test_the_console_script_is_main() -> None:
+    from importlib.metadata import entry_points
+
+    script: Callable[[], int] = entry_points(group="console_scripts", name="altprop")[
+        "altprop"
+    ].load()
+    assert script is main

