@@ -13,6 +13,13 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0.dev0"
 
 if TYPE_CHECKING:  # what the table below means, for type checkers and editors
+    from altprop.converting import (
+        add_feedback as add_feedback,
+        convert as convert,
+        feedback_parameters as feedback_parameters,
+        revert as revert,
+        rules_off as rules_off,
+    )
     from altprop.errors import (
         AltpropError as AltpropError,
         CheckpointError as CheckpointError,
@@ -21,6 +28,31 @@ if TYPE_CHECKING:  # what the table below means, for type checkers and editors
         DataError as DataError,
         RuleError as RuleError,
     )
+    from altprop.explaining import explain as explain
+    from altprop.linear import (
+        LinearFA as LinearFA,
+        LinearSignSym as LinearSignSym,
+        LocalLinear as LocalLinear,
+        apply_dfa_block_update as apply_dfa_block_update,
+        apply_dfa_update as apply_dfa_update,
+        initialize_dfa_block_targets as initialize_dfa_block_targets,
+        initialize_dfa_targets as initialize_dfa_targets,
+    )
+    from altprop.rule import (
+        AbstractBroadcast as AbstractBroadcast,
+        AbstractRule as AbstractRule,
+        AbstractTransport as AbstractTransport,
+        Site as Site,
+    )
+    from altprop.rules.aligned import AlignedFeedback as AlignedFeedback
+    from altprop.rules.backprop import Backprop as Backprop
+    from altprop.rules.block_direct import BlockDirectFeedback as BlockDirectFeedback
+    from altprop.rules.direct import DirectFeedback as DirectFeedback
+    from altprop.rules.feedback_alignment import FeedbackAlignment as FeedbackAlignment
+    from altprop.rules.grape import GrAPE as GrAPE
+    from altprop.rules.kolen_pollack import KolenPollack as KolenPollack
+    from altprop.rules.sign_symmetry import SignSymmetry as SignSymmetry
+    from altprop.rules.weight_mirror import WeightMirror as WeightMirror
     from altprop.equilibrium.dynamics import (
         AbstractDynamics as AbstractDynamics,
         CausalAttention as CausalAttention,
@@ -56,13 +88,27 @@ if TYPE_CHECKING:  # what the table below means, for type checkers and editors
         AbstractStabiliser as AbstractStabiliser,
         JacobianHinge as JacobianHinge,
     )
-    from altprop.rule import AbstractRule as AbstractRule
 
 _EXPORTS = {
+    "altprop.converting": "add_feedback convert feedback_parameters revert rules_off",
     "altprop.errors": (
         "AltpropError CheckpointError ConfigError ConvergenceError DataError RuleError"
     ),
-    "altprop.rule": "AbstractRule",
+    "altprop.explaining": "explain",
+    "altprop.linear": (
+        "LinearFA LinearSignSym LocalLinear apply_dfa_block_update apply_dfa_update "
+        "initialize_dfa_block_targets initialize_dfa_targets"
+    ),
+    "altprop.rule": "AbstractBroadcast AbstractRule AbstractTransport Site",
+    "altprop.rules.aligned": "AlignedFeedback",
+    "altprop.rules.backprop": "Backprop",
+    "altprop.rules.block_direct": "BlockDirectFeedback",
+    "altprop.rules.direct": "DirectFeedback",
+    "altprop.rules.feedback_alignment": "FeedbackAlignment",
+    "altprop.rules.grape": "GrAPE",
+    "altprop.rules.kolen_pollack": "KolenPollack",
+    "altprop.rules.sign_symmetry": "SignSymmetry",
+    "altprop.rules.weight_mirror": "WeightMirror",
     "altprop.equilibrium.dynamics": (
         "AbstractDynamics AbstractLinearisation CausalAttention DampedAttention GatedBlock"
     ),
