@@ -21,7 +21,6 @@ from altprop.linear import LocalLinear
 from altprop.rule import AbstractBroadcast, AbstractRule
 from altprop.sites import LinearRole, Role, TapRole, TransposedLinearRole
 
-
 # linear maps of other libraries that store their weight as (in, out)
 _TRANSPOSED = {"transformers.pytorch_utils.Conv1D"}
 
