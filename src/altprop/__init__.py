@@ -13,6 +13,15 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0.dev0"
 
 if TYPE_CHECKING:  # what the table below means, for type checkers and editors
+    from altprop.audit_report import AuditReport as AuditReport
+    from altprop.auditing import (
+        AbstractArm as AbstractArm,
+        Arm as Arm,
+        Trial as Trial,
+        audit as audit,
+        audit_trials as audit_trials,
+        finite_difference_errors as finite_difference_errors,
+    )
     from altprop.errors import (
         AltpropError as AltpropError,
         CheckpointError as CheckpointError,
@@ -63,6 +72,8 @@ _EXPORTS = {
         "AltpropError CheckpointError ConfigError ConvergenceError DataError RuleError"
     ),
     "altprop.rule": "AbstractRule",
+    "altprop.audit_report": "AuditReport",
+    "altprop.auditing": "AbstractArm Arm Trial audit audit_trials finite_difference_errors",
     "altprop.equilibrium.dynamics": (
         "AbstractDynamics AbstractLinearisation CausalAttention DampedAttention GatedBlock"
     ),
