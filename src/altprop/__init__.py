@@ -19,6 +19,14 @@ if TYPE_CHECKING:  # what the table below means, for type checkers and editors
         feedback_parameters as feedback_parameters,
         revert as revert,
         rules_off as rules_off,
+    from altprop.audit_report import AuditReport as AuditReport
+    from altprop.auditing import (
+        AbstractArm as AbstractArm,
+        Arm as Arm,
+        Trial as Trial,
+        audit as audit,
+        audit_trials as audit_trials,
+        finite_difference_errors as finite_difference_errors,
     )
     from altprop.errors import (
         AltpropError as AltpropError,
@@ -109,6 +117,9 @@ _EXPORTS = {
     "altprop.rules.kolen_pollack": "KolenPollack",
     "altprop.rules.sign_symmetry": "SignSymmetry",
     "altprop.rules.weight_mirror": "WeightMirror",
+    "altprop.rule": "AbstractRule",
+    "altprop.audit_report": "AuditReport",
+    "altprop.auditing": "AbstractArm Arm Trial audit audit_trials finite_difference_errors",
     "altprop.equilibrium.dynamics": (
         "AbstractDynamics AbstractLinearisation CausalAttention DampedAttention GatedBlock"
     ),

@@ -60,7 +60,8 @@ def sample(
 
     Args:
         run: the folder of a training run.
-        prompt: the text to continue; its characters must be in the run's vocabulary.
+        prompt: the text to continue, a line break unless given; its characters must be in the
+            run's vocabulary.
         tokens: how many tokens to write.
         temperature: divides the logits; 0 takes the likeliest token.
         top_k: keep only the likeliest so many tokens; null for all.

@@ -55,11 +55,12 @@ class TrainConfig:
         seed: of everything random in the run.
         eval_every: steps between evaluations.
         eval_windows: fixed windows that an evaluation covers.
-        free_limit: the largest free residual of a step that may be applied.
-        adjoint_limit: the largest adjoint residual of a step that may be applied.
-        on_failure: what to do with a step past these limits or with a loss that is not finite:
-            `skip` drops its gradient (the stabiliser still acts) and counts it, `stop` ends the
-            run.
+        free_limit: the largest free residual of a step that may be applied; a solve of a fixed
+            number of steps (tol 0) has no limit.
+        adjoint_limit: the largest adjoint residual of a step that may be applied; likewise.
+        on_failure: what to do with a step past these limits, or with a loss or gradient that is
+            not finite: `skip` drops its gradient (the stabiliser still acts) and counts it, `stop`
+            ends the run.
         device: `auto`, `cpu`, `cuda`, or any other that torch knows.
         sample: characters of text to write at the end.
     """

@@ -45,7 +45,7 @@ class TrainResult:
 
 
 def train(config: TrainConfig) -> TrainResult:
-    """Train a language model and return what came of it.
+    """Train a language model, keep the run in a folder, and return what came of it.
 
     Writes into the run's folder `config.yaml`, `vocab.json`, `metrics.jsonl`, `best.safetensors`,
     `last.safetensors` and `curves.png`.
