@@ -17,6 +17,7 @@ if TYPE_CHECKING:  # what the table below means, for type checkers and editors
     from altprop.auditing import (
         AbstractArm as AbstractArm,
         Arm as Arm,
+        RuleArm as RuleArm,
         Trial as Trial,
         audit as audit,
         audit_trials as audit_trials,
@@ -100,7 +101,9 @@ if TYPE_CHECKING:  # what the table below means, for type checkers and editors
 
 _EXPORTS = {
     "altprop.audit_report": "AuditReport",
-    "altprop.auditing": "AbstractArm Arm Trial audit audit_trials finite_difference_errors",
+    "altprop.auditing": (
+        "AbstractArm Arm RuleArm Trial audit audit_trials finite_difference_errors"
+    ),
     "altprop.converting": "add_feedback convert feedback_parameters revert rules_off",
     "altprop.equilibrium.dynamics": (
         "AbstractDynamics AbstractLinearisation CausalAttention DampedAttention GatedBlock"

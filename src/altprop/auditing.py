@@ -10,7 +10,7 @@ import math
 import statistics
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import MISSING, dataclass, fields
 from functools import partial
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from altprop.agreement import compare_all
 from altprop.audit_report import AuditReport, Cost, Measured, Outcome, Reference, Row, Words
+from altprop.converting import convert, revert
 from altprop.equilibrium.estimators.estimator import AbstractEstimator, Certificate
 from altprop.equilibrium.module import equilibria, using
 from altprop.equilibrium.solvers.solver import AbstractSolver
@@ -97,8 +98,44 @@ class Arm(AbstractArm):
         return Words(self.name or short, repr(self.estimator), solver)
 
 
+@dataclass(frozen=True)
+class RuleArm(AbstractArm):
+    """Convert a model to transport and broadcast rules for a while.
+
+    Feedback is drawn anew for every audit from `seed`; `Backprop()` is the exact reference.
+
+    **Arguments:** `rule`, one for all places or a mapping of name patterns; `output`, the path of
+    the linear map that makes the logits, where a broadcast rule needs it; `seed`, of the feedback;
+    `name`, for tables (`None`: the rule in short).
+    """
+
+    rule: AbstractRule | Mapping[str, AbstractRule]
+    output: str | None = None
+    seed: int = 0
+    name: str | None = None
+
+    @contextmanager
+    def applied(self, model: nn.Module) -> Iterator[None]:
+        convert(model, self.rule, output=self.output, seed=self.seed)
+        try:
+            yield
+        finally:
+            revert(model)
+
+    def identity(self, model: nn.Module) -> Hashable:
+        return repr(self.rule), self.seed
+
+    def describe(self) -> Words:
+        short = _brief(self.rule) if isinstance(self.rule, AbstractRule) else repr(self.rule)
+        return Words(self.name or short, repr(self.rule), None)
+
+
 # How a bare rule becomes an arm. A new seam adds its arm here, and nothing else changes.
-_ARMS: dict[Seam, Callable[[Any], AbstractArm]] = {"adjoint": Arm}
+_ARMS: dict[Seam, Callable[[Any], AbstractArm]] = {
+    "adjoint": Arm,
+    "transport": RuleArm,
+    "broadcast": RuleArm,
+}
 
 
 @dataclass(frozen=True)
