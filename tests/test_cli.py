@@ -173,7 +173,7 @@ def test_the_overview_lists_every_command_with_its_line(capsys: pytest.CaptureFi
     assert main(["--help"]) == 0
     assert capsys.readouterr().out == bare
     for name, (_, line) in COMMANDS.items():
-        assert f"  {name:6}  {line}\n" in bare
+        assert f"  {name:{max(map(len, COMMANDS))}}  {line}\n" in bare
 
 
 def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:

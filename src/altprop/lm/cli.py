@@ -26,9 +26,10 @@ Commands = Mapping[str, tuple[str, str]]
 
 COMMANDS: Commands = {
     "train": ("altprop.lm.train:train", "Train a language model by a rule of your choice."),
-    "audit": ("altprop.lm.audit_command:audit", "Compare a rule's gradient with an exact one."),
+    "audit": ("altprop.lm.audit_command:audit", "Compare gradients with an exact one."),
     "sample": ("altprop.lm.sample_command:sample", "Write text with a trained model."),
-    "data": ("altprop.lm.data_command:data", "Fetch a corpus and turn it into tokens."),
+    "explain": ("altprop.lm.explain_command:explain_run", "Show what each parameter receives."),
+    "data": ("altprop.lm.data_command:data", "List, describe or encode corpora."),
 }
 
 

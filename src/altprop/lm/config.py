@@ -186,7 +186,9 @@ def _spelled_all(hints: Mapping[str, Any], data: Mapping[str, Any], of: str = ""
 
 
 def _defaults(cls: type) -> dict[str, Any]:
-    result = {}
+    result: dict[str, Any] = {}
+    if not dataclasses.is_dataclass(cls):  # the abstract base of a choice
+        return result
     for field in dataclasses.fields(cls):
         if field.init and field.default_factory is not dataclasses.MISSING:
             result[field.name] = plain(field.default_factory())
