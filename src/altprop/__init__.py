@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0.dev0"
 
 if TYPE_CHECKING:  # what the table below means, for type checkers and editors
+    from altprop.agreement import Agreement as Agreement, compare as compare
     from altprop.audit_report import AuditReport as AuditReport
     from altprop.auditing import (
         AbstractArm as AbstractArm,
@@ -100,6 +101,7 @@ if TYPE_CHECKING:  # what the table below means, for type checkers and editors
     from altprop.rules.weight_mirror import WeightMirror as WeightMirror
 
 _EXPORTS = {
+    "altprop.agreement": "Agreement compare",
     "altprop.audit_report": "AuditReport",
     "altprop.auditing": (
         "AbstractArm Arm RuleArm Trial audit audit_trials finite_difference_errors"
