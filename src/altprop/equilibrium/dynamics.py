@@ -14,12 +14,13 @@ import torch.nn.functional as nnf
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from altprop.equilibrium.analytic import causal_attention, gelu, layer_norm, linear
 from altprop.equilibrium.linearised import (
     LinearisedAttention,
     LinearisedFeedForward,
     LinearisedNorm,
 )
-from altprop.errors import ConfigError
+from altprop.errors import ConfigError, RuleError
 
 
 class AbstractLinearisation(ABC):
@@ -83,6 +84,21 @@ class AbstractDynamics(nn.Module, ABC):
         x = x.detach()
         return AutogradLinearisation(lambda state: self(state, x), z)
 
+    def analytic(self, z: Tensor, x: Tensor) -> Tensor:
+        """Return the force continued analytically to a complex state `z`, under a real input `x`.
+
+        Only `HolomorphicEP` asks for it. On real states it must equal the force, and complex
+        conjugates nowhere enter it; `altprop.equilibrium.analytic` has the parts.
+
+        **Raises:** `RuleError` where a dynamics has none, which is the default.
+        """
+        raise RuleError(
+            f"{type(self).__name__} has no analytic force: HolomorphicEP relaxes complex states, "
+            "on which torch defines no softmax, layer norm, GELU or fused attention, and relu has "
+            "no continuation at all; give the dynamics a method analytic(z, x) made of the parts "
+            "in altprop.equilibrium.analytic, or write estimator=AEP()"
+        )
+
 
 class CausalAttention(nn.Module):
     """Multi-head causal softmax attention with independent `W_Q, W_K, W_V, W_O` and no bias.
@@ -117,6 +133,10 @@ class CausalAttention(nn.Module):
         w_qkv = torch.cat([self.W_Q, self.W_K, self.W_V])
         return LinearisedAttention(z, w_qkv, self.W_O.detach(), self.heads)
 
+    def analytic(self, z: Tensor) -> Tensor:
+        """Return the attention's output at a complex state, `(B, T, C)`."""
+        return causal_attention(z, self.W_Q, self.W_K, self.W_V, self.W_O, self.heads)
+
     def extra_repr(self) -> str:
         return f"d_model={self.W_Q.shape[0]}, heads={self.heads}"
 
@@ -150,6 +170,10 @@ class DampedAttention(AbstractDynamics):
         return _LinearisedDamping(
             self.attention.linearise(z), self.scale, 1 + self.scale * self.damping
         )
+
+    def analytic(self, z: Tensor, x: Tensor) -> Tensor:
+        attended = self.scale * self.attention.analytic(z)
+        return x - (1 + self.scale * self.damping) * z + attended
 
     def extra_repr(self) -> str:
         return f"scale={self.scale}, damping={self.damping}"
@@ -189,6 +213,13 @@ class GatedBlock(AbstractDynamics):
 
     def linearise(self, z: Tensor, x: Tensor) -> AbstractLinearisation:
         return _LinearisedGate(self, z, x)
+
+    def analytic(self, z: Tensor, x: Tensor) -> Tensor:
+        one, two = self.norm1, self.norm2
+        w = x + self.alpha * (z - x)
+        u = x + self.attention.analytic(layer_norm(w, one.weight, one.bias, one.eps))
+        h = linear(layer_norm(u, two.weight, two.bias, two.eps), self.up.weight, self.up.bias)
+        return u + linear(gelu(h), self.down.weight, self.down.bias) - z
 
 
 class _LinearisedDamping(AbstractLinearisation):

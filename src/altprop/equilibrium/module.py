@@ -102,10 +102,16 @@ class Equilibrium(nn.Module):
                 return self.dynamics(z, x)
 
         def solve(
-            force: Force, start: Tensor, *, tol: float, max_steps: int, scale: Tensor
+            force: Force,
+            start: Tensor,
+            *,
+            tol: float,
+            max_steps: int,
+            scale: Tensor,
+            solver: AbstractSolver | None = None,
         ) -> Solution:
             with torch.autocast(x.device.type, enabled=False):
-                solver = replace(self.solver, tol=tol, max_steps=max_steps)
+                solver = replace(solver or self.solver, tol=tol, max_steps=max_steps)
                 return _persist(solver, force, start, self.dynamics.step, scale)
 
         held = tuple(self.dynamics.parameters())
@@ -118,11 +124,15 @@ class Equilibrium(nn.Module):
                     "that of another system: load them with load_state_dict, or use BPTT()"
                 )
 
-            def linearise() -> Any:
+            def linearise(at: Tensor | None = None) -> Any:
                 with torch.autocast(x.device.type, enabled=False):
-                    return self.dynamics.linearise(z, x)
+                    return self.dynamics.linearise(z if at is None else at, x)
 
-            return Problem(z, still, self.dynamics.step, quiet, linearise, solve, cost)
+            def analytic(at: Tensor) -> Tensor:
+                with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+                    return self.dynamics.analytic(at, x)
+
+            return Problem(z, still, self.dynamics.step, quiet, linearise, solve, cost, analytic)
 
         def finish(certificate: Certificate) -> None:
             self.certificate = certificate

@@ -1,0 +1,85 @@
+"""A transformer's parts continued to complex numbers: what `HolomorphicEP` relaxes.
+
+torch defines none of them for complex input. Each equals the real function on real input and is
+analytic nearby: no conjugate and no modulus enters, so a softmax may have a vanishing denominator
+and a layer norm a vanishing variance; these poles and branch points bound a nudge's radius.
+
+Shapes: `B` samples, `T` tokens, `C` channels, `H` heads, `D = C/H`; weights are real.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return `x Wᵀ + b` for a complex `x`, `(..., in) → (..., out)`."""
+    y = x @ weight.to(x.dtype).T
+    return y if bias is None else y + bias
+
+
+def softmax(scores: Tensor) -> Tensor:
+    """Return `exp(s) / Σ exp(s)` over the last axis, for complex `s` with finite real parts or −∞."""
+    size = (scores - scores.real.amax(-1, keepdim=True)).exp()
+    return size / size.sum(-1, keepdim=True)
+
+
+def causal_attention(
+    z: Tensor, w_q: Tensor, w_k: Tensor, w_v: Tensor, w_o: Tensor, heads: int
+) -> Tensor:
+    """Return multi-head causal softmax attention at a complex state, `(B, T, C) → (B, T, C)`."""
+    B, T, C = z.shape
+    q, k, v = (
+        linear(z, w).view(B, T, heads, C // heads).transpose(1, 2) for w in (w_q, w_k, w_v)
+    )
+    scores = q @ k.transpose(-1, -2) * (C // heads) ** -0.5  # bilinear: no conjugate
+    future = torch.ones(T, T, dtype=torch.bool, device=z.device).triu_(1)
+    # a complex −∞ makes exp return NaN, so the future is cut by a real number that exp sends to 0
+    mixed = softmax(scores.masked_fill(future, -1e30)) @ v
+    return linear(mixed.transpose(1, 2).reshape(B, T, C), w_o)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """Return the layer norm over the last axis of a complex `x`; its variance is `mean((x − x̄)²)`."""
+    centred = x - x.mean(-1, keepdim=True)
+    variance = centred.square().mean(-1, keepdim=True)
+    return centred / (variance + eps).sqrt() * weight + bias
+
+
+def gelu(x: Tensor) -> Tensor:
+    """Return `x Φ(x)`, the exact (not the tanh) form, at a complex `x`."""
+    return x * (1 + erf(x / math.sqrt(2))) / 2
+
+
+def erf(z: Tensor) -> Tensor:
+    """Return the error function of a complex tensor, to about 1e-15 of its size in double.
+
+    The series of Salzer (Abramowitz and Stegun, 7.1.29), which the trapezoidal rule with step 1/2
+    gives: its terms fall like `exp(−n²/4 + n|Im z|)`, so the more are summed the larger the
+    imaginary part is, and the result overflows where `exp(Im² z − Re² z)` does.
+    """
+    # erf is odd: with Re z ≥ 0 nothing cancels
+    sign = torch.where(z.real < 0, -1.0, 1.0).to(z.real.dtype)
+    x, y = sign * z.real, sign * z.imag
+    xy = x * y
+    envelope = torch.exp(-x * x)
+    # sin(xy)/x and its like stay finite at x = 0 by way of sinc(t) = sin(πt)/(πt)
+    real = torch.erf(x) + envelope * y * torch.sin(xy) * torch.sinc(xy / math.pi) / math.pi
+    imag = envelope * y * torch.sinc(2 * xy / math.pi) / math.pi
+    cos, sin = torch.cos(2 * xy), torch.sin(2 * xy)
+    largest = float(y.abs().max()) if y.numel() else 0.0
+    terms = 13 + math.ceil(2 * min(largest, 30.0)) if math.isfinite(largest) else 13
+    for n in range(1, terms + 1):
+        # exp(−n²/4 − x²) times cosh(ny) and sinh(ny): exponents joined before they can overflow
+        # apart, and expm1, for the difference of two exponentials cancels at a small y
+        up = torch.exp(n * y.abs() - n * n / 4 - x * x) / 2
+        decay = torch.expm1(-2 * n * y.abs())
+        cosh, sinh = up * (2 + decay), -up * decay * y.sign()
+        weight = 2 / math.pi / (n * n + 4 * x * x)
+        flat = math.exp(-n * n / 4) * envelope
+        real = real + weight * (2 * x * (flat - cosh * cos) + n * sinh * sin)
+        imag = imag + weight * (2 * x * cosh * sin + n * sinh * cos)
+    return torch.complex(sign * real, sign * imag)
