@@ -30,12 +30,15 @@ if TYPE_CHECKING:  # what the table below means, for type checkers and editors
     )
     from altprop.equilibrium.estimators.aep import AEP as AEP
     from altprop.equilibrium.estimators.bptt import BPTT as BPTT
+    from altprop.equilibrium.estimators.dyadic import DyadicEP as DyadicEP
     from altprop.equilibrium.estimators.ep import EP as EP
     from altprop.equilibrium.estimators.estimator import (
         AbstractEstimator as AbstractEstimator,
         Certificate as Certificate,
     )
+    from altprop.equilibrium.estimators.holomorphic import HolomorphicEP as HolomorphicEP
     from altprop.equilibrium.estimators.implicit import Implicit as Implicit
+    from altprop.equilibrium.estimators.one_step import OneStep as OneStep
     from altprop.equilibrium.estimators.published import (
         PublishedAEP as PublishedAEP,
         PublishedEP as PublishedEP,
@@ -45,8 +48,12 @@ if TYPE_CHECKING:  # what the table below means, for type checkers and editors
         equilibria as equilibria,
         using as using,
     )
+    from altprop.equilibrium.solvers.adaptive import Adaptive as Adaptive, Moment as Moment
     from altprop.equilibrium.solvers.anderson import Anderson as Anderson
     from altprop.equilibrium.solvers.euler import Euler as Euler
+    from altprop.equilibrium.solvers.fallback import Fallback as Fallback
+    from altprop.equilibrium.solvers.gmres import GMRES as GMRES
+    from altprop.equilibrium.solvers.newton import NewtonKrylov as NewtonKrylov
     from altprop.equilibrium.solvers.solver import (
         AbstractSolver as AbstractSolver,
         Result as Result,
@@ -69,13 +76,20 @@ _EXPORTS = {
     "altprop.equilibrium.module": "Equilibrium equilibria using",
     "altprop.equilibrium.stability": "AbstractStabiliser JacobianHinge",
     "altprop.equilibrium.solvers.solver": "AbstractSolver Result Solution",
+    "altprop.equilibrium.solvers.adaptive": "Adaptive Moment",
     "altprop.equilibrium.solvers.anderson": "Anderson",
     "altprop.equilibrium.solvers.euler": "Euler",
+    "altprop.equilibrium.solvers.fallback": "Fallback",
+    "altprop.equilibrium.solvers.gmres": "GMRES",
+    "altprop.equilibrium.solvers.newton": "NewtonKrylov",
     "altprop.equilibrium.estimators.estimator": "AbstractEstimator Certificate",
     "altprop.equilibrium.estimators.aep": "AEP",
     "altprop.equilibrium.estimators.bptt": "BPTT",
+    "altprop.equilibrium.estimators.dyadic": "DyadicEP",
     "altprop.equilibrium.estimators.ep": "EP",
+    "altprop.equilibrium.estimators.holomorphic": "HolomorphicEP",
     "altprop.equilibrium.estimators.implicit": "Implicit",
+    "altprop.equilibrium.estimators.one_step": "OneStep",
     "altprop.equilibrium.estimators.published": "PublishedAEP PublishedEP",
 }
 _WHERE = {name: module for module, names in _EXPORTS.items() for name in names.split()}

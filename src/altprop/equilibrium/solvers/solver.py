@@ -122,7 +122,10 @@ def per_sample(s: Tensor, z: Tensor) -> Tensor:
 def relative_residual(force: Tensor, state: Tensor, scale: Tensor | None) -> Tensor:
     """Return `‖F‖ / scale` per sample, `(B,)`; the scale is `max(‖z‖, tiny)` unless given."""
     size = sample_norm(state) if scale is None else scale
-    return sample_norm(force) / size.clamp_min(torch.finfo(force.dtype).tiny)
+    norm, limits = sample_norm(force), torch.finfo(force.dtype)
+    ratio = (norm / size.clamp_min(limits.tiny)).clamp_max(limits.max)
+    # a state at 0 is far from converged, which is not the same as lost
+    return torch.where(torch.isfinite(norm), ratio, norm)
 
 
 def conclude(residual: Tensor, tol: float) -> Result:
