@@ -97,6 +97,7 @@ class TrainConfig:
         for name in ("beta1", "beta2"):
             _require(name, getattr(self, name), 0 <= getattr(self, name) < 1, "in [0, 1)")
         _require("on_failure", self.on_failure, self.on_failure in ("skip", "stop"), "skip or stop")
+        _require("seed", self.seed, 0 <= self.seed < 2**63, "in [0, 2^63)")  # torch takes no other
         if self.resume and self.overwrite:
             raise ConfigError("resume and overwrite exclude each other: give one of them")
         if self.resume and self.out is None:

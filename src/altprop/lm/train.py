@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from altprop import Certificate, ConfigError, ConvergenceError, equilibria
+from altprop import Certificate, ConfigError, ConvergenceError, Result, equilibria
 from altprop.lm.display import Display
 from altprop.lm.model import EquilibriumLM, generate
 from altprop.lm.report import plot_run
@@ -56,11 +56,16 @@ def train(config: TrainConfig) -> TrainResult:
     )
     held_out = windows(corpus.validation, config.eval_windows, config.context, seed=0)
     guard = Guard(config, torch.Generator().manual_seed(config.seed + 1))
+    rehearse(model, held_out, device)
 
     run = Run.open(config, corpus)
     progress = run.restore(model, optimiser, batches, guard.state) if config.resume else Progress()
     with run, Display(config.steps, progress.step) as display, interruptible() as interrupted:
-        display.note(f"{count_parameters(model):,} parameters; run folder {run.folder}")
+        display.note(
+            f"{corpus.description}: {len(corpus.train):,} tokens, vocabulary of "
+            f"{len(corpus.tokenizer)}\n"
+            f"{count_parameters(model):,} parameters; run folder {run.folder}"
+        )
         while progress.step < config.steps and not interrupted():
             clock = time.perf_counter()
             rate = learning_rate(config, progress.step)
@@ -101,16 +106,17 @@ def train(config: TrainConfig) -> TrainResult:
                     progress.best_loss = progress.loss
                     run.save("best", model, None, batches, guard.state, progress)
                 run.save("last", model, optimiser, batches, guard.state, progress)
+        if progress.step < config.steps:
+            run.save("last", model, optimiser, batches, guard.state, progress)
 
-    plot_run(run.folder)
+    draw_curves(run.folder, display)
     if progress.step < config.steps:
-        run.save("last", model, optimiser, batches, guard.state, progress)
         display.note(
             f"stopped after step {progress.step} of {config.steps}; go on with\n"
-            f"  altprop train --config {run.folder / 'config.yaml'} --resume"
+            f"  altprop train {run.resume_options()}"
         )
         raise KeyboardInterrupt
-    text = write_sample(model, corpus, config, device)
+    text = write_sample(model, corpus, config, device, display)
     display.finish(progress.loss, progress.best_loss, progress.refused, text, run.folder)
     return TrainResult(run.folder, progress.loss, progress.best_loss, progress.refused, text)
 
@@ -141,6 +147,16 @@ def learning_rate(config: TrainConfig, step: int) -> float:
     done = (step - config.warmup) / max(1, config.steps - config.warmup)
     cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
     return config.lr * (config.final_lr + (1 - config.final_lr) * cosine)
+
+
+def rehearse(model: EquilibriumLM, held_out: tuple[Tensor, Tensor], device: torch.device) -> None:
+    """Make one gradient and drop it: an estimator that cannot work with the solver says so now.
+
+    **Raises:** `RuleError`, before the run's folder is made.
+    """
+    ids, targets = (t[:1].to(device) for t in held_out)
+    model(ids, targets)[1].backward()
+    model.zero_grad(set_to_none=True)
 
 
 @torch.no_grad()
@@ -177,25 +193,46 @@ class Guard:
         measured = summary(seen)
         config = self._config
         finite = math.isfinite(loss)
-        if not (
-            finite
-            and measured.get("free_residual", 0.0) <= config.free_limit
-            and measured.get("adjoint_residual", 0.0) <= config.adjoint_limit
-        ):
-            if config.on_failure == "stop":
-                raise ConvergenceError(
-                    f"step {progress.step + 1}: the loss is {loss:.4g}, the free residual "
-                    f"{measured.get('free_residual', 0.0):.1e} (limit {config.free_limit:.0e}), "
-                    f"the adjoint residual {measured.get('adjoint_residual', 0.0):.1e} (limit "
-                    f"{config.adjoint_limit:.0e}); lower lr, stabilise, or write --on_failure skip"
-                )
-            progress.refused += 1
+        good = finite and all(self._settled(c) for c in seen)
+        if not good:
+            self._refuse(
+                f"the loss is {loss:.4g}, the free residual "
+                f"{measured.get('free_residual', 0.0):.1e} (limit {config.free_limit:.0e}), "
+                f"the adjoint residual {measured.get('adjoint_residual', 0.0):.1e} (limit "
+                f"{config.adjoint_limit:.0e})",
+                optimiser,
+                progress,
+            )
+        if config.stabiliser and finite:
+            measured |= config.stabiliser.apply(model, self.state, progress.step, urgent=not good)
+        norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+        if not bool(torch.isfinite(norm)):
+            if good:
+                self._refuse(f"the gradient's norm is {float(norm)}", optimiser, progress)
             optimiser.zero_grad(set_to_none=True)
-            if config.stabiliser and finite:
-                measured |= config.stabiliser.apply(model, self.state, progress.step, urgent=True)
-        elif config.stabiliser:
-            measured |= config.stabiliser.apply(model, self.state, progress.step)
         return measured
+
+    def _settled(self, seen: Certificate) -> bool:
+        """Tell whether a state and its adjoint are within the limits.
+
+        Who asks for a fixed number of steps asks for no residual: there is none to fall short of.
+        """
+        limits = self._config.free_limit, self._config.adjoint_limit
+        return all(
+            residual is None or result is Result.FIXED_TIME or float(residual.max()) <= limit
+            for result, residual, limit in (
+                (seen.result, seen.free_residual, limits[0]),
+                (seen.adjoint_result, seen.adjoint_residual, limits[1]),
+            )
+        )
+
+    def _refuse(self, why: str, optimiser: torch.optim.Optimizer, progress: Progress) -> None:
+        if self._config.on_failure == "stop":
+            raise ConvergenceError(
+                f"step {progress.step + 1}: {why}; lower lr, stabilise, or write --on_failure skip"
+            )
+        progress.refused += 1
+        optimiser.zero_grad(set_to_none=True)
 
 
 def summary(seen: list[Certificate]) -> dict[str, float]:
@@ -232,8 +269,20 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
+def draw_curves(folder: Path, display: Display) -> None:
+    """Draw the run's curves, or say why not: a run without matplotlib is a whole run."""
+    try:
+        plot_run(folder)
+    except ConfigError as error:
+        display.note(f"no curves: {error}")
+
+
 def write_sample(
-    model: EquilibriumLM, corpus: Corpus, config: TrainConfig, device: torch.device
+    model: EquilibriumLM,
+    corpus: Corpus,
+    config: TrainConfig,
+    device: torch.device,
+    display: Display,
 ) -> str:
     """Return text that the model writes after a line break (or the corpus's first character)."""
     if not config.sample:
@@ -242,7 +291,11 @@ def write_sample(
     prompt = "\n" if "\n" in tokenizer.vocab else tokenizer.vocab[0]
     ids = torch.as_tensor(tokenizer.encode(prompt).astype("int64")).unsqueeze(0).to(device)
     generator = torch.Generator().manual_seed(config.seed)
-    out = generate(model, ids, config.sample, temperature=0.8, generator=generator)
+    try:
+        out = generate(model, ids, config.sample, temperature=0.8, generator=generator)
+    except ConvergenceError as error:
+        display.note(f"no sample: {error}")
+        return ""
     return tokenizer.decode(out[0, 1:].cpu().numpy())
 
 
