@@ -51,26 +51,41 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
 
 def gelu(x: Tensor) -> Tensor:
     """Return `x Φ(x)`, the exact (not the tanh) form, at a complex `x`."""
-    return x * (1 + erf(x / math.sqrt(2))) / 2
+    z = x / math.sqrt(2)
+    left = z.real < 0
+    # on the left 1 + erf cancels, and its complement by the other sign does not
+    tail = erfc_right(torch.where(left, -z, z)) / 2
+    return x * torch.where(left, tail, 1 - tail)
 
 
 def erf(z: Tensor) -> Tensor:
-    """Return the error function of a complex tensor, to about 1e-15 of its size in double.
+    """Return the error function of a complex tensor, to about 1e-15 of its size in double."""
+    sign = torch.where(z.real < 0, -1.0, 1.0).to(z.real.dtype)  # it is odd
+    x, y = sign * z.real, sign * z.imag
+    real, imag = _off_the_axis(x, y)
+    return torch.complex(sign * (torch.erf(x) + real), sign * imag)
+
+
+def erfc_right(z: Tensor) -> Tensor:
+    """Return `1 − erf(z)` for `Re z ≥ 0`, accurate also where it is tiny."""
+    real, imag = _off_the_axis(z.real, z.imag)
+    return torch.complex(torch.erfc(z.real) - real, -imag)
+
+
+def _off_the_axis(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the real and imaginary parts of `erf(x + iy) − erf(x)` for `x ≥ 0`.
 
     The series of Salzer (Abramowitz and Stegun, 7.1.29), which the trapezoidal rule with step 1/2
-    gives: its terms fall like `exp(−n²/4 + n|Im z|)`, so the more are summed the larger the
-    imaginary part is, and the result overflows where `exp(Im² z − Re² z)` does.
+    gives: its terms fall like `exp(−n²/4 + n|y|)`, so the more are summed the larger `y` is, and
+    the result overflows where `exp(y² − x²)` does.
     """
-    # erf is odd: with Re z ≥ 0 nothing cancels
-    sign = torch.where(z.real < 0, -1.0, 1.0).to(z.real.dtype)
-    x, y = sign * z.real, sign * z.imag
     xy = x * y
     envelope = torch.exp(-x * x)
     # sin(xy)/x and its like stay finite at x = 0 by way of sinc(t) = sin(πt)/(πt)
-    real = torch.erf(x) + envelope * y * torch.sin(xy) * torch.sinc(xy / math.pi) / math.pi
+    real = envelope * y * torch.sin(xy) * torch.sinc(xy / math.pi) / math.pi
     imag = envelope * y * torch.sinc(2 * xy / math.pi) / math.pi
     cos, sin = torch.cos(2 * xy), torch.sin(2 * xy)
-    largest = float(y.abs().max()) if y.numel() else 0.0
+    largest = float(y.detach().abs().max()) if y.numel() else 0.0
     terms = 13 + math.ceil(2 * min(largest, 30.0)) if math.isfinite(largest) else 13
     for n in range(1, terms + 1):
         # exp(−n²/4 − x²) times cosh(ny) and sinh(ny): exponents joined before they can overflow
@@ -82,4 +97,4 @@ def erf(z: Tensor) -> Tensor:
         flat = math.exp(-n * n / 4) * envelope
         real = real + weight * (2 * x * (flat - cosh * cos) + n * sinh * sin)
         imag = imag + weight * (2 * x * cosh * sin + n * sinh * cos)
-    return torch.complex(sign * real, sign * imag)
+    return real, imag

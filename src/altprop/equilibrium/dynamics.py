@@ -6,6 +6,7 @@ transformers here, and `(B, ...)` in general. Samples never interact.
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 
@@ -57,7 +58,9 @@ class AutogradLinearisation(AbstractLinearisation):
 
     def jvp(self, v: Tensor) -> Tensor:
         # the fused attention kernels have no forward-mode derivative
-        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():
+            # torch's first forward-mode call scripts its own decompositions, and warns of itself
+            warnings.simplefilter("ignore", DeprecationWarning)
             pair: tuple[Tensor, ...] = torch.func.jvp(self._force, (self._state,), (v,))
         return pair[1]
 

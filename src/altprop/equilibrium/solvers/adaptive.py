@@ -87,10 +87,12 @@ class Adaptive(AbstractSolver):
     def trajectory(
         self, force: Force, start: Tensor, *, step: float, scale: Tensor | None = None
     ) -> Iterator[Moment]:
-        """Yield the start and every accepted state until all samples are done or the limit is met.
+        """Yield the start, and where the samples are after every step that is tried.
 
-        **Arguments:** as `solve`; `step` is the first step that is tried. A rejected step yields
-        nothing for its sample, which then repeats its last point.
+        It ends when all samples are done or the limit is met. A sample whose step was rejected
+        repeats its last point.
+
+        **Arguments:** as `solve`; `step` is the first step that is tried.
         """
         z, f = start, force(start)
         evaluations = 1
@@ -126,5 +128,4 @@ class Adaptive(AbstractSolver):
             factor = (0.9 * ratio.clamp_min(1e-9) ** (-1 / 3)).clamp(0.2, 5.0)
             h = torch.where(going, h * factor, h)
             residual = relative_residual(f, z, scale)
-            if bool(accept.any()):
-                yield Moment(time, z, f, residual, evaluations)
+            yield Moment(time, z, f, residual, evaluations)
