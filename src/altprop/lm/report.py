@@ -19,9 +19,12 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         raise CheckpointError(f"{folder}: no metrics.jsonl there; give a run folder of train")
     try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     except ValueError as error:
         raise CheckpointError(f"{path}: not one JSON object a line ({error})") from None
+    if not all(isinstance(record, dict) and "step" in record for record in records):
+        raise CheckpointError(f"{path}: not one JSON object a line, each with its step")
+    return records
 
 
 def plot_run(folder: Path) -> Path:
@@ -86,8 +89,8 @@ def plot_run(folder: Path) -> Path:
 def _refused(records: list[dict[str, Any]]) -> list[int]:
     """Return the steps whose gradient was refused: those at which the count went up."""
     steps, counts = _series(records, "refused")
-    before = [0, *counts[:-1]]
-    return [step for step, was, now in zip(steps, before, counts, strict=True) if now > was]
+    before = [0, *counts]
+    return [step for step, was, now in zip(steps, before, counts, strict=False) if now > was]
 
 
 def _series(records: list[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
