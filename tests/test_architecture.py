@@ -27,7 +27,12 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "altprop.rule": ("altprop.errors", "altprop.assign"),
     "altprop.rules.*": ("altprop.errors", "altprop.assign", "altprop.rule"),
     "altprop.equilibrium.solvers.solver": ("altprop.errors",),
-    "altprop.equilibrium.solvers.*": ("altprop.errors", "altprop.equilibrium.solvers.solver"),
+    "altprop.equilibrium.solvers.fallback": ("altprop.errors", "altprop.equilibrium.solvers.*"),
+    "altprop.equilibrium.solvers.*": (
+        "altprop.errors",
+        "altprop.equilibrium.solvers.solver",
+        "altprop.equilibrium.solvers.krylov",
+    ),
     "altprop.equilibrium.estimators.*": (
         "altprop.errors",
         "altprop.assign",
@@ -35,6 +40,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "altprop.equilibrium.solvers.solver",
         "altprop.equilibrium.estimators.estimator",
         "altprop.equilibrium.estimators.phases",
+        "altprop.equilibrium.estimators.correction",
+        "altprop.equilibrium.estimators.nudge",
     ),
     "altprop.equilibrium.*": (
         "altprop.errors",

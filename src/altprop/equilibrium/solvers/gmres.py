@@ -7,6 +7,7 @@ nonsymmetric linear systems", SIAM J. Sci. Stat. Comput. 7 (1986).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -41,6 +42,7 @@ class GMRES(AbstractSolver):
     **Raises:** `RuleError` for a force that is not linear.
     """
 
+    linear: ClassVar[bool] = True
     restart: int = 30
     tol: float = 1e-3
     max_steps: int = 100

@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -55,9 +55,11 @@ class AbstractSolver(ABC):
 
     `tol`: the largest accepted residual per sample, relative to the scale of the solve; 0 asks for
     exactly `max_steps` steps, which then cannot fail to converge but only to stay finite.
-    `max_steps`: the limit of force evaluations (at least 1).
+    `max_steps`: the limit of force evaluations (at least 1). `linear`: whether it solves linear
+    forces only, and refuses others with a `RuleError`.
     """
 
+    linear: ClassVar[bool] = False
     tol: float
     max_steps: int
 
