@@ -68,7 +68,14 @@ class AEP(AbstractEstimator):
             beta = response_beta(problem, guess, self.response)
         else:
             beta = torch.full_like(sample_norm(cotangent), self.beta)
-        run = partial(phase, problem, beta=beta, tol=self.tol, max_steps=self.max_steps)
+        run = partial(
+            phase,
+            problem,
+            beta=beta,
+            tol=self.tol,
+            max_steps=self.max_steps,
+            inverse=products.linear.inverse(transposed=True),
+        )
         plus = run(cotangent, start=first, correction=products)
         mirrored = -plus.value
         products.mirror(plus.value, mirrored)

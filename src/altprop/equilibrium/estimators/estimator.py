@@ -39,6 +39,8 @@ class Products(Protocol):
 
     def jvp(self, v: Tensor) -> Tensor: ...
 
+    def inverse(self, *, transposed: bool) -> Force | None: ...
+
 
 @dataclass
 class Certificate:
@@ -199,6 +201,7 @@ def solve_adjoint(
         tol=tol,
         max_steps=max_steps,
         scale=torch.ones_like(sample_norm(cotangent)),  # unit or zero by contract
+        inverse=products.inverse(transposed=True),
     )
 
 

@@ -35,11 +35,12 @@ def phase(
     correction: Map | None,
     tol: float,
     max_steps: int,
+    inverse: Map | None = None,
 ) -> Solution:
     """Solve one nudged phase from `u = start`, `(B, ...)`; `value` is the last state evaluated.
 
     **Arguments:** `nudge`, `±g`; `beta`, `(B,)`; `correction`, what is subtracted from the force, a
-    linear map of `u`.
+    linear map of `u`; `inverse`, of minus the phase's linear part, where the dynamics has it.
     """
     size = per_sample(beta, start)
 
@@ -47,7 +48,10 @@ def phase(
         moved = (problem.force(problem.state + size * u) - problem.still) / size - nudge
         return moved if correction is None else moved - correction(u)
 
-    return problem.solve(residual, start, tol=tol, max_steps=max_steps, scale=torch.ones_like(beta))
+    scale = torch.ones_like(beta)
+    return problem.solve(
+        residual, start, tol=tol, max_steps=max_steps, scale=scale, inverse=inverse
+    )
 
 
 def contrast(plus: Solution, minus: Solution, beta: Tensor, problem: Problem) -> Adjoint:
