@@ -6,9 +6,12 @@ transformers here, and `(B, ...)` in general. Samples never interact.
 
 from __future__ import annotations
 
+import importlib
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -64,10 +67,19 @@ class AutogradLinearisation(AbstractLinearisation):
         return out
 
     def jvp(self, v: Tensor) -> Tensor:
+        load_forward_mode()
         # the fused attention kernels have no forward-mode derivative
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
             pair: tuple[Tensor, ...] = torch.func.jvp(self._force, (self._state,), (v,))
         return pair[1]
+
+
+@cache
+def load_forward_mode() -> None:
+    """Load torch's forward-mode formulas, whose import warns of torch's own deprecations."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        importlib.import_module("torch._decomp.decompositions_for_jvp")
 
 
 class AbstractDynamics(nn.Module, ABC):

@@ -123,15 +123,14 @@ class DrivenLayers(Driven):
         self._shapes: list[torch.Size] = []
         self._known: tuple[Tensor, Tensor] | None = None
 
-    def push(self, h: Tensor, level: int) -> Any:
+    def push(self, h: Tensor, call: Call) -> Any:
         """Make the first evaluation of the next level at `h`, and return all that it gives out."""
         self._draws_of.append(Draws(h.device) if self._training else None)
-        call = self._calls[level]
         whole = call.block(h, *call.args, **call.kwargs)
         out = first_of(whole)
         if out.dim() < 1 or out.shape[:1] != self.x.shape[:1]:
             raise RuleError(
-                f"block {level} turned {tuple(h.shape)} into {tuple(out.shape)}: a block must keep "
+                f"block {len(self._outs)} turned {tuple(h.shape)} into {tuple(out.shape)}: a block must keep "
                 "samples on the first axis"
             )
         self._outs.append(out)
@@ -147,8 +146,8 @@ class DrivenLayers(Driven):
         """
         if self._known is None and not self._shapes:
             h = self.x
-            for level in range(len(self._calls)):
-                self.push(h, level)
+            for call in self._calls:
+                self.push(h, call)
                 h = self._outs[-1].detach()
             self.close()
         assert self._known is not None
@@ -157,7 +156,14 @@ class DrivenLayers(Driven):
     def close(self) -> None:
         """Make state and force of the levels that were pushed."""
         self._shapes = [out.shape for out in self._outs]
+        self._read_as = self._outs[-1].dtype
         outs = torch.cat([out.flatten(1) for out in self._outs], 1)
+        if outs.itemsize < 4 and not self.coarse:
+            raise ConfigError(
+                f"the blocks compute in {outs.dtype}: the nudges are smaller than that "
+                "precision's round-off; keep their weights in float32 and use torch.autocast"
+            )
+        outs = outs.float() if outs.itemsize < 4 else outs
         state = outs.detach()
         self._known = (state, outs - state)
         self._outs = []
@@ -185,7 +191,7 @@ class DrivenLayers(Driven):
         return _LinearisedLayers(parts, self._levels, self.phases)
 
     def read(self, z: Tensor) -> Tensor:
-        return self._levels(z)[-1]
+        return self._levels(z)[-1].to(self._read_as)
 
     def _levels(self, z: Tensor) -> list[Tensor]:
         """Return the levels' outputs that a state `(B, n)` holds."""

@@ -11,6 +11,7 @@ import fnmatch
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -45,8 +46,8 @@ def convert_stack(
 
     **Arguments:** `estimator`, such as `AEP()`; `stack`, the path of an `nn.ModuleList` or
     `nn.Sequential` (`"blocks"`, `"transformer.h"`, or `""` for a model that is one), or a pattern
-    of the blocks' paths (`"blocks.[2-5]"`); `solver`, of the phases where they are not solved by
-    sweeps; `on_failure`, as of `Equilibrium`.
+    of the blocks' paths (`"blocks.[2-5]"`); `solver`, to relax the phases level by level side by
+    side instead of by sweeps (`Euler(step=1.0)` or `Anderson()`); `on_failure`, as of `Equilibrium`.
 
     **Raises:** `RuleError` for a model that is converted already or has batch norm in its blocks,
     `ConfigError` for arguments that fit nothing; the model is then untouched.
@@ -58,7 +59,8 @@ def convert_stack(
     if taken:
         raise RuleError(f"{', '.join(taken)}: somebody has replaced forward there already")
     layers = [block for _, block in blocks]
-    layered = Layered(dict.fromkeys(layers))  # for its parameters; a block may come twice
+    # a block may come twice in the chain, but its parameters only once
+    layered = Layered(dict.fromkeys(layers), "sweep" if solver is None else "synchronous")
     equilibrium = Equilibrium(layered, solver, estimator, on_failure)
     record = Stack(stack, [path for path, _ in blocks], layers, equilibrium)
     model.__dict__[STACK] = record  # past nn.Module, which would register the blocks twice
@@ -138,7 +140,7 @@ class Stack:
 
     def call(self, block: nn.Module, h: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Answer a call of `block` in the model's forward pass."""
-        if self.busy or not (self.on and torch.is_grad_enabled()):
+        if self.busy or not self.on:
             return type(block).forward(block, h, *args, **kwargs)
         if torch._C._current_graph_task_id() != -1:
             raise RuleError(
@@ -201,25 +203,26 @@ class _Run:
             )
         block = stack.blocks[level]
         # what is called again must find the arguments as they were the first time
-        self.calls.append(Call(block, *_without_caches(stack.paths[level], level, args, kwargs)))
-        whole = self.driven.push(self.last if level == 0 else self.last.detach(), level, (args, kwargs))
+        again = partial(_again, stack.paths[level], level, self.driven.coarse)
+        call = Call(block, again(args), again(kwargs))
+        whole = self.driven.push(h if level == 0 else self.last.detach(), Call(block, args, kwargs))
+        self.calls.append(call)
         out = first_of(whole)
         if level + 1 < len(stack.blocks):
             self.last = handed = _handed_on(out, stack.paths[level])
         else:
             self.driven.close()
             handed = stack.equilibrium.relax(self.driven)
-        if isinstance(whole, Tensor):
-            return handed
-        rest = [*whole[1:]]
-        return type(whole)([handed, *rest]) if type(whole) in (tuple, list) else (handed, *rest)
+        return handed if isinstance(whole, Tensor) else (handed, *whole[1:])
 
 
 class _DrivenStack(DrivenLayers):
     """The levels of one forward pass of the model itself."""
 
     def __init__(self, x: Tensor, calls: Sequence[Call], stack: Stack) -> None:
-        super().__init__(x, calls, stack.equilibrium.dynamics.phases, training=True)
+        phases = stack.equilibrium.dynamics.phases
+        training = any(block.training for block in stack.blocks)
+        super().__init__(x.float() if x.itemsize < 4 else x, calls, phases, training)
         self._stack = stack
         self.coarse = torch.is_autocast_enabled(x.device.type)
 
@@ -235,6 +238,8 @@ class _Level:
         self._stack, self._block = stack, block
 
     def __call__(self, h: Any, *args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return type(self._block).forward(self._block, h, *args, **kwargs)
         if torch.compiler.is_compiling():
             call = torch.compiler.disable(self._stack.call, reason="a stack is solved as a whole")
             return call(self._block, h, args, kwargs)
@@ -245,21 +250,16 @@ def _find(model: nn.Module, stack: str) -> list[tuple[str, nn.Module]]:
     """Return the paths and blocks that `stack` names, in the model's order."""
     modules = dict(model.named_modules())
     found = modules.get(stack)
-    if isinstance(found, nn.ModuleList | nn.Sequential):
-        blocks = [(f"{stack}.{name}".strip("."), b) for name, b in found.named_children()]
-        # named_children leaves out a block that comes twice
-        blocks = [
-            (f"{stack}.{i}".strip("."), b) for i, b in enumerate(found)
-        ] if len(blocks) != len(found) else blocks
+    if isinstance(found, nn.ModuleList | nn.Sequential):  # where a block may come twice
+        blocks = [(f"{stack}.{name}".strip("."), b) for name, b in found._modules.items() if b]
     else:
-        depth = stack.count(".")
+        wild = any(c in stack for c in "*?[")
         blocks = [
             (path, module)
             for path, module in modules.items()
-            if path and path.count(".") == depth and fnmatch.fnmatchcase(path, stack)
+            if wild and path and path.count(".") == stack.count(".")
+            if fnmatch.fnmatchcase(path, stack)
         ]
-        if any(c in stack for c in "*?[") is False:
-            blocks = []
     if not blocks:
         lists = [
             path
@@ -292,25 +292,27 @@ def _handed_on(out: Tensor, path: str) -> Tensor:
     return assign_adjoint(out, value, refuse) if out.requires_grad else value
 
 
-def _without_caches(
-    path: str, level: int, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return the arguments without the empty key-value caches that a block would fill.
+def _again(path: str, level: int, coarse: bool, given: Any) -> Any:
+    """Return what a block was given as it needs it to be evaluated once more.
 
-    Hugging Face's models make one in training too; a block that is evaluated again must not find
-    its own keys in it.
+    Empty key-value caches, which Hugging Face's models make in training too, are left out, or the
+    block would find its own keys in them; half precision is widened under autocast (`coarse`).
 
     **Raises:** `RuleError` for a cache that holds earlier tokens.
     """
-
-    def cleaned(value: Any) -> Any:
-        if not hasattr(value, "get_seq_length"):
-            return value
-        if value.get_seq_length(level):
-            raise RuleError(
-                f"{path} was given keys and values of earlier tokens: train a converted stack on "
-                "whole windows, without past_key_values"
-            )
-        return None
-
-    return tuple(map(cleaned, args)), {name: cleaned(value) for name, value in kwargs.items()}
+    again = partial(_again, path, level, coarse)
+    if type(given) in (tuple, list):
+        return type(given)(map(again, given))
+    if type(given) is dict:
+        return {name: again(value) for name, value in given.items()}
+    if isinstance(given, Tensor):
+        half = coarse and given.is_floating_point() and given.itemsize < 4
+        return given.float() if half else given
+    if not hasattr(given, "get_seq_length"):
+        return given
+    if given.get_seq_length(level):
+        raise RuleError(
+            f"{path} was given keys and values of earlier tokens: train a converted stack on whole "
+            "windows, without past_key_values"
+        )
+    return None
