@@ -83,7 +83,8 @@ def load(path: Path) -> Checkpoint:
             notes = dict(json.loads(header["notes"]))
             for name in file.keys():
                 group, _, key = name.partition(".")
-                groups[group][key] = file.get_tensor(name)
+                # a copy: what safetensors gives is mapped, and changes or faults with the file
+                groups[group][key] = file.get_tensor(name).clone()
     except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
         if isinstance(error, CheckpointError):
             raise
@@ -118,6 +119,6 @@ def restore_optimiser(
         }
         if moments:
             optimiser.state[parameter] = {
-                key: value.clone() if key == "step" else value.to(parameter)
+                key: value if key == "step" else value.to(parameter)
                 for key, value in moments.items()
             }
