@@ -222,9 +222,7 @@ class CausalAttention(nn.Module):
     (RMS, with a learned gain per channel), which bounds the attention's logits.
     """
 
-    def __init__(
-        self, d_model: int, heads: int, init_std: float, qk_norm: bool = False
-    ) -> None:
+    def __init__(self, d_model: int, heads: int, init_std: float, qk_norm: bool = False) -> None:
         super().__init__()
         if d_model < 1 or heads < 1 or d_model % heads:
             raise ConfigError(

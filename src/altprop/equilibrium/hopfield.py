@@ -16,8 +16,8 @@ from altprop.errors import ConfigError
 class HopfieldMemory(AbstractDynamics):
     """Descend `E(z) = ½‖z − x‖² − s Σ relu(z W_m)²`: `F = −∇E = x − z + 2s relu(z W_m) W_mᵀ`.
 
-    `J` is symmetric, so `EP()` needs no correction and `AEP()` finds none to make. Each vector along
-    the last axis is a state of its own.
+    `J` is symmetric, so `EP()` needs no correction and `AEP()` finds none to make. Each vector
+    along the last axis is a state of its own.
 
     **Arguments:** `d_model`, the width `C`; `memories`, the columns of `W_m` (default `4 C`);
     `scale`, `s`. Memories start at `N(0, σ²)` with `σ = ½ / (√C + √M) / √(2s)`, which puts the

@@ -130,8 +130,8 @@ class DrivenLayers(Driven):
         out = first_of(whole)
         if out.dim() < 1 or out.shape[:1] != self.x.shape[:1]:
             raise RuleError(
-                f"block {len(self._outs)} turned {tuple(h.shape)} into {tuple(out.shape)}: a block must keep "
-                "samples on the first axis"
+                f"block {len(self._outs)} turned {tuple(h.shape)} into {tuple(out.shape)}: a block "
+                "must keep samples on the first axis"
             )
         self._outs.append(out)
         return whole

@@ -38,8 +38,8 @@ class LinearisedAttention:
         self._q, self._k, self._v = self._split(nnf.linear(z, w_qkv))
         self._norms: tuple[LinearisedRMSNorm, LinearisedRMSNorm] | None = None
         if norms is not None:
-            self._norms = linearise_rms_norm(norms[0], self._q), linearise_rms_norm(norms[1], self._k)
-            self._q, self._k = (norm.value for norm in self._norms)
+            q, k = linearise_rms_norm(norms[0], self._q), linearise_rms_norm(norms[1], self._k)
+            self._norms, self._q, self._k = (q, k), q.value, k.value
         scores = self._scale * (self._q @ self._k.transpose(-1, -2))
         future = torch.ones(T, T, dtype=torch.bool, device=z.device).triu_(1)
         self._p = scores.masked_fill_(future, -math.inf).softmax(-1)

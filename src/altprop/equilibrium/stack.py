@@ -46,8 +46,8 @@ def convert_stack(
 
     **Arguments:** `estimator`, such as `AEP()`; `stack`, the path of an `nn.ModuleList` or
     `nn.Sequential` (`"blocks"`, `"transformer.h"`, or `""` for a model that is one), or a pattern
-    of the blocks' paths (`"blocks.[2-5]"`); `solver`, to relax the phases level by level side by
-    side instead of by sweeps (`Euler(step=1.0)` or `Anderson()`); `on_failure`, as of `Equilibrium`.
+    of the blocks' paths (`"blocks.[2-5]"`); `solver`, to relax all levels side by side instead of
+    by sweeps (`Euler(step=1.0)` or `Anderson()`); `on_failure`, as of `Equilibrium`.
 
     **Raises:** `RuleError` for a model that is converted already or has batch norm in its blocks,
     `ConfigError` for arguments that fit nothing; the model is then untouched.

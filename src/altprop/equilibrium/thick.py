@@ -1,4 +1,4 @@
-"""The literature's equilibrium transformer: attention and feed-forward part side by side, damped."""
+"""The literature's equilibrium transformer: attention and feed-forward side by side, damped."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class ThickBlock(AbstractAttentive):
     rescaling and stabilises nothing. To train a language model prefer `GatedBlock`: measured with
     exact gradients, this block loses its fixed point without a stabiliser.
 
-    **Arguments:** `d_model`, the width `C`; `heads`; `scale`, `s`; `damping`, `c`; `norm`, `"layer"`
-    or `"rms"`; `qk_norm`, norm queries and keys per head; `channel_gain`, learn one `s` per channel,
-    from `scale` on; `expansion`, the width of the feed-forward part in multiples of `C`;
-    `init_std`, of every weight. **Input and state:** `(B, T, C)`.
+    **Arguments:** `d_model`, the width `C`; `heads`; `scale`, `s`; `damping`, `c`; `norm`,
+    `"layer"` or `"rms"`; `qk_norm`, norm queries and keys per head; `channel_gain`, learn one `s`
+    per channel, from `scale` on; `expansion`, the width of the feed-forward part in multiples of
+    `C`; `init_std`, of every weight. **Input and state:** `(B, T, C)`.
     """
 
     def __init__(

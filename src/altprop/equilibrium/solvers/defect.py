@@ -35,8 +35,8 @@ def defect_correction(
     curvature of order `β`, by which each further correction shrinks the error. No accelerated
     solver: what it leaves is what the force itself does not know yet.
 
-    **Arguments:** `force`, `inverse` (of minus the force's linear part), both `(B, ...) → (B, ...)`;
-    the others as in `AbstractSolver`.
+    **Arguments:** `force`; `inverse`, of minus the force's linear part; both take `(B, ...)` to
+    `(B, ...)`. The others are as in `AbstractSolver`.
     """
     u, f = start, force(start)
     residual = relative_residual(f, u, scale)
