@@ -57,9 +57,7 @@ def cases() -> Iterator[Case]:
     for seed, push in enumerate((0.05, 0.5, 2.0)):
         yield prescribed(f"unstable, Re μ = +{push:g}", seed, real=[push])
     yield prescribed("unstable and rotating, μ = +0.3 ± 3i", 4, pairs=[(0.3, 3.0)])
-    yield prescribed(
-        "three unstable directions", 5, real=[1.0, 0.5], pairs=[(0.2, 2.0)], bend=0.3
-    )
+    yield prescribed("three unstable directions", 5, real=[1.0, 0.5], pairs=[(0.2, 2.0)], bend=0.3)
     for seed, scale, damping in ((1, 8.0, 1.0), (1, 8.0, 0.7), (0, 32.0, 0.7), (1, 32.0, 0.7)):
         yield attention(f"damped attention, s = {scale:g}, c = {damping:g}", seed, scale, damping)
     # The damping no longer holds the feedback. That a fixed point exists is known only from many
@@ -169,8 +167,8 @@ def measure(case: Case) -> dict[str, object]:
 def markdown(rows: list[dict[str, object]]) -> str:
     """Return the table."""
     lines = [
-        f"Evaluations of the force to a relative residual of {TOL:g} for every sample; — : not within "
-        f"{LIMIT} evaluations; ∞ : the state ran away. Re μ: the largest real part of the "
+        f"Evaluations of the force to a relative residual of {TOL:g} for every sample; — : not "
+        f"within {LIMIT} evaluations; ∞ : the state ran away. Re μ: the largest real part of the "
         "eigenvalues at the point that the fallback chain found.",
         "",
         "| system | " + " | ".join(SOLVERS) + " | Re μ | reachable by relaxation |",

@@ -74,7 +74,9 @@ def markdown(rows: list[dict[str, object]]) -> str:
         "Relative error of the whole gradient; the smaller of a pair is bold. Evaluations: force, "
         "JVP, VJP and linearisations of both phases at β = 0.01.",
         "",
-        "| system | " + " | ".join(f"{h} | tracking" for h in heads) + " | evaluations | tracking |",
+        "| system | "
+        + " | ".join(f"{h} | tracking" for h in heads)
+        + " | evaluations | tracking |",
         "|---|" + "---|" * (2 * len(BETAS) + 2),
     ]
     wins = {beta: 0 for beta in BETAS}

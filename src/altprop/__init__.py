@@ -26,8 +26,13 @@ if TYPE_CHECKING:  # what the table below means, for type checkers and editors
         CausalAttention as CausalAttention,
         AbstractLinearisation as AbstractLinearisation,
         DampedAttention as DampedAttention,
+        Extension as Extension,
         GatedBlock as GatedBlock,
     )
+    from altprop.equilibrium.function import from_function as from_function
+    from altprop.equilibrium.hopfield import HopfieldMemory as HopfieldMemory
+    from altprop.equilibrium.layered import Layered as Layered
+    from altprop.equilibrium.thick import ThickBlock as ThickBlock
     from altprop.equilibrium.estimators.aep import AEP as AEP
     from altprop.equilibrium.estimators.bptt import BPTT as BPTT
     from altprop.equilibrium.estimators.dyadic import DyadicEP as DyadicEP
@@ -59,9 +64,20 @@ if TYPE_CHECKING:  # what the table below means, for type checkers and editors
         Result as Result,
         Solution as Solution,
     )
+    from altprop.equilibrium.spectra import (
+        Spectrum as Spectrum,
+        numerical_abscissa as numerical_abscissa,
+        spectrum as spectrum,
+        token_spectrum as token_spectrum,
+    )
     from altprop.equilibrium.stability import (
         AbstractStabiliser as AbstractStabiliser,
         JacobianHinge as JacobianHinge,
+    )
+    from altprop.equilibrium.stack import (
+        convert_stack as convert_stack,
+        explain_stack as explain_stack,
+        revert_stack as revert_stack,
     )
     from altprop.rule import AbstractRule as AbstractRule
 
@@ -71,8 +87,15 @@ _EXPORTS = {
     ),
     "altprop.rule": "AbstractRule",
     "altprop.equilibrium.dynamics": (
-        "AbstractDynamics AbstractLinearisation CausalAttention DampedAttention GatedBlock"
+        "AbstractDynamics AbstractLinearisation CausalAttention DampedAttention Extension "
+        "GatedBlock"
     ),
+    "altprop.equilibrium.function": "from_function",
+    "altprop.equilibrium.hopfield": "HopfieldMemory",
+    "altprop.equilibrium.layered": "Layered",
+    "altprop.equilibrium.thick": "ThickBlock",
+    "altprop.equilibrium.spectra": "Spectrum numerical_abscissa spectrum token_spectrum",
+    "altprop.equilibrium.stack": "convert_stack explain_stack revert_stack",
     "altprop.equilibrium.module": "Equilibrium equilibria using",
     "altprop.equilibrium.stability": "AbstractStabiliser JacobianHinge",
     "altprop.equilibrium.solvers.solver": "AbstractSolver Result Solution",

@@ -32,6 +32,9 @@ def system(kind: str, seed: int, heads: int = 2, tokens: int = 3) -> System:
     torch.manual_seed(seed)
     if kind == "damped":
         dynamics: ap.AbstractDynamics = ap.DampedAttention(4, heads, scale=0.5)
+    elif kind.startswith("thick"):
+        norms = {"norm": "rms", "qk_norm": True} if "rms" in kind else {}
+        dynamics = ap.ThickBlock(4, heads, scale=0.4, damping=0.5, init_std=0.3, **norms)  # type: ignore[arg-type]
     else:
         dynamics = ap.GatedBlock(4, heads, expansion=2, init_std=0.25)
         torch.nn.init.normal_(dynamics.alpha, std=0.25)

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from altprop.equilibrium import analytic
 
+KINDS = ["damped", "gated", "thick", "thick, rms and qk-norm"]
+
 
 def complexes(*shape: int, size: float, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
@@ -59,7 +61,7 @@ def test_softmax_and_layer_norm_agree_with_arbitrary_precision(size: float) -> N
             assert abs(f - complex(e)) < 1e-12 * abs(complex(e))
 
 
-@pytest.mark.parametrize("kind", ["damped", "gated"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_analytic_force_is_the_force_on_real_states(kind: str) -> None:
     s = system(kind, seed=0, tokens=4)
     z = torch.randn_like(s.x)
@@ -68,7 +70,7 @@ def test_the_analytic_force_is_the_force_on_real_states(kind: str) -> None:
     assert float(found.imag.abs().max()) == 0
 
 
-@pytest.mark.parametrize("kind", ["damped", "gated"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_analytic_force_has_the_jacobian_of_the_force_by_a_complex_step(kind: str) -> None:
     s = system(kind, seed=1, tokens=4)
     z, v = torch.randn_like(s.x), torch.randn_like(s.x)
@@ -76,7 +78,7 @@ def test_the_analytic_force_has_the_jacobian_of_the_force_by_a_complex_step(kind
     torch.testing.assert_close(found, s.dynamics.linearise(z, s.x).jvp(v), rtol=1e-11, atol=1e-11)
 
 
-@pytest.mark.parametrize("kind", ["damped", "gated"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_analytic_force_satisfies_cauchy_and_riemann_off_the_real_axis(kind: str) -> None:
     s = system(kind, seed=2)
     z, v = torch.complex(s.x, 0.1 * s.w), torch.randn_like(s.x)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -22,19 +22,28 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def softmax(scores: Tensor) -> Tensor:
-    """Return `exp(s) / Σ exp(s)` over the last axis, for complex `s` with finite real parts or −∞."""
+    """Return `exp(s) / Σ exp(s)` over the last axis, for complex `s` with finite parts."""
     size = (scores - scores.real.amax(-1, keepdim=True)).exp()
     return size / size.sum(-1, keepdim=True)
 
 
 def causal_attention(
-    z: Tensor, w_q: Tensor, w_k: Tensor, w_v: Tensor, w_o: Tensor, heads: int
+    z: Tensor,
+    w_q: Tensor,
+    w_k: Tensor,
+    w_v: Tensor,
+    w_o: Tensor,
+    heads: int,
+    norms: tuple[nn.RMSNorm, nn.RMSNorm] | None = None,
 ) -> Tensor:
-    """Return multi-head causal softmax attention at a complex state, `(B, T, C) → (B, T, C)`."""
+    """Return multi-head causal softmax attention at a complex state, `(B, T, C) → (B, T, C)`.
+
+    **Arguments:** `norms`, of queries and of keys per head, `(..., D)`.
+    """
     B, T, C = z.shape
-    q, k, v = (
-        linear(z, w).view(B, T, heads, C // heads).transpose(1, 2) for w in (w_q, w_k, w_v)
-    )
+    q, k, v = (linear(z, w).view(B, T, heads, C // heads).transpose(1, 2) for w in (w_q, w_k, w_v))
+    if norms is not None:
+        q, k = apply_norm(norms[0], q), apply_norm(norms[1], k)
     scores = q @ k.transpose(-1, -2) * (C // heads) ** -0.5  # bilinear: no conjugate
     future = torch.ones(T, T, dtype=torch.bool, device=z.device).triu_(1)
     # a complex −∞ makes exp return NaN, so the future is cut by a real number that exp sends to 0
@@ -42,8 +51,21 @@ def causal_attention(
     return linear(mixed.transpose(1, 2).reshape(B, T, C), w_o)
 
 
+def feed_forward(x: Tensor, up: nn.Linear, down: nn.Linear) -> Tensor:
+    """Return `down(gelu(up(x)))` at a complex `x`, `(..., C)`."""
+    return linear(gelu(linear(x, up.weight, up.bias)), down.weight, down.bias)
+
+
+def apply_norm(module: nn.LayerNorm | nn.RMSNorm, x: Tensor) -> Tensor:
+    """Return what a norm over the last axis gives at a complex `x`."""
+    if isinstance(module, nn.RMSNorm):
+        eps = torch.finfo(x.dtype).eps if module.eps is None else module.eps
+        return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * module.weight
+    return layer_norm(x, module.weight, module.bias, module.eps)
+
+
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """Return the layer norm over the last axis of a complex `x`; its variance is `mean((x − x̄)²)`."""
+    """Return the layer norm over the last axis of a complex `x`, with variance `mean((x − x̄)²)`."""
     centred = x - x.mean(-1, keepdim=True)
     variance = centred.square().mean(-1, keepdim=True)
     return centred / (variance + eps).sqrt() * weight + bias

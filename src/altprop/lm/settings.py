@@ -28,7 +28,7 @@ class TrainConfig:
         out: the run's folder; a new one below runs/ unless given.
         resume: go on from the last checkpoint in the run's folder.
         overwrite: replace a run that is already in the folder.
-        block: the dynamics, `gated` or `damped`.
+        block: the dynamics, `gated`, `damped` or `thick`.
         d_model: the width.
         heads: attention heads; must divide the width.
         context: the length of a window, in tokens.

@@ -31,10 +31,9 @@ from altprop.equilibrium.estimators.estimator import AbstractEstimator, Cost
 from altprop.equilibrium.estimators.implicit import Implicit
 from altprop.equilibrium.module import Equilibrium
 from altprop.equilibrium.solvers.anderson import Anderson
-from altprop.equilibrium.solvers.solver import AbstractSolver, Result
+from altprop.equilibrium.solvers.solver import AbstractSolver, Result, with_limits
 from altprop.testing.contract import check_value, close, randn, require
 from altprop.testing.solving import check_solver as check_solver
-from altprop.testing.solving import with_limits
 
 Gradients = dict[str, Tensor]
 

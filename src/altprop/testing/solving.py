@@ -16,6 +16,7 @@ from altprop.equilibrium.solvers.solver import (
     Solution,
     relative_residual,
     sample_norm,
+    with_limits,
 )
 from altprop.errors import ConfigError, RuleError
 from altprop.testing.contract import check_value, close, randn, require
@@ -26,9 +27,10 @@ LIMIT = 5000  # steps that any of the systems below may take, with room for smal
 def check_solver(solver: AbstractSolver) -> None:
     """Check that `solver` keeps the contract of `AbstractSolver`.
 
-    The systems are a contraction (which a solver with `linear` set must refuse), one that rotates (eigenvalues `−1 ± 1.5i`, so a relaxation needs
-    a step below 0.6) and a linear one with real eigenvalues; all have a known answer. `tol` and
-    `max_steps` of the given value are replaced, everything else is used as it is.
+    The systems are a contraction (which a solver of linear forces must refuse), one that rotates
+    (eigenvalues `−1 ± 1.5i`, so a relaxation needs a step below 0.6) and a linear one with real
+    eigenvalues; all have a known answer. `tol` and `max_steps` of the given value are replaced,
+    everything else is used as it is.
 
     **Raises:** `AssertionError`, naming the promise that is broken.
     """
@@ -64,11 +66,6 @@ class _System:
     step: float
     slack: float
     linear: bool = True
-
-
-def with_limits(solver: AbstractSolver, tol: float, max_steps: int) -> AbstractSolver:
-    """Return `solver` with another tolerance and limit."""
-    return replace(solver, tol=tol, max_steps=max_steps)  # type: ignore[type-var]
 
 
 def _contraction(dtype: torch.dtype) -> _System:

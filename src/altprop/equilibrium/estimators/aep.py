@@ -103,7 +103,8 @@ class AEP(AbstractEstimator):
         else:
             beta = torch.full_like(sample_norm(cotangent), self.beta)
         nudge = nudge_at("AEP", self.nudge, problem, cotangent)
-        phases = Phases(problem, nudge, beta, self.tol, self.max_steps, self.solver)
+        inverse = correction.linear.inverse(transposed=True)
+        phases = Phases(problem, nudge, beta, self.tol, self.max_steps, self.solver, inverse)
         if self.linearise == "tracking":
             out = _track(phases, first)
         else:
@@ -111,9 +112,7 @@ class AEP(AbstractEstimator):
         return replace(out, evaluations=out.evaluations + evaluations)
 
 
-def _contrast(
-    phases: Phases, first: Tensor, correction: Antisymmetric, sides: Sides
-) -> Adjoint:
+def _contrast(phases: Phases, first: Tensor, correction: Antisymmetric, sides: Sides) -> Adjoint:
     """Solve one phase after the other, with `J` frozen at the free state."""
     plus = phases.run(1.0, first, correction)
     minus = None
@@ -147,9 +146,15 @@ def _track(phases: Phases, first: Tensor) -> Adjoint:
         last[:] = [antisymmetry(forward, transposed)]
         return torch.stack(out, 1)
 
+    def invert(pair: Tensor) -> Tensor:
+        assert inverse is not None
+        return torch.stack([inverse(u) for u in pair.unbind(1)], 1)
+
+    inverse = phases.inverse  # at the free state, which is near enough to correct defects with
+    both = None if inverse is None else replace(phases, inverse=invert)
     # the pair's nudge has the norm of both together
     scale = math.sqrt(2) * torch.ones_like(phases.beta)
-    solution = phases.solve(residual, torch.stack([first, -first], 1), scale)
+    solution = (both or phases).solve(residual, torch.stack([first, -first], 1), scale)
     (plus, minus), (up, down) = solution.value.unbind(1), solution.force.unbind(1)
     remainder = (down - up) / 2
     moved = torch.maximum(sample_norm(plus), sample_norm(minus))

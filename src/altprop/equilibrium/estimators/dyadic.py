@@ -62,6 +62,14 @@ class DyadicEP(AbstractEstimator):
             pulled = problem.linearise(m).vjp(a) + nudge(m)
             return torch.stack([problem.force(m) / unit, pulled], 1)
 
+        at_rest = problem.linearise()
+        halves = at_rest.inverse(transposed=False), at_rest.inverse(transposed=True)
+
+        def invert(pair: Tensor) -> Tensor:
+            moved, a = pair.unbind(1)
+            assert halves[0] is not None and halves[1] is not None
+            return torch.stack([halves[0](moved), halves[1](a)], 1)
+
         start = torch.stack([torch.zeros_like(cotangent), problem.step * cotangent], 1)
         solution = problem.solve(
             residual,
@@ -70,13 +78,14 @@ class DyadicEP(AbstractEstimator):
             max_steps=self.max_steps,
             scale=torch.ones_like(sample_norm(cotangent)),
             solver=self.solver,
+            inverse=None if None in halves else invert,
         )
         midpoint, pulled = solution.force.unbind(1)
         return Adjoint(
             value=solution.value[:, 1],
             residual=solution.residual,
             remainder=pulled,
-            evaluations=3 * solution.evaluations,  # a force, a linearisation and a VJP each
+            evaluations=3 * solution.evaluations + 1,  # a force, a linearisation and a VJP each
             result=solution.result,
             response=sample_norm(solution.value[:, 0]),
             nudged_residuals=torch.stack([sample_norm(midpoint), sample_norm(pulled)]),

@@ -39,6 +39,8 @@ class Products(Protocol):
 
     def jvp(self, v: Tensor) -> Tensor: ...
 
+    def inverse(self, *, transposed: bool) -> Force | None: ...
+
 
 @dataclass
 class Certificate:
@@ -97,10 +99,12 @@ class Problem:
     """What an estimator receives in the backward pass.
 
     `state`: `z*`, `(B, ...)`. `still`: `F(z*)`, what the free phase left. `step`: the dynamics'
-    `ε`. `force`: `F(·; x)` without recording. `linearise()`: the Jacobian's products at `z*`, or at
-    the state it is given. `solve(force, start, tol=…, max_steps=…, scale=…, solver=None)`: drive a
-    force to zero by `solver`, the module's own unless given. `cost`: `C(z)` where the caller gave
-    it. `analytic`: `F(·; x)` continued to complex states; a `RuleError` says where there is none.
+    `ε`. `force`: `F(·; x)` without recording. `linearise()`: the Jacobian's products at `z*`, or
+    at the state it is given. `solve(force, start, tol=…, max_steps=…, scale=…, solver=None,
+    inverse=None)`: drive a force to zero by `solver` if there is one, else by the `inverse` of
+    minus its linear part if there is one, else by the module's own solver. `cost`: `C(z)` where
+    the caller gave it. `analytic`: `F(·; x)` continued to complex states; a `RuleError` says where
+    there is none.
     """
 
     state: Tensor
@@ -220,6 +224,7 @@ def solve_adjoint(
         max_steps=max_steps,
         scale=torch.ones_like(sample_norm(cotangent)),  # unit or zero by contract
         solver=solver,
+        inverse=products.inverse(transposed=True),
     )
 
 

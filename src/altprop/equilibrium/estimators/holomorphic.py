@@ -91,7 +91,7 @@ class HolomorphicEP(AbstractEstimator):
             def residual(pair: Tensor) -> Tensor:
                 u = torch.view_as_complex(pair)
                 moved = (analytic(problem.state + beta * u) - still) / beta - cotangent
-                # a real nudge has a real state; the real part last, where the correction is measured
+                # a real nudge has a real state; the real part last, for the certificate
                 across = correction(u.imag) if nudge.imag else torch.zeros_like(u.imag)
                 return torch.view_as_real(moved - torch.complex(correction(u.real), across))
 

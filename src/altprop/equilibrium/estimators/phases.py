@@ -34,7 +34,8 @@ class Phases:
     """The nudged phases of one problem.
 
     `nudge`: from a state to the nudge there (at `z*`, the cotangent). `beta`: `(B,)`. `tol`,
-    `max_steps`: of one phase. `solver`: None for the module's own.
+    `max_steps`: of one phase. `solver`: None for the module's own. `inverse`: of minus the phases'
+    linear part, where the dynamics has it.
     """
 
     problem: Problem
@@ -43,6 +44,7 @@ class Phases:
     tol: float
     max_steps: int
     solver: AbstractSolver | None = None
+    inverse: Map | None = None
 
     def drive(self, sign: float, u: Tensor) -> Tensor:
         """Return `(F(z* + βu) − F(z*))/β ∓ g` at the displacement `u`, `(B, ...)`."""
@@ -71,6 +73,7 @@ class Phases:
             max_steps=self.max_steps,
             scale=scale,
             solver=self.solver,
+            inverse=self.inverse,
         )
 
 

@@ -100,7 +100,7 @@ def _check(name: str, step: float, steps: int, beta: float, nudge: str) -> None:
 
 
 def _nudge(name: str, nudge: Nudge, problem: Problem, cotangent: Tensor) -> tuple[Map, Tensor]:
-    """Return `z ↦ ∇C(z)` in the caller's own units, and what the result is multiplied by, `(B,)`."""
+    """Return `z ↦ ∇C(z)` in the caller's units, and the factor of the result, `(B,)`."""
     if nudge == "linear":
         return lambda z: cotangent, torch.ones_like(sample_norm(cotangent))
     return cost_gradient(name, problem, cotangent)

@@ -18,6 +18,7 @@ from altprop.equilibrium.solvers.solver import (
     conclude,
     per_sample,
     relative_residual,
+    with_limits,
 )
 from altprop.errors import ConfigError
 
@@ -72,8 +73,9 @@ class Fallback(AbstractSolver):
             if used >= self.max_steps:
                 break
             limit = min(solver.max_steps, self.max_steps - used)
-            member = replace(solver, tol=self.tol, max_steps=limit)
-            found = member.solve(force, start if best is None else best.value, step=step, scale=scale)
+            member = with_limits(solver, self.tol, limit)
+            at = start if best is None else best.value
+            found = member.solve(force, at, step=step, scale=scale)
             best = found if best is None else _better(best, found)
             if bool((best.residual <= self.tol).all()):
                 break

@@ -31,10 +31,10 @@ from altprop.errors import ConfigError, RuleError
 class GMRES(AbstractSolver):
     """Solve a linear force, `A z + b = 0`, in the fewest products that any Krylov method needs.
 
-    It needs neither a step nor stability, only that `A` is not singular, so it serves where Anderson
-    stalls: give it to an estimator, `Implicit(solver=GMRES())` or `AEP(solver=GMRES())`. A nudged
-    phase is linear up to the order of its nudge, and every restart begins from the true force, so
-    what is left of the curvature is corrected. For a free phase use `NewtonKrylov`.
+    It needs neither a step nor stability, only that `A` is not singular, so it serves where
+    Anderson stalls: give it to an estimator, `Implicit(solver=GMRES())` or `AEP(solver=GMRES())`.
+    A nudged phase is linear up to the order of its nudge, and every restart begins from the true
+    force, so what is left of the curvature is corrected. For a free phase use `NewtonKrylov`.
 
     **Arguments:** `restart`, the largest Krylov space (memory grows with it); `tol`, the relative
     force residual to reach; `max_steps`, the limit of force evaluations, products included.
@@ -102,7 +102,7 @@ def _check_linear(going: Tensor, old: Tensor, new: Tensor, left: Tensor, size: T
     if bool(wrong.any()):
         worst = float((off / sample_norm(old))[wrong].max())
         raise RuleError(
-            f"GMRES solves linear problems, and this force is not linear (after one cycle it is off "
+            "GMRES solves linear problems, and this force is not linear (after one cycle it is off "
             f"by {worst:.1e} of what linearity predicts): keep it to an estimator, such as "
             "Implicit(solver=GMRES()) or, with a smaller nudge, AEP(solver=GMRES()), and write "
             "solver=NewtonKrylov() for a free phase"

@@ -37,8 +37,8 @@ def gmres_cycle(
 ) -> Cycle:
     """Minimise `‖right − A x‖` over a Krylov space of up to `columns` dimensions, from `x = 0`.
 
-    **Arguments:** `product`, `v ↦ A v`, sample by sample, on `(B, ...)`; `right`; `goal`, `(B,)`, the
-    norm of `right − A x` at which a sample is done.
+    **Arguments:** `product`, `v ↦ A v`, sample by sample, on `(B, ...)`; `right`; `goal`, `(B,)`,
+    the norm of `right − A x` at which a sample is done.
     """
     flat = right.flatten(1)
     B, n = flat.shape

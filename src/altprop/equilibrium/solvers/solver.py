@@ -10,7 +10,7 @@ import enum
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Integral, Real
 from typing import Any, ClassVar
 
@@ -98,6 +98,11 @@ def is_positive(value: Any) -> bool:
 def is_count(value: Any) -> bool:
     """Return whether `value` is a whole number, at least 1."""
     return isinstance(value, Integral) and int(value) >= 1
+
+
+def with_limits(solver: AbstractSolver, tol: float, max_steps: int) -> AbstractSolver:
+    """Return a solver like this one with another tolerance and limit."""
+    return replace(solver, tol=tol, max_steps=max_steps)  # type: ignore[type-var]
 
 
 def check_solver_fields(solver: AbstractSolver) -> None:
