@@ -122,3 +122,16 @@ def test_in_float32_a_large_holomorphic_nudge_beats_the_centred_pair(points: int
     circle, _ = gradient(single, ap.HolomorphicEP(points=points, response=0.05, tol=1e-5), solver)
     pair, _ = gradient(single, ap.AEP(response=0.05, tol=1e-5), solver)
     assert error(circle.double(), reference) < 0.2 * error(pair.double(), reference)
+
+
+@pytest.mark.parametrize("kind", ["damped", "gated"])
+@pytest.mark.parametrize(
+    "estimator",
+    [ap.AEP, lambda **k: ap.AEP(linearise="tracking", **k), ap.DyadicEP, ap.HolomorphicEP],
+    ids=["AEP", "tracking", "DyadicEP", "HolomorphicEP"],
+)
+def test_a_longer_phase_never_makes_a_gradient_worse(kind: str, estimator: object) -> None:
+    s = system(kind, seed=6)
+    reference = exact(s)
+    errors = [error(gradient(s, estimator(max_steps=n))[0], reference) for n in (30, 100, 1000)]  # type: ignore[operator]
+    assert errors[0] == errors[1] == errors[2] < 2e-3
