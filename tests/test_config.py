@@ -174,7 +174,7 @@ def test_every_public_estimator_reads_back_by_either_name(name: str, tmp_path: P
 def test_the_types_of_every_field_of_every_public_estimator_are_checked(name: str) -> None:
     for field_name in vars(getattr(ap, name)()):
         spec = {"class_path": name, "init_args": {field_name: {"x": 1}}}
-        with pytest.raises(ConfigError, match=f"estimator.{field_name}: expected .*, got "):
+        with pytest.raises(ConfigError, match=f"estimator.{field_name}: expected "):
             parsed(Run, {"estimator": spec})
 
 

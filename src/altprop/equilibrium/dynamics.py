@@ -6,20 +6,26 @@ transformers here, and `(B, ...)` in general. Samples never interact.
 
 from __future__ import annotations
 
+import importlib
+import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from altprop.equilibrium.analytic import apply_norm, causal_attention, feed_forward
 from altprop.equilibrium.linearised import (
     LinearisedAttention,
     LinearisedFeedForward,
-    LinearisedNorm,
+    linearise_norm,
 )
-from altprop.errors import ConfigError
+from altprop.errors import ConfigError, RuleError
 
 
 class AbstractLinearisation(ABC):
@@ -32,6 +38,13 @@ class AbstractLinearisation(ABC):
     @abstractmethod
     def jvp(self, v: Tensor) -> Tensor:
         """Return `Jv`, detached."""
+
+    def inverse(self, *, transposed: bool) -> Callable[[Tensor], Tensor] | None:
+        """Return `r ↦ −J⁻¹ r` (or `−J⁻ᵀ r`) if that costs no more than a product, else `None`.
+
+        Where there is one, estimators correct with it instead of relaxing.
+        """
+        return None
 
 
 class AutogradLinearisation(AbstractLinearisation):
@@ -48,17 +61,26 @@ class AutogradLinearisation(AbstractLinearisation):
 
     def vjp(self, a: Tensor) -> Tensor:
         if not self._out.requires_grad:
-            return torch.zeros_like(a)
+            return torch.zeros_like(self._state)
         (out,) = torch.autograd.grad(
             self._out, self._leaf, a, retain_graph=True, allow_unused=True, materialize_grads=True
         )
         return out
 
     def jvp(self, v: Tensor) -> Tensor:
+        load_forward_mode()
         # the fused attention kernels have no forward-mode derivative
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
             pair: tuple[Tensor, ...] = torch.func.jvp(self._force, (self._state,), (v,))
         return pair[1]
+
+
+@cache
+def load_forward_mode() -> None:
+    """Load torch's forward-mode formulas, whose import warns of torch's own deprecations."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        importlib.import_module("torch._decomp.decompositions_for_jvp")
 
 
 class AbstractDynamics(nn.Module, ABC):
@@ -69,10 +91,31 @@ class AbstractDynamics(nn.Module, ABC):
     """
 
     step: float = 1.0
+    draws: bool = False
+    """Whether a force in training mode may draw random numbers, as dropout does."""
+    feedforward: bool = False
+    """Whether nothing feeds back, so that the fixed point cannot be lost."""
 
     @abstractmethod
     def forward(self, z: Tensor, x: Tensor) -> Tensor:
         """Return the force at state `z` under input `x`, both `(B, ...)`."""
+
+    def under(self, x: Tensor, *args: Any, **kwargs: Any) -> Driven:
+        """Return this dynamics under one input; what else is given goes to every force."""
+        return Driven(self, x, args, kwargs)
+
+    def extend(self, cache: Any, x: Tensor) -> Extension:
+        """Return what solves new tokens alone, where earlier ones do not depend on them.
+
+        **Arguments:** `cache`, of the earlier tokens (`None`: there are none); `x`, the new
+        tokens' input, `(B, t, C)`.
+
+        **Raises:** `RuleError` for a dynamics that is not causal or has no cache.
+        """
+        raise RuleError(
+            f"{type(self).__name__} keeps no cache of earlier tokens: solve the whole window "
+            "anew, or give the dynamics an extend(cache, x) method"
+        )
 
     def start(self, x: Tensor) -> Tensor:
         """Return the state that the free phase starts from; `x` itself unless overridden."""
@@ -83,15 +126,131 @@ class AbstractDynamics(nn.Module, ABC):
         x = x.detach()
         return AutogradLinearisation(lambda state: self(state, x), z)
 
+    def analytic(self, z: Tensor, x: Tensor) -> Tensor:
+        """Return the force continued analytically to a complex state `z`, under a real input `x`.
+
+        Only `HolomorphicEP` asks for it. On real states it must equal the force, and complex
+        conjugates nowhere enter it; `altprop.equilibrium.analytic` has the parts.
+
+        **Raises:** `RuleError` where a dynamics has none, which is the default.
+        """
+        raise RuleError(
+            f"{type(self).__name__} has no analytic force: HolomorphicEP relaxes complex states, "
+            "on which torch defines no softmax, layer norm, GELU or fused attention, and relu has "
+            "no continuation at all; give the dynamics a method analytic(z, x) made of the parts "
+            "in altprop.equilibrium.analytic, or write estimator=AEP()"
+        )
+
+
+class Driven:
+    """A dynamics under one input: all that one call of an `Equilibrium` needs of it.
+
+    Where the force draws random numbers, it draws the same ones in every evaluation of one call:
+    else a nudged phase would contrast two different systems.
+
+    **Arguments:** `dynamics`; `x`, the input, `(B, ...)`; `args`, `kwargs`, further arguments of
+    the force.
+    """
+
+    coarse: bool = False
+    """Whether the recorded force has less precision than the one that phases evaluate."""
+
+    def __init__(
+        self, dynamics: AbstractDynamics, x: Tensor, args: Any = (), kwargs: Any = None
+    ) -> None:
+        self.x, self.step = x, dynamics.step
+        self._dynamics, self._args = dynamics, args
+        self._kwargs: Mapping[str, Any] = kwargs or {}
+        self._draws: Draws | None = None
+
+    def start(self) -> Tensor:
+        """Return the state that the free phase starts from."""
+        return self._dynamics.start(self.x)
+
+    def settled(self) -> Tensor | None:
+        """Return the free state where it is known without a solver."""
+        return None
+
+    def force(self, z: Tensor) -> Tensor:
+        """Return the force at `z`, `(B, ...)`, recorded wherever autograd is on."""
+        if not (self._dynamics.draws and self._dynamics.training):
+            return self._dynamics(z, self.x, *self._args, **self._kwargs)
+        if self._draws is None:
+            self._draws = Draws(self.x.device)
+            return self._dynamics(z, self.x, *self._args, **self._kwargs)
+        with self._draws.again():
+            return self._dynamics(z, self.x, *self._args, **self._kwargs)
+
+    def linearise(self, z: Tensor) -> AbstractLinearisation:
+        """Return the Jacobian's products at `z`."""
+        if self._args or self._kwargs or self._draws is not None:
+            return AutogradLinearisation(self.force, z)
+        return self._dynamics.linearise(z, self.x)
+
+    def analytic(self, z: Tensor) -> Tensor:
+        """Return the force continued analytically to a complex state `z`, `(B, ...)`.
+
+        **Raises:** `RuleError` for a dynamics that has none, or under further arguments.
+        """
+        if self._args or self._kwargs or (self._dynamics.draws and self._dynamics.training):
+            raise RuleError(
+                f"{type(self._dynamics).__name__} has an analytic force under its input alone, not "
+                "with further arguments or random draws: write estimator=AEP()"
+            )
+        return self._dynamics.analytic(z, self.x)
+
+    def read(self, z: Tensor) -> Tensor:
+        """Return what the module gives out, from a state `(B, ...)`; differentiable."""
+        return z
+
+
+class Draws:
+    """Where the random generators stood at one moment, so that the same can be drawn again."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._cpu = torch.get_rng_state()
+        own = device.type != "cpu"
+        self._own = torch.get_device_module(device).get_rng_state(device) if own else None
+
+    @contextmanager
+    def again(self) -> Iterator[None]:
+        """Draw inside as was drawn from that moment on, and leave the generators as they were."""
+        own = [] if self._own is None else [self._device.index or 0]
+        with torch.random.fork_rng(own, device_type=self._device.type if own else "cuda"):
+            torch.set_rng_state(self._cpu)
+            if self._own is not None:
+                torch.get_device_module(self._device).set_rng_state(self._own, self._device)
+            yield
+
+
+class Extension(NamedTuple):
+    """New tokens beside a cache.
+
+    `force`: of the new tokens alone, `(B, t, C) → (B, t, C)`. `remember`: from their equilibrium to
+    the cache with them in it; the cache that was given stays as it is.
+    """
+
+    force: Callable[[Tensor], Tensor]
+    remember: Callable[[Tensor], Any]
+
+
+class KeyValues(NamedTuple):
+    """The keys and values of earlier tokens, both `(B, H, S, D)`."""
+
+    keys: Tensor
+    values: Tensor
+
 
 class CausalAttention(nn.Module):
     """Multi-head causal softmax attention with independent `W_Q, W_K, W_V, W_O` and no bias.
 
     **Arguments:** `d_model`, the width `C`; `heads`, which must divide it; `init_std`, the standard
-    deviation of the normal initialisation.
+    deviation of the normal initialisation; `qk_norm`, whether queries and keys are normed per head
+    (RMS, with a learned gain per channel), which bounds the attention's logits.
     """
 
-    def __init__(self, d_model: int, heads: int, init_std: float) -> None:
+    def __init__(self, d_model: int, heads: int, init_std: float, qk_norm: bool = False) -> None:
         super().__init__()
         if d_model < 1 or heads < 1 or d_model % heads:
             raise ConfigError(
@@ -103,25 +262,94 @@ class CausalAttention(nn.Module):
             nn.Parameter(init_std * torch.randn(d_model, d_model)) for _ in range(4)
         )
 
+        own = d_model // heads
+        self.norm_q = nn.RMSNorm(own, eps=1e-6) if qk_norm else None
+        self.norm_k = nn.RMSNorm(own, eps=1e-6) if qk_norm else None
+
     def forward(self, z: Tensor) -> Tensor:
         """Return the attention's output, `(B, T, C) → (B, T, C)`."""
-        B, T, C = z.shape
-        qkv = nnf.linear(z, torch.cat([self.W_Q, self.W_K, self.W_V]))
-        q, k, v = qkv.view(B, T, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)
-        mixed = nnf.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return nnf.linear(mixed.transpose(1, 2).reshape(B, T, C), self.W_O)
+        q, k, v = self._project(z)
+        return self._merge(nnf.scaled_dot_product_attention(q, k, v, is_causal=True))
+
+    def extend(self, z: Tensor, cache: KeyValues | None) -> Tensor:
+        """Return the output of new tokens, `(B, t, C)`, that attend to a cache and each other."""
+        if cache is None:
+            return self.forward(z)
+        q, k, v = self._project(z)
+        t, S = k.shape[2], cache.keys.shape[2]
+        scores = torch.cat([q @ cache.keys.mT, q @ k.mT], dim=-1) * q.shape[-1] ** -0.5
+        if t > 1:
+            future = torch.ones(t, S + t, dtype=torch.bool, device=z.device).triu_(S + 1)
+            scores = scores.masked_fill(future, -torch.inf)
+        p = scores.softmax(-1)
+        return self._merge(p[..., :S] @ cache.values + p[..., S:] @ v)
+
+    def remember(self, z: Tensor, cache: KeyValues | None) -> KeyValues:
+        """Return the cache with the keys and values of new tokens, `(B, t, C)`, at its end."""
+        _, k, v = self._project(z)
+        if cache is None:
+            return KeyValues(k, v)
+        return KeyValues(torch.cat([cache.keys, k], 2), torch.cat([cache.values, v], 2))
 
     @torch.no_grad()
     def linearise(self, z: Tensor) -> LinearisedAttention:
         """Return the attention linearised at `z`, `(B, T, C)`."""
         w_qkv = torch.cat([self.W_Q, self.W_K, self.W_V])
-        return LinearisedAttention(z, w_qkv, self.W_O.detach(), self.heads)
+        norms = None
+        if self.norm_q is not None and self.norm_k is not None:
+            norms = (self.norm_q, self.norm_k)
+        return LinearisedAttention(z, w_qkv, self.W_O.detach(), self.heads, norms)
+
+    def _project(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        B, T, C = z.shape
+        qkv = nnf.linear(z, torch.cat([self.W_Q, self.W_K, self.W_V]))
+        q, k, v = qkv.view(B, T, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)
+        if self.norm_q is not None and self.norm_k is not None:
+            q, k = self.norm_q(q), self.norm_k(k)
+        return q, k, v
+
+    def _merge(self, mixed: Tensor) -> Tensor:
+        return nnf.linear(mixed.transpose(1, 2).flatten(2), self.W_O)
+
+    def analytic(self, z: Tensor) -> Tensor:
+        """Return the attention's output at a complex state, `(B, T, C)`."""
+        norms = None
+        if self.norm_q is not None and self.norm_k is not None:
+            norms = (self.norm_q, self.norm_k)
+        return causal_attention(z, self.W_Q, self.W_K, self.W_V, self.W_O, self.heads, norms)
 
     def extra_repr(self) -> str:
         return f"d_model={self.W_Q.shape[0]}, heads={self.heads}"
 
 
-class DampedAttention(AbstractDynamics):
+class AbstractAttentive(AbstractDynamics):
+    """Base of the causal dynamics with one attention; from it they get their exact cache.
+
+    An equilibrium of such a dynamics never depends on later tokens, and on earlier ones only
+    through the keys and values of their equilibria.
+    """
+
+    attention: CausalAttention
+
+    @abstractmethod
+    def attended(self, z: Tensor, x: Tensor) -> Tensor:
+        """Return what the attention reads at state `z` under input `x`, all `(B, T, C)`."""
+
+    @abstractmethod
+    def combine(self, z: Tensor, x: Tensor, mixed: Tensor) -> Tensor:
+        """Return the force, given what the attention made of it, `mixed`, `(B, T, C)`."""
+
+    def forward(self, z: Tensor, x: Tensor) -> Tensor:
+        return self.combine(z, x, self.attention(self.attended(z, x)))
+
+    def extend(self, cache: KeyValues | None, x: Tensor) -> Extension:
+        return Extension(
+            lambda z: self.combine(z, x, self.attention.extend(self.attended(z, x), cache)),
+            lambda z: self.attention.remember(self.attended(z, x), cache),
+        )
+
+
+class DampedAttention(AbstractAttentive):
     """Damped attention, `F(z; x) = −(z − x) + s(Attn(z) − c z)`.
 
     The reference dynamics of the field (Scurria et al., arXiv 2602.03670). Its Jacobian is not
@@ -143,19 +371,26 @@ class DampedAttention(AbstractDynamics):
         self.step = 1 / (1 + scale * damping)
         self.attention = CausalAttention(d_model, heads, init_std=d_model**-0.5)
 
-    def forward(self, z: Tensor, x: Tensor) -> Tensor:
-        return x - (1 + self.scale * self.damping) * z + self.scale * self.attention(z)
+    def attended(self, z: Tensor, x: Tensor) -> Tensor:
+        return z
+
+    def combine(self, z: Tensor, x: Tensor, mixed: Tensor) -> Tensor:
+        return x - (1 + self.scale * self.damping) * z + self.scale * mixed
 
     def linearise(self, z: Tensor, x: Tensor) -> AbstractLinearisation:
         return _LinearisedDamping(
             self.attention.linearise(z), self.scale, 1 + self.scale * self.damping
         )
 
+    def analytic(self, z: Tensor, x: Tensor) -> Tensor:
+        attended = self.scale * self.attention.analytic(z)
+        return x - (1 + self.scale * self.damping) * z + attended
+
     def extra_repr(self) -> str:
         return f"scale={self.scale}, damping={self.damping}"
 
 
-class GatedBlock(AbstractDynamics):
+class GatedBlock(AbstractAttentive):
     """A pre-norm transformer block whose fed-back part passes through a learned gate.
 
     `w = x + α ⊙ (z − x)`, `u = x + Attn(LN₁ w)`, `g(z) = u + FFN(LN₂ u)`, `F = g(z) − z`. At its
@@ -182,13 +417,20 @@ class GatedBlock(AbstractDynamics):
             nn.init.normal_(layer.weight, std=init_std)
             nn.init.zeros_(layer.bias)
 
-    def forward(self, z: Tensor, x: Tensor) -> Tensor:
-        w = x + self.alpha * (z - x)
-        u = x + self.attention(self.norm1(w))
+    def attended(self, z: Tensor, x: Tensor) -> Tensor:
+        return self.norm1(x + self.alpha * (z - x))
+
+    def combine(self, z: Tensor, x: Tensor, mixed: Tensor) -> Tensor:
+        u = x + mixed
         return u + self.down(nnf.gelu(self.up(self.norm2(u)))) - z
 
     def linearise(self, z: Tensor, x: Tensor) -> AbstractLinearisation:
         return _LinearisedGate(self, z, x)
+
+    def analytic(self, z: Tensor, x: Tensor) -> Tensor:
+        w = x + self.alpha * (z - x)
+        u = x + self.attention.analytic(apply_norm(self.norm1, w))
+        return u + feed_forward(apply_norm(self.norm2, u), self.up, self.down) - z
 
 
 class _LinearisedDamping(AbstractLinearisation):
@@ -212,12 +454,10 @@ class _LinearisedGate(AbstractLinearisation):
     @torch.no_grad()
     def __init__(self, block: GatedBlock, z: Tensor, x: Tensor) -> None:
         self._alpha = block.alpha.detach()
-        one, two = block.norm1, block.norm2
-        w = x + self._alpha * (z - x)
-        self._norm1 = LinearisedNorm(w, one.weight.detach(), one.bias.detach(), one.eps)
+        self._norm1 = linearise_norm(block.norm1, x + self._alpha * (z - x))
         self._attention = block.attention.linearise(self._norm1.value)
         u = x + self._attention.value
-        self._norm2 = LinearisedNorm(u, two.weight.detach(), two.bias.detach(), two.eps)
+        self._norm2 = linearise_norm(block.norm2, u)
         self._feed_forward = LinearisedFeedForward(
             self._norm2.value,
             block.up.weight.detach(),

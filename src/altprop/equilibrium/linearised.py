@@ -14,20 +14,32 @@ import math
 
 import torch
 import torch.nn.functional as nnf
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class LinearisedAttention:
     """Causal softmax attention `z ↦ softmax(QKᵀ/√D) V W_Oᵀ`, linearised at `z`, `(B, T, C)`.
 
-    **Arguments:** `z`; `w_qkv`, `(3C, C)`; `w_o`, `(C, C)`; `heads`. `value` is its output at `z`.
+    **Arguments:** `z`; `w_qkv`, `(3C, C)`; `w_o`, `(C, C)`; `heads`; `norms`, of the queries and
+    keys per head, if they have any. `value` is its output at `z`.
     """
 
-    def __init__(self, z: Tensor, w_qkv: Tensor, w_o: Tensor, heads: int) -> None:
+    def __init__(
+        self,
+        z: Tensor,
+        w_qkv: Tensor,
+        w_o: Tensor,
+        heads: int,
+        norms: tuple[nn.RMSNorm, nn.RMSNorm] | None = None,
+    ) -> None:
         _, T, C = z.shape
         self._w_qkv, self._w_o, self._heads = w_qkv, w_o, heads
         self._scale = (C // heads) ** -0.5
         self._q, self._k, self._v = self._split(nnf.linear(z, w_qkv))
+        self._norms: tuple[LinearisedRMSNorm, LinearisedRMSNorm] | None = None
+        if norms is not None:
+            q, k = linearise_rms_norm(norms[0], self._q), linearise_rms_norm(norms[1], self._k)
+            self._norms, self._q, self._k = (q, k), q.value, k.value
         scores = self._scale * (self._q @ self._k.transpose(-1, -2))
         future = torch.ones(T, T, dtype=torch.bool, device=z.device).triu_(1)
         self._p = scores.masked_fill_(future, -math.inf).softmax(-1)
@@ -35,6 +47,8 @@ class LinearisedAttention:
 
     def jvp(self, dz: Tensor) -> Tensor:
         dq, dk, dv = self._split(nnf.linear(dz, self._w_qkv))
+        if self._norms is not None:
+            dq, dk = self._norms[0].jvp(dq), self._norms[1].jvp(dk)
         ds = dq @ self._k.transpose(-1, -2)
         ds += self._q @ dk.transpose(-1, -2)
         return nnf.linear(self._merge(self._slope(ds) @ self._v + self._p @ dv), self._w_o)
@@ -43,6 +57,8 @@ class LinearisedAttention:
         (da,) = self._split(a @ self._w_o)
         ds = self._slope(da @ self._v.transpose(-1, -2))
         dq, dk, dv = ds @ self._k, ds.transpose(-1, -2) @ self._q, self._p.transpose(-1, -2) @ da
+        if self._norms is not None:
+            dq, dk = self._norms[0].vjp(dq), self._norms[1].vjp(dk)
         return torch.cat([self._merge(d) for d in (dq, dk, dv)], dim=-1) @ self._w_qkv
 
     def _slope(self, ds: Tensor) -> Tensor:
@@ -84,6 +100,42 @@ class LinearisedNorm:
         """Return `rstd (v − mean(v) − x̂ mean(x̂ v))`, which is symmetric in `v`."""
         along = (self._unit * v).mean(-1, keepdim=True)
         return self._rstd * (v - v.mean(-1, keepdim=True) - self._unit * along)
+
+
+class LinearisedRMSNorm:
+    """`x ↦ weight ⊙ x / rms(x)` over the last axis, linearised at `x`, `(..., C)`."""
+
+    def __init__(self, x: Tensor, weight: Tensor, eps: float) -> None:
+        self._weight = weight
+        self._rstd = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+        self._unit = x * self._rstd
+        self.value = self._unit * weight
+
+    def jvp(self, dx: Tensor) -> Tensor:
+        return self._project(dx) * self._weight
+
+    def vjp(self, a: Tensor) -> Tensor:
+        return self._project(a * self._weight)
+
+    def _project(self, v: Tensor) -> Tensor:
+        """Return `rstd (v − x̂ mean(x̂ v))`, which is symmetric in `v`."""
+        along = (self._unit * v).mean(-1, keepdim=True)
+        return self._rstd * (v - self._unit * along)
+
+
+def linearise_rms_norm(norm: nn.RMSNorm, x: Tensor) -> LinearisedRMSNorm:
+    """Return an RMS norm over the last axis, linearised at `x`."""
+    eps = torch.finfo(x.dtype).eps if norm.eps is None else norm.eps
+    return LinearisedRMSNorm(x, norm.weight.detach(), eps)
+
+
+def linearise_norm(
+    norm: nn.LayerNorm | nn.RMSNorm, x: Tensor
+) -> LinearisedNorm | LinearisedRMSNorm:
+    """Return a norm over the last axis, linearised at `x`, `(..., C)`."""
+    if isinstance(norm, nn.RMSNorm):
+        return linearise_rms_norm(norm, x)
+    return LinearisedNorm(x, norm.weight.detach(), norm.bias.detach(), norm.eps)
 
 
 class LinearisedFeedForward:

@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from altprop.equilibrium.dynamics import AbstractDynamics
+from altprop.equilibrium.dynamics import AbstractDynamics, Driven
 from altprop.equilibrium.estimators.aep import AEP
 from altprop.equilibrium.estimators.estimator import (
     AbstractEstimator,
@@ -25,10 +25,20 @@ from altprop.equilibrium.estimators.estimator import (
     Site,
 )
 from altprop.equilibrium.solvers.anderson import Anderson
-from altprop.equilibrium.solvers.solver import AbstractSolver, Force, Result, Solution
+from altprop.equilibrium.solvers.defect import defect_correction
+from altprop.equilibrium.solvers.solver import (
+    AbstractSolver,
+    Force,
+    Result,
+    Solution,
+    conclude,
+    relative_residual,
+    with_limits,
+)
 from altprop.errors import ConfigError, ConvergenceError, RuleError
 
 OnFailure = Literal["raise", "warn", "accept"]
+STACK = "_altprop_stack"  # where a module keeps the equilibrium that its blocks were made into
 
 
 class Equilibrium(nn.Module):
@@ -70,44 +80,88 @@ class Equilibrium(nn.Module):
         self.on_failure: OnFailure = _expect_policy(on_failure)
         self.certificate = None
 
-    def forward(self, x: Tensor, *, cost: Cost | None = None) -> Tensor:
+    def forward(self, x: Tensor, *args: Any, cost: Cost | None = None, **kwargs: Any) -> Tensor:
         """Return the equilibrium `z*` under input `x`, both `(B, ...)`.
 
         **Arguments:** `cost`, `z ↦ C(z)` (a scalar), for estimators that nudge with the cost's own
-        gradient; it must be the loss that is differentiated afterwards.
+        gradient; it must be the loss that is differentiated afterwards. What else is given goes to
+        the dynamics as it is (a mask, say).
 
         **Raises:** `ConvergenceError` as `on_failure` says; `ConfigError` for an input in half
         precision outside autocast.
         """
         if torch.compiler.is_compiling():
-            return _outside_graph(self, x, cost)
-        return self._relax(x, cost)
+            return _outside_graph(self, x, cost, args, kwargs)
+        return self._relax(x, cost, args, kwargs)
 
-    def _relax(self, x: Tensor, cost: Cost | None) -> Tensor:
-        kind = x.device.type
-        if torch.is_autocast_enabled(kind) and x.is_floating_point() and x.itemsize < 4:
-            x = x.float()
-        if not x.is_floating_point() or torch.finfo(x.dtype).bits < 32:
-            raise ConfigError(
-                f"Equilibrium was given {x.dtype}: its nudges are smaller than that precision's "
-                "round-off; keep the block in float32 and use torch.autocast around the model"
+    def _relax(
+        self, x: Tensor, cost: Cost | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Tensor:
+        x = _exact_enough(x)
+        with torch.autocast(x.device.type, enabled=False):
+            return self.relax(self.dynamics.under(x, *args, **kwargs), cost)
+
+    def relax(self, driven: Driven, cost: Cost | None = None) -> Tensor:
+        """Return what `driven`, a dynamics under its input, settles to; `forward` is built on it.
+
+        It is for callers that have the dynamics under an input already.
+        """
+        return driven.read(self.estimator.attach(self._site(driven, cost)))
+
+    @torch.no_grad()
+    def extend(self, x: Tensor, cache: Any = None) -> tuple[Tensor, Any]:
+        """Return the equilibrium of new tokens after those in a cache, and the cache with them.
+
+        Earlier tokens' states never depend on later ones, so this is exact: it solves the new
+        tokens alone, by the same solver to the same tolerance (now relative to the new tokens'
+        own state, so never looser). It records nothing for autograd.
+
+        **Arguments:** `x`, the new tokens' input, `(B, t, C)`; `cache`, what the last call
+        returned, or `None` for no earlier tokens. A cache is never changed, so it can be extended
+        twice.
+
+        **Raises:** `RuleError` for a dynamics that keeps no cache; `ConvergenceError` as
+        `on_failure` says.
+        """
+        x = _exact_enough(x)
+        with torch.autocast(x.device.type, enabled=False):
+            force, remember = self.dynamics.extend(cache, x)
+            step = self.dynamics.step
+            solution = _persist(self.solver, force, self.dynamics.start(x), step, None)
+            z = solution.value + step * solution.force
+            still = force(z)
+            residual = relative_residual(still, z, None)
+            self.certificate = Certificate(
+                solution.result, residual, solution.evaluations + 1, state=z, input=x
             )
-        with torch.autocast(kind, enabled=False):
-            return self.estimator.attach(self._site(x, cost))
+            self._settle(solution.result, solution.residual, self.solver.tol, "free phase")
+            value = z + step * still
+            return value, remember(value)
 
-    def _site(self, x: Tensor, cost: Cost | None) -> Site:
-        start = self.dynamics.start(x)
+    def _site(self, driven: Driven, cost: Cost | None) -> Site:
+        x, start = driven.x, driven.start()
 
         def quiet(z: Tensor) -> Tensor:
             with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-                return self.dynamics(z, x)
+                return driven.force(z)
 
         def solve(
-            force: Force, start: Tensor, *, tol: float, max_steps: int, scale: Tensor
+            force: Force,
+            start: Tensor,
+            *,
+            tol: float,
+            max_steps: int,
+            scale: Tensor,
+            solver: AbstractSolver | None = None,
+            inverse: Force | None = None,
         ) -> Solution:
             with torch.autocast(x.device.type, enabled=False):
-                solver = replace(self.solver, tol=tol, max_steps=max_steps)
-                return _persist(solver, force, start, self.dynamics.step, scale)
+                if inverse is not None and solver is None:
+                    return defect_correction(
+                        force, inverse, start, tol=tol, max_steps=max_steps, scale=scale
+                    )
+                own = with_limits(solver or self.solver, tol, max_steps)
+                return _persist(own, force, start, driven.step, scale)
 
         held = tuple(self.dynamics.parameters())
 
@@ -119,11 +173,26 @@ class Equilibrium(nn.Module):
                     "that of another system: load them with load_state_dict, or use BPTT()"
                 )
 
-            def linearise() -> Any:
+            def linearise(at: Tensor | None = None) -> Any:
                 with torch.autocast(x.device.type, enabled=False):
-                    return self.dynamics.linearise(z, x)
+                    return driven.linearise(z if at is None else at)
 
-            return Problem(z, still, self.dynamics.step, quiet, linearise, solve, cost)
+            def analytic(at: Tensor) -> Tensor:
+                with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+                    return driven.analytic(at)
+
+            if driven.coarse:
+                still = quiet(z)
+            seen = _read_cost(cost, driven)
+            return Problem(z, still, driven.step, quiet, linearise, solve, seen, analytic)
+
+        def free_phase() -> Solution:
+            state = driven.settled()
+            if state is None:
+                return _persist(self.solver, quiet, start.detach(), driven.step, None)
+            rest = state - state  # zero, or NaN where the state is not finite
+            residual = relative_residual(rest, state, None)
+            return Solution(state, rest, residual, 0, conclude(residual, self.solver.tol or 1.0))
 
         def finish(certificate: Certificate) -> None:
             self.certificate = certificate
@@ -131,12 +200,10 @@ class Equilibrium(nn.Module):
         return Site(
             x=x,
             start=start,
-            step=self.dynamics.step,
-            force=lambda z: self.dynamics(z, x),
+            step=driven.step,
+            force=driven.force,
             solver=self.solver,
-            free_phase=lambda: _persist(
-                self.solver, quiet, start.detach(), self.dynamics.step, None
-            ),
+            free_phase=free_phase,
             problem=problem,
             finish=finish,
             settle=self._settle,
@@ -162,20 +229,43 @@ class Equilibrium(nn.Module):
         return f"solver={self.solver}, estimator={self.estimator}, on_failure={self.on_failure!r}"
 
 
-def _outside_graph(block: Equilibrium, x: Tensor, cost: Cost | None) -> Tensor:
+def _exact_enough(x: Tensor) -> Tensor:
+    """Return the input in at least float32, under autocast by widening it."""
+    if torch.is_autocast_enabled(x.device.type) and x.is_floating_point() and x.itemsize < 4:
+        x = x.float()
+    if not x.is_floating_point() or torch.finfo(x.dtype).bits < 32:
+        raise ConfigError(
+            f"Equilibrium was given {x.dtype}: its nudges are smaller than that precision's "
+            "round-off; keep the block in float32 and use torch.autocast around the model"
+        )
+    return x
+
+
+def _read_cost(cost: Cost | None, driven: Driven) -> Cost | None:
+    """Turn a cost of what the module gives out into a cost of the whole state."""
+    return None if cost is None else lambda z: cost(driven.read(z))
+
+
+def _outside_graph(
+    block: Equilibrium, x: Tensor, cost: Cost | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Tensor:
     """Relax outside the graph of a compiled model, and compile nothing that is called meanwhile.
 
     What the relaxation iterates over can be compiled by itself: `block.dynamics.compile()`.
     (`disable` is looked up here, for it imports the compiler, which takes as long as torch.)
     """
-    return torch.compiler.disable(block._relax, reason="its length depends on the data")(x, cost)
+    relax = torch.compiler.disable(block._relax, reason="its length depends on the data")
+    return relax(x, cost, args, kwargs)
 
 
 def equilibria(model: nn.Module) -> Iterator[tuple[str, Equilibrium]]:
-    """Yield every `Equilibrium` in `model` with its path."""
+    """Yield every `Equilibrium` in `model` with its path, those of converted stacks included."""
     for path, module in model.named_modules():
         if isinstance(module, Equilibrium):
             yield path, module
+        stack = module.__dict__.get(STACK)
+        if stack is not None:
+            yield f"{path}.{stack.name}".strip("."), stack.equilibrium
 
 
 @contextmanager

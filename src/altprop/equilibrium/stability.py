@@ -116,7 +116,7 @@ class JacobianHinge(AbstractStabiliser):
         gains = [
             self._push(path, block, block.certificate, state, group)
             for path, block in equilibria(model)
-            if block.certificate is not None
+            if block.certificate is not None and not block.dynamics.feedforward
         ]
         return {"jacobian_gain": max(gains, key=_nan_is_worst)} if gains else {}
 

@@ -60,8 +60,9 @@ def audit(
     initialisation and, with `--steps N`, while each rule trains a GPT of its own.
 
     Otherwise the problem is the field's: damped attention, with the force
-    F = -(z - x) + scale (Attn(z) - damping z), on windows of text, under a fixed random embedding and head; the reference is backpropagation
-    through 120 Euler steps of its relaxation. One seed draws weights, embedding, head and batch.
+    F = -(z - x) + scale (Attn(z) - damping z), on windows of text, under a fixed random embedding
+    and head; the reference is backpropagation through 120 Euler steps of its relaxation. One seed
+    draws weights, embedding, head and batch.
 
     Args:
         data: Name of a corpus, a UTF-8 text file, a folder of them, or a prepared folder.
@@ -104,7 +105,8 @@ def audit(
             )
         config = TrainConfig(
             data=data, model="gpt", layers=layers, d_model=d_model, heads=heads, context=context,
-            batch=batch, seed=seed, steps=max(1, steps), warmup=min(100, steps // 10), stabiliser=None,
+            batch=batch, seed=seed, steps=max(1, steps), warmup=min(100, steps // 10),
+            stabiliser=None,
         )  # fmt: skip
         table, checks = audit_gpt(rules, config, json, png)
         console = Console(width=None if sys.stdout.isatty() else 100, highlight=False)

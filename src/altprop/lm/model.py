@@ -6,8 +6,9 @@ Shapes: `B` windows, `T` tokens, `C` channels, `V` words of the vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as nnf
@@ -25,12 +26,14 @@ from altprop import (
     DataError,
     Equilibrium,
     GatedBlock,
+    ThickBlock,
 )
 from altprop.errors import unknown
 
 BLOCKS: dict[str, Callable[[int, int], AbstractDynamics]] = {
     "gated": GatedBlock,
     "damped": DampedAttention,
+    "thick": ThickBlock,
 }
 
 
@@ -44,7 +47,8 @@ class ModelConfig:
         d_model: the width `C`.
         heads: attention heads; must divide the width.
         block: of an `EquilibriumLM`, the dynamics: `gated` (a pre-norm transformer block whose
-            feedback is gated) or `damped` (damped attention).
+            feedback is gated), `damped` (damped attention), or `thick` (attention and feed-forward
+            part side by side; it needs a strong stabiliser).
         layers: of a `GPT`, the number of blocks.
         tie_head: of a `GPT`, whether the head is the token embedding.
     """
@@ -117,6 +121,19 @@ class EquilibriumLM(nn.Module):
 
         logits = self._read_out(self.block(x, cost=cost))
         return logits, cross_entropy(logits, targets)
+
+    def extend(
+        self, ids: Tensor, cache: tuple[int, Any] | None = None
+    ) -> tuple[Tensor, tuple[int, Any]]:
+        """Return the logits after new tokens, `(B, V)`, and the cache with these in it.
+
+        Earlier tokens' equilibria do not depend on later ones, so only the new are solved.
+
+        **Arguments:** `ids`, int64 `(B, t)`; `cache`, what the last call returned.
+        """
+        length, kept = cache or (0, None)
+        z, kept = self.block.extend(embed(self, ids, length), kept)
+        return self._read_out(z[:, -1]), (length + ids.shape[1], kept)
 
     def _read_out(self, z: Tensor) -> Tensor:
         return self.head(self.norm(z))
@@ -210,15 +227,25 @@ class FeedForward(nn.Module):
 LanguageModel = EquilibriumLM | GPT
 
 
-def embed(model: LanguageModel, ids: Tensor) -> Tensor:
+@runtime_checkable
+class Extendable(Protocol):
+    """A model that can read new tokens beside a cache of earlier ones."""
+
+    def extend(self, ids: Tensor, cache: Any = None) -> tuple[Tensor, Any]:
+        """Return the logits after the last of new tokens, `(B, t) → (B, V)`, and the new cache."""
+
+
+def embed(model: LanguageModel, ids: Tensor, start: int = 0) -> Tensor:
     """Return the token and position embeddings of `ids`, `(B, T) → (B, T, C)`.
+
+    **Arguments:** `start`, the position of the first.
 
     **Raises:** `DataError` for more tokens than the model's context.
     """
-    T = ids.shape[1]
-    if T > model.config.context:
-        raise DataError(f"{T} tokens do not fit into a context of {model.config.context}")
-    return model.tokens(ids) + model.positions.weight[:T]
+    end = start + ids.shape[1]
+    if end > model.config.context:
+        raise DataError(f"{end} tokens do not fit into a context of {model.config.context}")
+    return model.tokens(ids) + model.positions.weight[start:end]
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
@@ -226,7 +253,6 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     return nnf.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
 
-@torch.no_grad()
 def generate(
     model: LanguageModel,
     ids: Tensor,
@@ -238,8 +264,28 @@ def generate(
 ) -> Tensor:
     """Continue `ids`, `(B, T)`, by `count` sampled tokens; return `(B, T + count)`.
 
+    Arguments and errors are those of `stream`, which gives out the tokens one by one.
+    """
+    tokens = stream(model, ids, count, temperature=temperature, top_k=top_k, generator=generator)
+    return torch.cat([ids, *tokens], dim=1)
+
+
+@torch.no_grad()
+def stream(
+    model: LanguageModel,
+    ids: Tensor,
+    count: int,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    generator: torch.Generator | None = None,
+) -> Iterator[Tensor]:
+    """Continue `ids`, `(B, T)`, by `count` sampled tokens, and yield each, `(B, 1)`, as it comes.
+
     Each token is read from the last context of tokens, from an equilibrium of the same definition
-    as in training.
+    as in training. While the context is not full, a model that is `Extendable` reads the new
+    token beside a cache of the earlier ones, which is exact. Past it the window slides, which with
+    learned absolute positions changes every state, so the window is read anew for each token.
 
     **Arguments:** `temperature` divides the logits, and 0 takes the likeliest token; `top_k` keeps
     only the likeliest so many; `generator` (on the CPU) makes the draws repeatable.
@@ -255,20 +301,31 @@ def generate(
         raise DataError("the prompt is empty: give at least one character to continue")
     if top_k is not None and top_k < 1:
         raise ConfigError(f"top_k is {top_k}, expected at least 1, or none for all tokens")
+    context = model.config.context
+    cache, unread = None, ids
     for _ in range(count):
-        logits = model(ids[:, -model.config.context :])[0][:, -1].float()
-        if not bool(torch.isfinite(logits).all()):
-            raise ConvergenceError(
-                "the model's logits are not finite: it lost its fixed point in training, so train "
-                "it with a lower lr or with a stabiliser"
-            )
-        if temperature == 0:
-            new = logits.argmax(-1, keepdim=True)
+        if isinstance(model, Extendable) and ids.shape[1] <= context:
+            logits, cache = model.extend(unread, cache)
         else:
-            if top_k is not None and top_k < logits.shape[-1]:
-                least = logits.topk(top_k).values[:, -1:]
-                logits = logits.masked_fill(logits < least, -torch.inf)
-            chances = (logits / temperature).softmax(-1).cpu()
-            new = torch.multinomial(chances, 1, generator=generator).to(ids)
-        ids = torch.cat([ids, new], dim=1)
-    return ids
+            logits = model(ids[:, -context:])[0][:, -1]
+        unread = _pick(logits, temperature, top_k, generator)
+        ids = torch.cat([ids, unread], dim=1)
+        yield unread
+
+
+def _pick(
+    logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator | None
+) -> Tensor:
+    """Return the next token of each window, `(B, V) → (B, 1)`."""
+    if not bool(torch.isfinite(logits).all()):
+        raise ConvergenceError(
+            "the model's logits are not finite: it lost its fixed point in training, so train "
+            "it with a lower lr or with a stabiliser"
+        )
+    if temperature == 0:
+        return logits.argmax(-1, keepdim=True)
+    if top_k is not None and top_k < logits.shape[-1]:
+        least = logits.topk(top_k).values[:, -1:]
+        logits = logits.masked_fill(logits < least, -torch.inf)
+    chances = (logits.float() / temperature).softmax(-1).cpu()
+    return torch.multinomial(chances, 1, generator=generator).to(logits.device)

@@ -13,7 +13,7 @@ from altprop import CheckpointError, ConfigError, using
 from altprop.errors import unknown
 from altprop.lm import checkpoint
 from altprop.lm.config import read_config
-from altprop.lm.model import LanguageModel, generate
+from altprop.lm.model import LanguageModel, stream
 from altprop.lm.settings import TrainConfig
 from altprop.lm.text import CharTokenizer
 from altprop.lm.train import build_model, pick_device
@@ -77,10 +77,11 @@ def sample(
     generator = torch.Generator().manual_seed(seed)
     with using(model, on_failure="warn"), warnings.catch_warnings(record=True) as unsettled:
         warnings.simplefilter("always", RuntimeWarning)
-        out = generate(
-            model, ids, tokens, temperature=temperature, top_k=top_k, generator=generator
-        )
-    print(tokenizer.decode(out[0].cpu().numpy()))
+        print(tokenizer.decode(ids[0].cpu().numpy()), end="", flush=True)
+        news = stream(model, ids, tokens, temperature=temperature, top_k=top_k, generator=generator)
+        for new in news:
+            print(tokenizer.decode(new[0].cpu().numpy()), end="", flush=True)
+    print()
     if unsettled:
         print(
             f"altprop: warning: {len(unsettled)} of {tokens} tokens were read from a state that "

@@ -1,0 +1,220 @@
+"""Every dynamics: its closed forms, its exact gradients, its causality, and a user's own force."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import altprop as ap
+from altprop.equilibrium.dynamics import AutogradLinearisation
+from altprop.testing import check_dynamics
+from helpers import TIGHT, Task, damped, gated, jacobian, task, worst
+
+NEAR = {"response": 1e-4, "tol": 1e-8, "max_steps": 500}
+
+
+def thick(**settings: object) -> Task:
+    torch.manual_seed(0)
+    block = ap.ThickBlock(8, 2, scale=0.3, damping=1.0, expansion=2, init_std=0.2, **settings)
+    with torch.no_grad():
+        for name, p in block.named_parameters():
+            if p.dim() == 1:  # no norm, bias or gain at a special point
+                p.add_(0.2 * torch.randn(p.shape)) if "scale" not in name else p.mul_(0.9)
+    return task(block, 2, 3)
+
+
+def hopfield() -> Task:
+    torch.manual_seed(0)
+    return task(ap.HopfieldMemory(6, 6, scale=2.0), 2, 3)
+
+
+def plain_function() -> Task:
+    W = nn.Parameter(0.3 * torch.randn(6, 6, dtype=torch.float64))
+    force = ap.from_function(lambda z, x, W: x - z + torch.tanh(z @ W), W=W)
+    return task(force, 2, 3)
+
+
+TASKS: dict[str, Callable[[], Task]] = {
+    "damped": lambda: damped(2, 3, scale=0.5),
+    "gated": lambda: gated(2, 3),
+    "thick": thick,
+    "thick rms": lambda: thick(norm="rms", qk_norm=True, channel_gain=True),
+    "hopfield": hopfield,
+    "from_function": plain_function,
+}
+CAUSAL = ["damped", "gated", "thick", "thick rms"]
+
+
+@pytest.fixture(params=TASKS)
+def this(request: pytest.FixtureRequest) -> Task:
+    return TASKS[request.param]()
+
+
+def test_every_dynamics_keeps_the_contract(this: Task) -> None:
+    check_dynamics(this.dynamics, this.x)
+
+
+def test_implicit_equals_finite_differences_on_every_dynamics(this: Task) -> None:
+    for name, g in this.gradients().items():
+        direction = torch.randn_like(g)
+        direction /= direction.norm()
+        ends = []
+        for sign in (1e-5, -1e-5):
+            this.named()[name].add_(sign * direction)
+            ends.append(this.loss())
+            this.named()[name].sub_(sign * direction)
+        typical = float(g.norm()) / g.numel() ** 0.5
+        error = abs((ends[0] - ends[1]) / 2e-5 - float((g * direction).sum()))
+        assert error <= 1e-5 * typical, name
+
+
+def test_aep_equals_implicit_on_every_dynamics(this: Task) -> None:
+    assert worst(this.gradients(ap.AEP(**NEAR)), this.gradients()) <= 1e-5
+
+
+def test_closed_form_products_are_those_of_autograd(this: Task) -> None:
+    z, v = this.x + torch.randn_like(this.x), torch.randn_like(this.x)
+    closed = this.dynamics.linearise(z, this.x)
+    wanted = AutogradLinearisation(lambda s: this.dynamics(s, this.x), z)
+    assert torch.allclose(closed.jvp(v), wanted.jvp(v), rtol=1e-10, atol=1e-12)
+    assert torch.allclose(closed.vjp(v), wanted.vjp(v), rtol=1e-10, atol=1e-12)
+
+
+def test_a_sample_does_not_know_its_batch_mates(this: Task) -> None:
+    whole = this.block()(this.x)
+    alone = this.block()(this.x[:1])
+    assert torch.allclose(whole[:1], alone, rtol=1e-10, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_a_state_does_not_know_later_tokens(name: str) -> None:
+    this = TASKS[name]()
+    other = this.x.clone()
+    other[:, -1] += 1
+    before, after = (this.block()(x)[:, :-1] for x in (this.x, other))
+    assert torch.allclose(before, after, rtol=1e-10, atol=1e-11)
+    assert not torch.allclose(this.block()(this.x)[:, -1], this.block()(other)[:, -1])
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_tokens_solved_one_by_one_are_those_of_the_window(name: str) -> None:
+    this = TASKS[name]()
+    block, cache, states = this.block(), None, []
+    for x in (this.x[:, :1], this.x[:, 1:]):  # one new token, then two beside the cache
+        z, cache = block.extend(x, cache)
+        states.append(z)
+    assert torch.allclose(torch.cat(states, 1), block(this.x), rtol=1e-10, atol=1e-10)
+
+
+def test_a_cache_can_be_extended_twice() -> None:
+    this = damped(2, 3, scale=0.5)
+    block = this.block()
+    _, cache = block.extend(this.x[:, :1])
+    first, _ = block.extend(this.x[:, 1:2], cache)
+    block.extend(this.x[:, 2:], cache)
+    again, _ = block.extend(this.x[:, 1:2], cache)
+    assert torch.equal(first, again)
+
+
+def test_a_dynamics_without_a_cache_says_so() -> None:
+    with pytest.raises(ap.RuleError, match="keeps no cache"):
+        hopfield().block().extend(torch.zeros(1, 1, 6, dtype=torch.float64))
+
+
+def test_the_hopfield_force_descends_its_energy_and_is_symmetric() -> None:
+    this = hopfield()
+    memory = this.dynamics
+    z = (this.x + torch.randn_like(this.x)).requires_grad_()
+    (slope,) = torch.autograd.grad(memory.energy(z, this.x).sum(), z)
+    assert torch.allclose(memory(z, this.x), -slope)
+    J = jacobian(memory, z.detach(), this.x)
+    assert torch.allclose(J, J.T)
+
+
+def test_ep_needs_no_correction_on_the_hopfield_memory() -> None:
+    this = hopfield()
+    assert worst(this.gradients(ap.EP(**NEAR)), this.gradients()) <= 1e-7
+
+
+def test_ep_is_wrong_on_the_thick_block_where_aep_is_right() -> None:
+    this = thick()
+    wanted = this.gradients()
+    assert worst(this.gradients(ap.EP(**NEAR)), wanted) >= 1e-2
+
+
+def test_a_force_may_be_a_module_close_over_one_or_take_parameters() -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(4, 4).double()
+    x = torch.randn(2, 4, dtype=torch.float64)
+
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, z: Tensor, x: Tensor) -> Tensor:
+            return x - z + torch.tanh(self.layer(z)) / 2
+
+    def named(z: Tensor, x: Tensor, W: Tensor, b: Tensor) -> Tensor:
+        return x - z + torch.tanh(z @ W.T + b) / 2
+
+    forms = [
+        ap.from_function(Own()),
+        ap.from_function(lambda z, x: x - z + torch.tanh(layer(z)) / 2, layer),
+        ap.from_function(named, W=layer.weight, b=layer.bias),
+    ]
+    seen = []
+    for dynamics in forms:
+        assert {id(p) for p in dynamics.parameters()} == {id(p) for p in layer.parameters()}
+        layer.zero_grad()
+        ap.Equilibrium(dynamics, TIGHT)(x).sum().backward()
+        seen.append(torch.cat([p.grad.flatten() for p in layer.parameters()]))
+    assert torch.allclose(seen[0], seen[1]) and torch.allclose(seen[0], seen[2])
+
+
+def test_a_force_over_parameters_that_were_not_given_is_refused() -> None:
+    hidden = nn.Linear(4, 4)
+    with pytest.raises(ap.ConfigError, match=r"write from_function\(force, hidden\)"):
+        ap.from_function(lambda z, x: hidden(x) - z)
+
+
+def test_a_force_with_dropout_is_one_force_within_a_call() -> None:
+    torch.manual_seed(0)
+    body = nn.Sequential(nn.Linear(32, 32), nn.Dropout(0.5)).double()
+    nn.init.normal_(body[0].weight, std=0.05)
+    block = ap.Equilibrium(
+        ap.from_function(lambda z, x: x - z + body(z), body), TIGHT, ap.AEP(**NEAR)
+    )
+    x = torch.randn(2, 32, dtype=torch.float64)
+    first = block(x)
+    first.sum().backward()
+    assert float(block.certificate.adjoint_residual.max()) <= 1e-8
+    assert not torch.equal(first, block(x))  # the next call draws another mask
+
+
+def test_further_arguments_reach_every_force() -> None:
+    dynamics = ap.from_function(lambda z, x, mask: (x + 0.5 * torch.tanh(z)) * mask - z)
+    x = torch.randn(2, 4, dtype=torch.float64, requires_grad=True)
+    mask = torch.tensor([1.0, 0, 1, 1], dtype=torch.float64)
+    z = ap.Equilibrium(dynamics, TIGHT)(x, mask)
+    z.sum().backward()
+    assert not z[:, 1].any() and not x.grad[:, 1].any() and x.grad[:, 0].all()
+
+
+@pytest.mark.parametrize(
+    ("make", "names"),
+    [
+        (lambda: ap.ThickBlock(8, 2, damping=-1), "damping is -1"),
+        (lambda: ap.ThickBlock(8, 2, norm="batch"), "norm is 'batch'"),
+        (lambda: ap.HopfieldMemory(8, 0), "memories 0"),
+        (lambda: ap.from_function(lambda z, x: x - z, step=0), "step is 0"),
+    ],
+)
+def test_settings_that_no_dynamics_can_have_are_refused(
+    make: Callable[[], object], names: str
+) -> None:
+    with pytest.raises(ap.ConfigError, match=names):
+        make()

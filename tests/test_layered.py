@@ -1,0 +1,357 @@
+"""Any stack of blocks by AEP: backprop's gradient, the ordinary forward pass, honest refusals."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections import OrderedDict
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import altprop as ap
+from altprop.lm.model import GPT, Block, ModelConfig
+from helpers import Gradients, cosine, worst
+
+SIDE_BY_SIDE = ap.Euler(step=1.0)
+
+
+def blocks(depth: int = 6, C: int = 8, std: float = 0.15) -> list[nn.Module]:
+    torch.manual_seed(0)
+    made = [Block(C, 2) for _ in range(depth)]
+    for p in nn.ModuleList(made).parameters():
+        if p.dim() > 1:
+            nn.init.normal_(p, std=std)
+    return made
+
+
+def collect(module: nn.Module, x: Tensor, weight: Tensor) -> tuple[Tensor, Gradients]:
+    leaf = x.clone().requires_grad_()
+    module.zero_grad()
+    out = module(leaf)
+    (out * weight).sum().backward()
+    named = {"x": leaf, **dict(module.named_parameters())}
+    return out.detach(), {k.replace("dynamics.blocks.", ""): p.grad for k, p in named.items()}
+
+
+@pytest.mark.parametrize("phases", ["sweep", "synchronous"])
+@pytest.mark.parametrize("start", ["adjoint", "zero"])
+def test_aep_equals_backprop_on_a_layered_dynamics(phases: str, start: str) -> None:
+    made = nn.Sequential(*blocks(6 if phases == "sweep" else 3)).double()
+    x, weight = torch.randn(2, 2, 5, 8, dtype=torch.float64)
+    wanted_out, wanted = collect(made, x, weight)
+    wanted = {k: g.clone() for k, g in wanted.items()}
+    estimator = ap.AEP(beta=1e-3, tol=1e-8, start=start)
+    block = ap.Equilibrium(ap.Layered(made, phases=phases), estimator=estimator)
+    out, got = collect(block, x, weight)
+    assert torch.equal(out, wanted_out)
+    assert worst(got, wanted) <= 1e-6
+
+
+def test_the_bias_of_layered_aep_falls_as_beta_squared() -> None:
+    made = nn.Sequential(*blocks(3)).double()
+    x, weight = torch.randn(2, 2, 5, 8, dtype=torch.float64)
+    wanted = {k: g.clone() for k, g in collect(made, x, weight)[1].items()}
+    errors = []
+    for beta in (0.02, 0.01):
+        estimator = ap.AEP(beta=beta, tol=1e-11)
+        block = ap.Equilibrium(ap.Layered(made), estimator=estimator)
+        errors.append(worst(collect(block, x, weight)[1], wanted))
+    assert 3.5 <= errors[0] / errors[1] <= 4.5
+
+
+def test_in_float32_every_parameter_of_a_gpt_gets_backprops_direction() -> None:
+    torch.manual_seed(0)
+    model = GPT(ModelConfig(11, 8, 16, 2, layers=6))
+    ids = torch.randint(11, (2, 9))
+
+    def gradients() -> Gradients:
+        model.zero_grad()
+        model(ids[:, :-1], ids[:, 1:])[1].backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters()}
+
+    wanted = gradients()
+    ap.convert_stack(model, ap.AEP(), "blocks")
+    got = gradients()
+    assert min(cosine(got[name], wanted[name]) for name in wanted) >= 0.99999
+    assert any(not torch.equal(got[name], wanted[name]) for name in wanted)  # it is no backprop
+
+
+def test_each_block_is_evaluated_once_per_force_and_once_in_the_forward_pass() -> None:
+    made = blocks(3)
+    calls = [0] * 3
+    for level, block in enumerate(made):
+        block.register_forward_hook(
+            lambda *_, level=level: calls.__setitem__(level, calls[level] + 1)
+        )
+    block = ap.Equilibrium(ap.Layered(made))
+    block(torch.randn(2, 4, 8))
+    assert calls == [1, 1, 1]
+
+
+def test_levels_may_differ_in_shape() -> None:
+    torch.manual_seed(0)
+    made = nn.Sequential(nn.Linear(3, 7), nn.Tanh(), nn.Unflatten(1, (1, 7)), nn.Linear(7, 2))
+    made = made.double()
+    x, weight = torch.randn(4, 3).double(), torch.randn(4, 1, 2).double()
+    wanted_out, wanted = collect(made, x, weight)
+    wanted = {k: g.clone() for k, g in wanted.items()}
+    block = ap.Equilibrium(ap.Layered(made), estimator=ap.AEP(beta=1e-4, tol=1e-9))
+    out, got = collect(block, x, weight)
+    assert torch.equal(out, wanted_out) and worst(got, wanted) <= 1e-6
+
+
+def test_samples_do_not_know_each_other() -> None:
+    made = nn.Sequential(*blocks(2)).double()
+    x, weight = torch.randn(2, 3, 5, 8, dtype=torch.float64)
+    block = ap.Equilibrium(ap.Layered(made))
+    _, whole = collect(block, x, weight)
+    whole_x = whole["x"].clone()
+    _, alone = collect(block, x[:1], weight[:1])
+    assert torch.allclose(whole_x[:1], alone["x"], rtol=1e-9)
+
+
+def test_plain_ep_is_not_exact_on_a_stack() -> None:
+    made = nn.Sequential(*blocks(3)).double()
+    x, weight = torch.randn(2, 2, 5, 8, dtype=torch.float64)
+    wanted = {k: g.clone() for k, g in collect(made, x, weight)[1].items()}
+    block = ap.Equilibrium(ap.Layered(made), estimator=ap.EP(tol=1e-8))
+    got = collect(block, x, weight)[1]
+    got = {k: torch.zeros_like(w) if got[k] is None else got[k] for k, w in wanted.items()}
+    assert worst(got, wanted) >= 0.1
+
+
+def test_unit_steps_of_bptt_reach_backprop_in_as_many_steps_as_levels() -> None:
+    made = nn.Sequential(*blocks(3)).double()
+    x, weight = torch.randn(2, 2, 5, 8, dtype=torch.float64)
+    wanted = {k: g.clone() for k, g in collect(made, x, weight)[1].items()}
+    solver = ap.Euler(step=1.0, max_steps=3)
+    _, got = collect(ap.Equilibrium(ap.Layered(made), solver, ap.BPTT()), x, weight)
+    assert worst(got, wanted) <= 1e-12
+
+
+def test_the_hinge_leaves_a_stack_alone() -> None:
+    block = ap.Equilibrium(ap.Layered(blocks(2)))
+    block(torch.randn(2, 4, 8)).sum().backward()
+    hinge = ap.JacobianHinge(target=1e-6, every=1)
+    before = [p.grad.clone() for p in block.parameters()]
+    assert hinge.apply(block, hinge.init(torch.Generator()), 0) == {}
+    assert all(torch.equal(p.grad, g) for p, g in zip(block.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: ap.Layered([]), "no blocks"),
+        (lambda: ap.Layered([nn.Linear(2, 2)], phases="both"), "phases is 'both'"),
+        (lambda: ap.Layered([nn.BatchNorm1d(2)]), "batch norm"),
+    ],
+)
+def test_what_is_no_stack_is_refused(make: object, says: str) -> None:
+    with pytest.raises(ap.AltpropError, match=says):
+        make()  # type: ignore[operator]
+
+
+# converting a model's own blocks
+
+
+class Chain(nn.Module):
+    """Blocks with a mask, a tuple as output, and something to read in between."""
+
+    def __init__(self, depth: int = 3, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.read_in = nn.Linear(4, 6)
+        self.layers = nn.ModuleList(Step(dropout) for _ in range(depth))
+        self.read_out = nn.Linear(6, 2)
+        self.between: list[Tensor] = []
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        h = self.read_in(x)
+        self.between = []
+        for layer in self.layers:
+            h, _ = layer(h, mask=mask)
+            self.between.append(h)
+        return self.read_out(h)
+
+
+class Step(nn.Module):
+    def __init__(self, dropout: float) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 6)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, h: Tensor, mask: Tensor | None = None) -> tuple[Tensor, str]:
+        out = self.dropout(torch.tanh(self.linear(h)))
+        return h + (out if mask is None else out * mask), "extra"
+
+
+def chain(**settings: float) -> Chain:
+    torch.manual_seed(0)
+    return Chain(**settings).double()  # type: ignore[arg-type]
+
+
+NEAR = ap.AEP(response=1e-4, tol=1e-9)
+
+
+@pytest.mark.parametrize("solver", [None, ap.Anderson(), SIDE_BY_SIDE])
+def test_a_converted_model_keeps_its_output_names_and_backprops_gradient(
+    solver: ap.AbstractSolver | None,
+) -> None:
+    model, x = chain(), torch.randn(5, 4).double()
+    names, held = list(model.state_dict()), list(model.parameters())
+    mask = torch.tensor([1.0, 0, 1, 1, 1, 0.5]).double()
+
+    def gradients() -> tuple[Tensor, Gradients]:
+        model.zero_grad()
+        out = model(x, mask)
+        out.square().sum().backward()
+        return out, {k: p.grad.clone() for k, p in model.named_parameters()}
+
+    wanted_out, wanted = gradients()
+    assert ap.convert_stack(model, NEAR, "layers", solver) is model
+    out, got = gradients()
+    assert torch.equal(out, wanted_out) and worst(got, wanted) <= 1e-6
+    assert list(model.state_dict()) == names
+    assert all(p is q for p, q in zip(model.parameters(), held, strict=True))
+    ((path, equilibrium),) = ap.equilibria(model)
+    assert path == "layers" and float(equilibrium.certificate.adjoint_residual.max()) <= 1e-9
+    ap.revert_stack(model)
+    _, again = gradients()
+    assert all(torch.equal(again[k], wanted[k]) for k in wanted)
+    assert not list(ap.equilibria(model))
+
+
+def test_dropout_draws_the_same_masks_in_every_phase() -> None:
+    model, x = chain(dropout=0.5), torch.randn(5, 4).double()
+
+    def gradients() -> tuple[Tensor, Gradients]:
+        torch.manual_seed(7)
+        model.zero_grad()
+        out = model(x)
+        out.square().sum().backward()
+        return out, {k: p.grad.clone() for k, p in model.named_parameters()}
+
+    wanted_out, wanted = gradients()
+    ap.convert_stack(model, NEAR, "layers")
+    out, got = gradients()
+    assert torch.equal(out, wanted_out) and worst(got, wanted) <= 1e-6
+
+
+def test_two_passes_before_one_backward_do_not_mix() -> None:
+    model, x = chain(), torch.randn(2, 5, 4).double()
+    wanted = torch.autograd.grad(
+        model(x[0]).sum() + model(x[1]).square().sum(), model.layers[0].linear.weight
+    )[0]
+    ap.convert_stack(model, NEAR, "layers")
+    (model(x[0]).sum() + model(x[1]).square().sum()).backward()
+    got = model.layers[0].linear.weight.grad
+    assert float((got - wanted).norm() / wanted.norm()) <= 1e-6
+
+
+def test_under_autocast_the_output_stays_and_the_gradient_is_close() -> None:
+    torch.manual_seed(0)
+    model, x = Chain(), torch.randn(5, 4)
+    exact = torch.autograd.grad(model(x).square().sum(), list(model.layers.parameters()))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        wanted_out = model(x)
+    ap.convert_stack(model, ap.AEP(), "layers")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = model(x)
+    out.float().square().sum().backward()
+    assert torch.equal(out, wanted_out)
+    got = torch.cat([p.grad.flatten() for p in model.layers.parameters()])
+    assert cosine(got, torch.cat([g.flatten() for g in exact])) >= 0.999
+
+
+def test_without_autograd_the_blocks_are_called_as_they_are() -> None:
+    model = ap.convert_stack(chain(), ap.AEP(), "layers")
+    with torch.no_grad():
+        model(torch.randn(5, 4).double())
+    assert next(ap.equilibria(model))[1].certificate is None
+
+
+def test_a_gradient_into_the_middle_of_a_stack_is_refused_and_not_lost() -> None:
+    model = ap.convert_stack(chain(), ap.AEP(), "layers")
+    model(torch.randn(5, 4).double())
+    with pytest.raises(ap.RuleError, match=r"output of layers\.0 from outside"):
+        model.between[0].sum().backward()
+
+
+def test_something_between_the_blocks_is_refused() -> None:
+    model = nn.Sequential(OrderedDict(a=nn.Linear(3, 3), gap=nn.ReLU(), b=nn.Linear(3, 3)))
+    ap.convert_stack(model, ap.AEP(), "[ab]")
+    with pytest.raises(ap.RuleError, match="b was not given the output of a"):
+        model(torch.randn(2, 3))
+    ap.revert_stack(model)
+    ap.convert_stack(model, ap.AEP(), "")
+    model(torch.randn(2, 3)).sum().backward()
+
+
+def test_activation_checkpointing_of_a_block_is_refused() -> None:
+    model = ap.convert_stack(chain(), ap.AEP(), "layers")
+    h = model.read_in(torch.randn(5, 4).double())
+    for layer in model.layers:
+        h, _ = torch.utils.checkpoint.checkpoint(layer, h, use_reentrant=False)
+    with pytest.raises(ap.RuleError, match="checkpointing"):
+        h.sum().backward()
+
+
+def test_an_embedding_at_the_bottom_is_refused_with_the_pattern_to_write() -> None:
+    model = nn.Sequential(nn.Embedding(5, 3), nn.Linear(3, 3))
+    ap.convert_stack(model, ap.AEP(), "")
+    with pytest.raises(ap.RuleError, match=r"given torch\.int64.*stack='\[1-9\]\*'"):
+        model(torch.tensor([1, 2]))
+
+
+@pytest.mark.parametrize(
+    ("stack", "says"), [("layer", "did you mean layers"), ("read_*.x", "names no list")]
+)
+def test_a_stack_that_is_not_there_is_named(stack: str, says: str) -> None:
+    model = chain()
+    with pytest.raises(ap.ConfigError, match=says):
+        ap.convert_stack(model, ap.AEP(), stack)
+    assert not list(ap.equilibria(model))
+
+
+def test_converting_twice_and_reverting_nothing_are_refused() -> None:
+    model = ap.convert_stack(chain(), ap.AEP(), "layers")
+    with pytest.raises(ap.RuleError, match="revert_stack"):
+        ap.convert_stack(model, ap.AEP(), "layers")
+    with pytest.raises(ap.RuleError, match="nothing to revert"):
+        ap.revert_stack(chain())
+
+
+def test_explain_gives_a_row_per_parameter() -> None:
+    model = chain()
+    model.read_out.bias.requires_grad_(False)
+    assert ap.explain_stack(model) == []
+    rows = {row.name: row for row in ap.explain_stack(ap.convert_stack(model, ap.AEP(), "layers"))}
+    assert list(rows) == [name for name, _ in model.named_parameters()]
+    assert rows["layers.1.linear.weight"].rule == "AEP"
+    assert "level 2 of 3" in rows["layers.1.linear.weight"].signal
+    assert rows["read_in.weight"].rule == "Backprop"
+    assert rows["read_out.bias"].signal == "frozen"
+
+
+@pytest.mark.parametrize("copying", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_a_copy_of_a_converted_model_solves_its_own_stack(copying: object) -> None:
+    model = ap.convert_stack(chain(), NEAR, "layers")
+    other = copying(model)  # type: ignore[operator]
+    x = torch.randn(5, 4).double()
+    other(x).sum().backward()
+    assert all(p.grad is None for p in model.parameters())
+    model(x).sum().backward()
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.allclose(p.grad, q.grad)
+    ap.revert_stack(other)
+    assert list(ap.equilibria(model)) and not list(ap.equilibria(other))
+
+
+def test_another_estimator_can_be_used_for_a_while() -> None:
+    model, x = chain(), torch.randn(5, 4).double()
+    wanted = torch.autograd.grad(model(x).sum(), model.layers[0].linear.weight)[0]
+    ap.convert_stack(model, ap.EP(), "layers")
+    with ap.using(model, estimator=ap.Implicit(tol=1e-12)):
+        model(x).sum().backward()
+    assert torch.allclose(model.layers[0].linear.weight.grad, wanted)
