@@ -150,6 +150,13 @@ def test_calibration_is_backprop_on_every_nth_pass_and_the_rule_on_the_others() 
     assert same == [False, False, True, False, False, True]
 
 
+def test_a_rule_per_block_measures_before_any_block_collects() -> None:
+    rules = {"blocks.0": ap.GrAPE(), "blocks.1": ap.GrAPE(probes=2)}
+    model = ap.convert(Chain(tanh=True), rules, output="head")
+    trained(model)
+    assert all(block.B_dfa.grad.abs().max() > 0 for block in model.blocks)
+
+
 @pytest.mark.parametrize("normalize", ["hidden", "output", "none"])
 def test_grape_turns_each_feedback_towards_the_true_jacobian(normalize: str) -> None:
     model = Chain(tanh=False)
