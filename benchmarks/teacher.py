@@ -79,7 +79,7 @@ def accuracy(arm: str, classes: int, seed: int, x: Tensor, y: Tensor) -> float:
     """Train one arm and return its accuracy on the held-out samples, the first of the stream."""
     model = student(classes, seed)
     if arm == "DFA":
-        rule = ap.DirectFeedback(granularity="block", std=classes**-0.5)
+        rule = ap.DirectFeedback("block", feedback="independent", std=classes**-0.5)
         ap.convert(model, {f"{i}": rule for i in range(3)}, output="3", seed=seed)
     elif arm == "frozen":
         model[:3].requires_grad_(False)
