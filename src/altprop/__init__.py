@@ -13,12 +13,57 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0.dev0"
 
 if TYPE_CHECKING:  # what the table below means, for type checkers and editors
+    from altprop.audit_report import AuditReport as AuditReport
+    from altprop.auditing import (
+        AbstractArm as AbstractArm,
+        Arm as Arm,
+        RuleArm as RuleArm,
+        Trial as Trial,
+        audit as audit,
+        audit_trials as audit_trials,
+        finite_difference_errors as finite_difference_errors,
+    )
     from altprop.converting import (
         add_feedback as add_feedback,
         convert as convert,
         feedback_parameters as feedback_parameters,
         revert as revert,
         rules_off as rules_off,
+    )
+    from altprop.equilibrium.dynamics import (
+        AbstractDynamics as AbstractDynamics,
+        AbstractLinearisation as AbstractLinearisation,
+        CausalAttention as CausalAttention,
+        DampedAttention as DampedAttention,
+        GatedBlock as GatedBlock,
+    )
+    from altprop.equilibrium.estimators.aep import AEP as AEP
+    from altprop.equilibrium.estimators.bptt import BPTT as BPTT
+    from altprop.equilibrium.estimators.ep import EP as EP
+    from altprop.equilibrium.estimators.estimator import (
+        AbstractEstimator as AbstractEstimator,
+        Certificate as Certificate,
+    )
+    from altprop.equilibrium.estimators.implicit import Implicit as Implicit
+    from altprop.equilibrium.estimators.published import (
+        PublishedAEP as PublishedAEP,
+        PublishedEP as PublishedEP,
+    )
+    from altprop.equilibrium.module import (
+        Equilibrium as Equilibrium,
+        equilibria as equilibria,
+        using as using,
+    )
+    from altprop.equilibrium.solvers.anderson import Anderson as Anderson
+    from altprop.equilibrium.solvers.euler import Euler as Euler
+    from altprop.equilibrium.solvers.solver import (
+        AbstractSolver as AbstractSolver,
+        Result as Result,
+        Solution as Solution,
+    )
+    from altprop.equilibrium.stability import (
+        AbstractStabiliser as AbstractStabiliser,
+        JacobianHinge as JacobianHinge,
     )
     from altprop.errors import (
         AltpropError as AltpropError,
@@ -53,44 +98,27 @@ if TYPE_CHECKING:  # what the table below means, for type checkers and editors
     from altprop.rules.kolen_pollack import KolenPollack as KolenPollack
     from altprop.rules.sign_symmetry import SignSymmetry as SignSymmetry
     from altprop.rules.weight_mirror import WeightMirror as WeightMirror
-    from altprop.equilibrium.dynamics import (
-        AbstractDynamics as AbstractDynamics,
-        CausalAttention as CausalAttention,
-        AbstractLinearisation as AbstractLinearisation,
-        DampedAttention as DampedAttention,
-        GatedBlock as GatedBlock,
-    )
-    from altprop.equilibrium.estimators.aep import AEP as AEP
-    from altprop.equilibrium.estimators.bptt import BPTT as BPTT
-    from altprop.equilibrium.estimators.ep import EP as EP
-    from altprop.equilibrium.estimators.estimator import (
-        AbstractEstimator as AbstractEstimator,
-        Certificate as Certificate,
-    )
-    from altprop.equilibrium.estimators.implicit import Implicit as Implicit
-    from altprop.equilibrium.estimators.published import (
-        PublishedAEP as PublishedAEP,
-        PublishedEP as PublishedEP,
-    )
-    from altprop.equilibrium.module import (
-        Equilibrium as Equilibrium,
-        equilibria as equilibria,
-        using as using,
-    )
-    from altprop.equilibrium.solvers.anderson import Anderson as Anderson
-    from altprop.equilibrium.solvers.euler import Euler as Euler
-    from altprop.equilibrium.solvers.solver import (
-        AbstractSolver as AbstractSolver,
-        Result as Result,
-        Solution as Solution,
-    )
-    from altprop.equilibrium.stability import (
-        AbstractStabiliser as AbstractStabiliser,
-        JacobianHinge as JacobianHinge,
-    )
 
 _EXPORTS = {
+    "altprop.audit_report": "AuditReport",
+    "altprop.auditing": (
+        "AbstractArm Arm RuleArm Trial audit audit_trials finite_difference_errors"
+    ),
     "altprop.converting": "add_feedback convert feedback_parameters revert rules_off",
+    "altprop.equilibrium.dynamics": (
+        "AbstractDynamics AbstractLinearisation CausalAttention DampedAttention GatedBlock"
+    ),
+    "altprop.equilibrium.estimators.aep": "AEP",
+    "altprop.equilibrium.estimators.bptt": "BPTT",
+    "altprop.equilibrium.estimators.ep": "EP",
+    "altprop.equilibrium.estimators.estimator": "AbstractEstimator Certificate",
+    "altprop.equilibrium.estimators.implicit": "Implicit",
+    "altprop.equilibrium.estimators.published": "PublishedAEP PublishedEP",
+    "altprop.equilibrium.module": "Equilibrium equilibria using",
+    "altprop.equilibrium.solvers.anderson": "Anderson",
+    "altprop.equilibrium.solvers.euler": "Euler",
+    "altprop.equilibrium.solvers.solver": "AbstractSolver Result Solution",
+    "altprop.equilibrium.stability": "AbstractStabiliser JacobianHinge",
     "altprop.errors": (
         "AltpropError CheckpointError ConfigError ConvergenceError DataError RuleError"
     ),
@@ -109,20 +137,6 @@ _EXPORTS = {
     "altprop.rules.kolen_pollack": "KolenPollack",
     "altprop.rules.sign_symmetry": "SignSymmetry",
     "altprop.rules.weight_mirror": "WeightMirror",
-    "altprop.equilibrium.dynamics": (
-        "AbstractDynamics AbstractLinearisation CausalAttention DampedAttention GatedBlock"
-    ),
-    "altprop.equilibrium.module": "Equilibrium equilibria using",
-    "altprop.equilibrium.stability": "AbstractStabiliser JacobianHinge",
-    "altprop.equilibrium.solvers.solver": "AbstractSolver Result Solution",
-    "altprop.equilibrium.solvers.anderson": "Anderson",
-    "altprop.equilibrium.solvers.euler": "Euler",
-    "altprop.equilibrium.estimators.estimator": "AbstractEstimator Certificate",
-    "altprop.equilibrium.estimators.aep": "AEP",
-    "altprop.equilibrium.estimators.bptt": "BPTT",
-    "altprop.equilibrium.estimators.ep": "EP",
-    "altprop.equilibrium.estimators.implicit": "Implicit",
-    "altprop.equilibrium.estimators.published": "PublishedAEP PublishedEP",
 }
 _WHERE = {name: module for module, names in _EXPORTS.items() for name in names.split()}
 

@@ -21,6 +21,9 @@ from altprop.linear import LocalLinear
 from altprop.rule import AbstractBroadcast, AbstractRule
 from altprop.sites import LinearRole, Role, TapRole, TransposedLinearRole
 
+# linear maps of other libraries that store their weight as (in, out)
+_TRANSPOSED = {"transformers.pytorch_utils.Conv1D"}
+
 
 @dataclass(eq=False)
 class Place:
@@ -73,7 +76,7 @@ class Conversion:
 def is_conv1d(module: nn.Module) -> bool:
     """Recognise Hugging Face's `Conv1D` (GPT-2) without importing transformers."""
     kind = type(module)
-    return kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
+    return f"{kind.__module__}.{kind.__qualname__}" in _TRANSPOSED
 
 
 def matches(pattern: str, path: str) -> bool:

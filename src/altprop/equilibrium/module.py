@@ -50,6 +50,7 @@ class Equilibrium(nn.Module):
     """
 
     certificate: Certificate | None
+    opaque_to_rules = True  # a rule inside the dynamics would falsify its Jᵀ: convert refuses it
 
     def __init__(
         self,

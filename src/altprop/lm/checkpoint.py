@@ -43,6 +43,8 @@ def save(
     """Write a checkpoint in one step: a reader finds the old file or the new one, whole.
 
     **Arguments:** `extra`, more tensors by name; `notes`, plain data for the header.
+
+    **Raises:** `CheckpointError` if it cannot be written, a full disk for one.
     """
     tensors = {f"model.{k}": v for k, v in model.state_dict().items()}
     if optimiser is not None:
@@ -56,6 +58,8 @@ def save(
     try:
         save_file(whole, fresh, {"format": FORMAT, "notes": json.dumps(dict(notes))})
         os.replace(fresh, path)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: cannot be written ({error})") from error
     finally:
         fresh.unlink(missing_ok=True)
 
@@ -76,11 +80,12 @@ def load(path: Path) -> Checkpoint:
                     f"{path}: not a checkpoint of this version of altprop (its header says format "
                     f"{header.get('format')!r}, expected {FORMAT!r})"
                 )
-            notes = json.loads(header["notes"])
+            notes = dict(json.loads(header["notes"]))
             for name in file.keys():
                 group, _, key = name.partition(".")
-                groups[group][key] = file.get_tensor(name)
-    except (SafetensorError, KeyError, ValueError, OSError) as error:
+                # a copy: what safetensors gives is mapped, and changes or faults with the file
+                groups[group][key] = file.get_tensor(name).clone()
+    except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(
@@ -114,6 +119,6 @@ def restore_optimiser(
         }
         if moments:
             optimiser.state[parameter] = {
-                key: value.clone() if key == "step" else value.to(parameter)
+                key: value if key == "step" else value.to(parameter)
                 for key, value in moments.items()
             }

@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: one live line on a terminal, plain lines elsewhere."""
+"""What a person sees while a run goes on: two live lines on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.markup import escape
+from rich.console import Console, Group
+from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
 
 class Display:
@@ -22,40 +23,45 @@ class Display:
     def __init__(
         self, total: int, done: int = 0, console: Console | None = None, every: float = 10.0
     ) -> None:
-        self._console = console or Console(highlight=False)
+        self._console = console or Console()
         self._total, self._every = total, every
         self._validation = math.nan
         self._shown = -math.inf
         self._started, self._first = time.monotonic(), done
-        self._bar: Progress | None = None
+        self._live: Live | None = None
         if self._console.is_terminal:
             self._bar = Progress(
-                TextColumn("{task.completed}/{task.total}"),
-                BarColumn(bar_width=18),
-                TextColumn("{task.description}"),
+                TextColumn("step {task.completed}/{task.total}"),
+                BarColumn(bar_width=None),
                 TimeRemainingColumn(compact=True),
+                TextColumn("left"),
                 console=self._console,
+                expand=True,
             )
             self._task = self._bar.add_task("", total=total, completed=done)
+            self._figures = Text()
+            self._live = Live(Group(self._bar, self._figures), console=self._console)
 
     def __enter__(self) -> Display:
-        if self._bar is not None:
-            self._bar.start()
+        if self._live is not None:
+            self._live.start()
         return self
 
     def __exit__(self, *exc: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()
+        if self._live is not None:
+            self._live.stop()
 
     def note(self, text: str) -> None:
-        """Print a line of its own."""
-        self._console.print(escape(text), soft_wrap=True)
+        """Print a line of its own, as it is."""
+        # rich would take [brackets] for its markup and :names: for its pictures
+        self._console.print(text, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
     def step(self, record: dict[str, Any]) -> None:
         """Show what a step measured."""
         words = self._words(record)
-        if self._bar is not None:
-            self._bar.update(self._task, completed=record["step"], description=words)
+        if self._live is not None:
+            self._bar.update(self._task, completed=record["step"])
+            self._figures.plain = words
         elif time.monotonic() - self._shown >= self._every:
             self._shown = time.monotonic()
             self.note(f"step {record['step']}/{self._total}  {words}  {self._left(record['step'])}")
@@ -73,12 +79,15 @@ class Display:
             self.note(text)
             self._console.rule()
         self.note(f"validation cross-entropy {loss:.4f} nats per token (best {best:.4f})")
-        self.note(f"refused steps {refused}; time {minutes}:{seconds:02d}; run folder {folder}")
+        self.note(
+            f"refused steps {refused} of {self._total}; time {minutes}:{seconds:02d}; "
+            f"run folder {folder}"
+        )
 
     def _words(self, record: dict[str, Any]) -> str:
         parts = [f"loss {record['loss']:.3f}"]
         if math.isfinite(self._validation):
-            parts.append(f"val {self._validation:.3f}")
+            parts.append(f"validation {self._validation:.3f}")
         parts.append(f"{record['tokens_per_second'] / 1e3:.1f}k tok/s")
         if "free_residual" in record:
             evaluations = record["free_evaluations"] + record["adjoint_evaluations"]

@@ -5,6 +5,7 @@ Shapes: `B` windows, `T` tokens, `C` channels, `V` words of the vocabulary.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -19,6 +20,7 @@ from altprop import (
     AbstractSolver,
     Anderson,
     ConfigError,
+    ConvergenceError,
     DampedAttention,
     DataError,
     Equilibrium,
@@ -241,13 +243,25 @@ def generate(
 
     **Arguments:** `temperature` divides the logits, and 0 takes the likeliest token; `top_k` keeps
     only the likeliest so many; `generator` (on the CPU) makes the draws repeatable.
+
+    **Raises:** `DataError` without a token to continue; `ConvergenceError` for logits that are not
+    finite.
     """
-    if temperature < 0:
+    if not 0 <= temperature < math.inf:
         raise ConfigError(f"temperature is {temperature}, expected a number ≥ 0")
+    if count < 0:
+        raise ConfigError(f"{count} tokens were asked for, expected a number ≥ 0")
+    if ids.shape[1] < 1:
+        raise DataError("the prompt is empty: give at least one character to continue")
     if top_k is not None and top_k < 1:
         raise ConfigError(f"top_k is {top_k}, expected at least 1, or none for all tokens")
     for _ in range(count):
         logits = model(ids[:, -model.config.context :])[0][:, -1].float()
+        if not bool(torch.isfinite(logits).all()):
+            raise ConvergenceError(
+                "the model's logits are not finite: it lost its fixed point in training, so train "
+                "it with a lower lr or with a stabiliser"
+            )
         if temperature == 0:
             new = logits.argmax(-1, keepdim=True)
         else:

@@ -19,9 +19,12 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         raise CheckpointError(f"{folder}: no metrics.jsonl there; give a run folder of train")
     try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     except ValueError as error:
         raise CheckpointError(f"{path}: not one JSON object a line ({error})") from None
+    if not all(isinstance(record, dict) and "step" in record for record in records):
+        raise CheckpointError(f"{path}: not one JSON object a line, each with its step")
+    return records
 
 
 def plot_run(folder: Path) -> Path:
@@ -45,26 +48,31 @@ def plot_run(folder: Path) -> Path:
     loss.plot(steps, losses, "o-", color="C0", markersize=4, label="validation")
     if losses:
         loss.annotate(
-            f"{losses[-1]:.3f}", (steps[-1], losses[-1]), (0, 8), textcoords="offset points",
-            ha="right", color="C0",
+            f"{losses[-1]:.3f}", (steps[-1], losses[-1]), (8, 0), textcoords="offset points",
+            va="center", color="C0",
         )  # fmt: skip
-    loss.set_ylabel("cross-entropy (nats)")
+    loss.set_ylabel("cross-entropy (nats per token)")
     loss.legend(frameon=False)
 
     for name, label in (("free_residual", "free"), ("adjoint_residual", "adjoint")):
         steps, values = _series(records, name)
         if values:
             residual.semilogy(steps, values, linewidth=0.8, label=label)
+    if refused := _refused(records):
+        top = residual.get_xaxis_transform()
+        residual.plot(refused, [0.97] * len(refused), "|", color="C3", transform=top,
+                      label=f"refused ({len(refused)})")  # fmt: skip
     residual.set_ylabel("worst relative residual")
     for name, label in (("free_evaluations", "free"), ("adjoint_evaluations", "adjoint")):
         steps, values = _series(records, name)
         if values:
             evaluations.plot(steps, values, linewidth=0.8, label=label)
-    evaluations.set_ylabel("evaluations")
+    evaluations.set_ylabel("evaluations per step")
+    evaluations.yaxis.get_major_locator().set_params(integer=True)
     evaluations.set_xlabel("step")
     for axis in (residual, evaluations):
         if axis.lines:
-            axis.legend(frameon=False, ncols=2)
+            axis.legend(frameon=False, ncols=3)
         else:
             axis.text(0.5, 0.5, "no equilibrium in this model", ha="center", va="center",
                       transform=axis.transAxes, color="0.5")  # fmt: skip
@@ -77,6 +85,13 @@ def plot_run(folder: Path) -> Path:
     figure.savefig(fresh, dpi=130)
     os.replace(fresh, path)
     return path
+
+
+def _refused(records: list[dict[str, Any]]) -> list[int]:
+    """Return the steps whose gradient was refused: those at which the count went up."""
+    steps, counts = _series(records, "refused")
+    before = [0, *counts]
+    return [step for step, was, now in zip(steps, before, counts, strict=False) if now > was]
 
 
 def _series(records: list[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import shlex
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
@@ -17,7 +19,7 @@ from altprop import CheckpointError
 from altprop.lm import checkpoint
 from altprop.lm.config import read_config, write_config
 from altprop.lm.settings import TrainConfig
-from altprop.lm.text import Batches, Corpus
+from altprop.lm.text import Batches, CharTokenizer, Corpus
 
 
 class Stateful(Protocol):
@@ -58,9 +60,10 @@ class Run:
             f"{Path(config.data).stem}-{type(config.estimator).__name__}-%Y%m%d-%H%M%S"
         )
         run = cls(folder, config)
-        there = (folder / "config.yaml").exists() or (folder / "metrics.jsonl").exists()
+        # a config.yaml alone may be anybody's, and --overwrite must not replace what is not ours
+        there = all((folder / name).exists() for name in ("config.yaml", "vocab.json"))
         if config.resume:
-            run._check_same(there)
+            run._check_same(there, corpus)
         elif there and not config.overwrite:
             raise CheckpointError(
                 f"{folder} already holds a run: add --resume to go on with it, --overwrite to "
@@ -79,9 +82,14 @@ class Run:
             raise CheckpointError(f"{folder}: cannot be written ({error.strerror})") from None
         return run
 
-    def _check_same(self, there: bool) -> None:
+    def _check_same(self, there: bool, corpus: Corpus) -> None:
         if not there:
             raise CheckpointError(f"{self.folder} holds no run to resume: leave out --resume")
+        if not (self.folder / "last.safetensors").exists():
+            raise CheckpointError(
+                f"{self.folder} has no checkpoint yet to go on from: write --overwrite instead of "
+                "--resume to start it again"
+            )
         before = read_config(self.folder / "config.yaml", TrainConfig)
         changed = [
             f.name
@@ -91,8 +99,17 @@ class Run:
         if changed:
             raise CheckpointError(
                 f"{self.folder} was started with other values of {', '.join(changed)}: write "
-                f"--config {self.folder / 'config.yaml'} --resume, or start a new run"
+                f"{self.resume_options()}, or start a new run"
             )
+        if CharTokenizer.from_json(self.folder / "vocab.json") != corpus.tokenizer:
+            raise CheckpointError(
+                f"{self.folder} was started with other characters than {self.config.data} has now: "
+                "give the text of that time, or start a new run"
+            )
+
+    def resume_options(self) -> str:
+        """Return the options that go on with this run, ready for a shell."""
+        return f"--config {shlex.quote(str(self.folder / 'config.yaml'))} --resume"
 
     def restore(
         self,
@@ -101,10 +118,15 @@ class Run:
         batches: Batches,
         stabiliser: Stateful | None,
     ) -> Progress:
-        """Take everything back to the last checkpoint, the metrics too."""
+        """Take everything back to the last checkpoint, the metrics too.
+
+        **Raises:** `CheckpointError` for a checkpoint that this run cannot go on from.
+        """
         path = self.folder / "last.safetensors"
         saved = checkpoint.load(path)
         checkpoint.restore_model(model, saved, path)
+        if not saved.notes.get("resumable"):
+            raise CheckpointError(f"{path}: without the optimiser's state: nothing to go on from")
         checkpoint.restore_optimiser(model, optimiser, saved)
         batches.generator.set_state(saved.extra["batches"])
         prefix = "stabiliser."
@@ -112,14 +134,25 @@ class Run:
         if stabiliser is not None:
             stabiliser.load_state_dict(state)
         progress = Progress(**saved.notes["progress"])
-        metrics = self.folder / "metrics.jsonl"
-        kept = [
-            line
-            for line in metrics.read_text(encoding="utf-8").splitlines()
-            if json.loads(line)["step"] <= progress.step
-        ]
-        metrics.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        self._trim_metrics(progress.step)
+        # steps and the like may have changed, and the next --resume must not take them back
+        write_config(self.folder / "config.yaml", _resumable(self.config, self.folder))
         return progress
+
+    def _trim_metrics(self, step: int) -> None:
+        """Drop the lines past `step`, and a last line that a crash cut off."""
+        metrics = self.folder / "metrics.jsonl"
+        kept = []
+        for line in metrics.read_text(encoding="utf-8").splitlines():
+            try:
+                if json.loads(line)["step"] > step:
+                    break
+            except ValueError:
+                break
+            kept.append(f"{line}\n")
+        fresh = metrics.with_name("metrics.jsonl.part")
+        fresh.write_text("".join(kept), encoding="utf-8")
+        os.replace(fresh, metrics)
 
     def __enter__(self) -> Run:
         self._metrics = open(self.folder / "metrics.jsonl", "a", encoding="utf-8")
@@ -152,7 +185,7 @@ class Run:
         extra = {"batches": batches.generator.get_state()}
         if stabiliser is not None:
             extra |= {f"stabiliser.{k}": v for k, v in stabiliser.state_dict().items()}
-        notes = {"progress": vars(progress)}
+        notes = {"progress": vars(progress), "resumable": optimiser is not None}
         path = self.folder / f"{name}.safetensors"
         checkpoint.save(path, model, optimiser, extra, notes)
 

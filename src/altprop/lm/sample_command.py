@@ -2,29 +2,37 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
 from pathlib import Path
+from typing import Literal, get_args
 
 import torch
-from rich.console import Console
 
-from altprop import CheckpointError
+from altprop import CheckpointError, ConfigError, using
+from altprop.errors import unknown
 from altprop.lm import checkpoint
 from altprop.lm.config import read_config
-from altprop.lm.model import EquilibriumLM, generate
+from altprop.lm.model import LanguageModel, generate
 from altprop.lm.settings import TrainConfig
 from altprop.lm.text import CharTokenizer
 from altprop.lm.train import build_model, pick_device
 
+Which = Literal["best", "last"]
+
 
 def load_run(
-    run: Path, which: str = "best", device: str = "auto"
-) -> tuple[EquilibriumLM, CharTokenizer]:
+    run: Path, which: Which = "best", device: str = "auto"
+) -> tuple[LanguageModel, CharTokenizer]:
     """Return a run's model, on `device`, and its tokenizer.
 
     **Arguments:** `run`, the folder of a training run; `which`, `best` or `last`.
 
-    **Raises:** `CheckpointError` if the folder or the checkpoint is no run of altprop's.
+    **Raises:** `CheckpointError` if the folder or the checkpoint is no run of altprop's;
+    `ConfigError` for another checkpoint or a device that is not there.
     """
+    if which not in get_args(Which):
+        raise unknown("checkpoint", which, get_args(Which))
     for name in ("config.yaml", "vocab.json"):
         if not (run / name).is_file():
             raise CheckpointError(f"{run}: no {name} there; give the folder of a training run")
@@ -45,25 +53,37 @@ def sample(
     temperature: float = 0.8,
     top_k: int | None = None,
     seed: int = 0,
-    which: str = "best",
+    which: Which = "best",
     device: str = "auto",
 ) -> None:
     """Write text with a trained model.
 
     Args:
         run: the folder of a training run.
-        prompt: the text to continue; its characters must be in the run's vocabulary.
+        prompt: the text to continue, a line break unless given; its characters must be in the
+            run's vocabulary.
         tokens: how many tokens to write.
         temperature: divides the logits; 0 takes the likeliest token.
         top_k: keep only the likeliest so many tokens; null for all.
         seed: of the draws.
-        which: the checkpoint, `best` or `last`.
+        which: the checkpoint: that of the lowest validation loss, or the last.
         device: `auto`, `cpu`, `cuda`, or any other that torch knows.
     """
     model, tokenizer = load_run(run, which, device)
     ids = torch.as_tensor(tokenizer.encode(prompt).astype("int64")).unsqueeze(0)
     ids = ids.to(next(model.parameters()).device)
+    if not 0 <= seed < 2**63:
+        raise ConfigError(f"seed is {seed}, expected in [0, 2^63)")
     generator = torch.Generator().manual_seed(seed)
-    out = generate(model, ids, tokens, temperature=temperature, top_k=top_k, generator=generator)
-    text = tokenizer.decode(out[0].cpu().numpy())
-    Console(highlight=False).print(text, markup=False, soft_wrap=True)
+    with using(model, on_failure="warn"), warnings.catch_warnings(record=True) as unsettled:
+        warnings.simplefilter("always", RuntimeWarning)
+        out = generate(
+            model, ids, tokens, temperature=temperature, top_k=top_k, generator=generator
+        )
+    print(tokenizer.decode(out[0].cpu().numpy()))
+    if unsettled:
+        print(
+            f"altprop: warning: {len(unsettled)} of {tokens} tokens were read from a state that "
+            f"is no equilibrium; the last one: {unsettled[-1].message}",
+            file=sys.stderr,
+        )

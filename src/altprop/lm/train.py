@@ -9,15 +9,24 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from altprop import Certificate, ConfigError, ConvergenceError, equilibria
+from altprop import (
+    Certificate,
+    ConfigError,
+    ConvergenceError,
+    Result,
+    convert,
+    equilibria,
+)
+from altprop.errors import suggest
 from altprop.lm.display import Display
-from altprop.lm.model import EquilibriumLM, generate
+from altprop.lm.model import GPT, EquilibriumLM, LanguageModel, generate
 from altprop.lm.report import plot_run
 from altprop.lm.run import Progress, Run
 from altprop.lm.settings import TrainConfig
@@ -36,7 +45,7 @@ class TrainResult:
 
 
 def train(config: TrainConfig) -> TrainResult:
-    """Train a language model and return what came of it.
+    """Train a language model, keep the run in a folder, and return what came of it.
 
     Writes into the run's folder `config.yaml`, `vocab.json`, `metrics.jsonl`, `best.safetensors`,
     `last.safetensors` and `curves.png`.
@@ -56,11 +65,16 @@ def train(config: TrainConfig) -> TrainResult:
     )
     held_out = windows(corpus.validation, config.eval_windows, config.context, seed=0)
     guard = Guard(config, torch.Generator().manual_seed(config.seed + 1))
+    rehearse(model, held_out, device)
 
     run = Run.open(config, corpus)
     progress = run.restore(model, optimiser, batches, guard.state) if config.resume else Progress()
     with run, Display(config.steps, progress.step) as display, interruptible() as interrupted:
-        display.note(f"{count_parameters(model):,} parameters; run folder {run.folder}")
+        display.note(
+            f"{corpus.description}: {len(corpus.train):,} tokens, vocabulary of "
+            f"{len(corpus.tokenizer)}\n"
+            f"{count_parameters(model):,} parameters; run folder {run.folder}"
+        )
         while progress.step < config.steps and not interrupted():
             clock = time.perf_counter()
             rate = learning_rate(config, progress.step)
@@ -101,29 +115,62 @@ def train(config: TrainConfig) -> TrainResult:
                     progress.best_loss = progress.loss
                     run.save("best", model, None, batches, guard.state, progress)
                 run.save("last", model, optimiser, batches, guard.state, progress)
+        if progress.step < config.steps:
+            run.save("last", model, optimiser, batches, guard.state, progress)
 
-    plot_run(run.folder)
+    draw_curves(run.folder, display)
     if progress.step < config.steps:
-        run.save("last", model, optimiser, batches, guard.state, progress)
         display.note(
             f"stopped after step {progress.step} of {config.steps}; go on with\n"
-            f"  altprop train --config {run.folder / 'config.yaml'} --resume"
+            f"  altprop train {run.resume_options()}"
         )
         raise KeyboardInterrupt
-    text = write_sample(model, corpus, config, device)
+    text = write_sample(model, corpus, config, device, display)
     display.finish(progress.loss, progress.best_loss, progress.refused, text, run.folder)
     return TrainResult(run.folder, progress.loss, progress.best_loss, progress.refused, text)
 
 
-def build_model(config: TrainConfig, vocabulary: int) -> EquilibriumLM:
-    """Return the untrained model of a run; the guard of the loop judges its failed solves."""
-    return EquilibriumLM(config.model(vocabulary), config.solver, config.estimator, "accept")
+def build_model(config: TrainConfig, vocabulary: int) -> LanguageModel:
+    """Return the untrained model of a run, its learning rules in place and frozen what is frozen.
+
+    **Raises:** `RuleError` for rules that do not fit the model, `ConfigError` for a pattern that
+    freezes nothing.
+    """
+    model = _BUILD[config.model](config, vocabulary)
+    for pattern in config.freeze:
+        frozen = [p for name, p in model.named_parameters() if fnmatchcase(name, pattern)]
+        if not frozen:
+            names = [name for name, _ in model.named_parameters()]
+            raise ConfigError(
+                f"freeze: no parameter is named {pattern!r}: {suggest(pattern, names)}"
+            )
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+    return model
+
+
+def _equilibrium(config: TrainConfig, vocabulary: int) -> EquilibriumLM:
+    # the guard of the loop judges failed solves
+    return EquilibriumLM(config.shape(vocabulary), config.solver, config.estimator, "accept")
+
+
+def _gpt(config: TrainConfig, vocabulary: int) -> GPT:
+    model = GPT(config.shape(vocabulary))
+    rules = config.rules or config.rule
+    return convert(model, rules, output="head", seed=config.seed) if rules else model
+
+
+_BUILD: dict[str, Callable[[TrainConfig, int], LanguageModel]] = {
+    "equilibrium": _equilibrium,
+    "gpt": _gpt,
+}
 
 
 def make_optimiser(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """Return AdamW with weight decay on matrices and none on vectors."""
-    matrices = [p for p in model.parameters() if p.dim() > 1]
-    vectors = [p for p in model.parameters() if p.dim() <= 1]
+    """Return AdamW with weight decay on matrices, learned feedback too, and none on vectors."""
+    learning = [p for p in model.parameters() if p.requires_grad]
+    matrices = [p for p in learning if p.dim() > 1]
+    vectors = [p for p in learning if p.dim() <= 1]
     return torch.optim.AdamW(
         [
             {"params": matrices, "weight_decay": config.weight_decay},
@@ -143,9 +190,19 @@ def learning_rate(config: TrainConfig, step: int) -> float:
     return config.lr * (config.final_lr + (1 - config.final_lr) * cosine)
 
 
+def rehearse(model: LanguageModel, held_out: tuple[Tensor, Tensor], device: torch.device) -> None:
+    """Make one gradient and drop it: an estimator that cannot work with the solver says so now.
+
+    **Raises:** `RuleError`, before the run's folder is made.
+    """
+    ids, targets = (t[:1].to(device) for t in held_out)
+    model(ids, targets)[1].backward()
+    model.zero_grad(set_to_none=True)
+
+
 @torch.no_grad()
 def evaluate(
-    model: EquilibriumLM, held_out: tuple[Tensor, Tensor], batch: int, device: torch.device
+    model: LanguageModel, held_out: tuple[Tensor, Tensor], batch: int, device: torch.device
 ) -> tuple[float, float]:
     """Return the mean cross-entropy over fixed windows, and their worst free residual."""
     total, worst = 0.0, 0.0
@@ -177,25 +234,46 @@ class Guard:
         measured = summary(seen)
         config = self._config
         finite = math.isfinite(loss)
-        if not (
-            finite
-            and measured.get("free_residual", 0.0) <= config.free_limit
-            and measured.get("adjoint_residual", 0.0) <= config.adjoint_limit
-        ):
-            if config.on_failure == "stop":
-                raise ConvergenceError(
-                    f"step {progress.step + 1}: the loss is {loss:.4g}, the free residual "
-                    f"{measured.get('free_residual', 0.0):.1e} (limit {config.free_limit:.0e}), "
-                    f"the adjoint residual {measured.get('adjoint_residual', 0.0):.1e} (limit "
-                    f"{config.adjoint_limit:.0e}); lower lr, stabilise, or write --on_failure skip"
-                )
-            progress.refused += 1
+        good = finite and all(self._settled(c) for c in seen)
+        if not good:
+            self._refuse(
+                f"the loss is {loss:.4g}, the free residual "
+                f"{measured.get('free_residual', 0.0):.1e} (limit {config.free_limit:.0e}), "
+                f"the adjoint residual {measured.get('adjoint_residual', 0.0):.1e} (limit "
+                f"{config.adjoint_limit:.0e})",
+                optimiser,
+                progress,
+            )
+        if config.stabiliser and finite:
+            measured |= config.stabiliser.apply(model, self.state, progress.step, urgent=not good)
+        norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+        if not bool(torch.isfinite(norm)):
+            if good:
+                self._refuse(f"the gradient's norm is {float(norm)}", optimiser, progress)
             optimiser.zero_grad(set_to_none=True)
-            if config.stabiliser and finite:
-                measured |= config.stabiliser.apply(model, self.state, progress.step, urgent=True)
-        elif config.stabiliser:
-            measured |= config.stabiliser.apply(model, self.state, progress.step)
         return measured
+
+    def _settled(self, seen: Certificate) -> bool:
+        """Tell whether a state and its adjoint are within the limits.
+
+        Who asks for a fixed number of steps asks for no residual: there is none to fall short of.
+        """
+        limits = self._config.free_limit, self._config.adjoint_limit
+        return all(
+            residual is None or result is Result.FIXED_TIME or float(residual.max()) <= limit
+            for result, residual, limit in (
+                (seen.result, seen.free_residual, limits[0]),
+                (seen.adjoint_result, seen.adjoint_residual, limits[1]),
+            )
+        )
+
+    def _refuse(self, why: str, optimiser: torch.optim.Optimizer, progress: Progress) -> None:
+        if self._config.on_failure == "stop":
+            raise ConvergenceError(
+                f"step {progress.step + 1}: {why}; lower lr, stabilise, or write --on_failure skip"
+            )
+        progress.refused += 1
+        optimiser.zero_grad(set_to_none=True)
 
 
 def summary(seen: list[Certificate]) -> dict[str, float]:
@@ -232,8 +310,20 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
+def draw_curves(folder: Path, display: Display) -> None:
+    """Draw the run's curves, or say why not: a run without matplotlib is a whole run."""
+    try:
+        plot_run(folder)
+    except ConfigError as error:
+        display.note(f"no curves: {error}")
+
+
 def write_sample(
-    model: EquilibriumLM, corpus: Corpus, config: TrainConfig, device: torch.device
+    model: LanguageModel,
+    corpus: Corpus,
+    config: TrainConfig,
+    device: torch.device,
+    display: Display,
 ) -> str:
     """Return text that the model writes after a line break (or the corpus's first character)."""
     if not config.sample:
@@ -242,7 +332,11 @@ def write_sample(
     prompt = "\n" if "\n" in tokenizer.vocab else tokenizer.vocab[0]
     ids = torch.as_tensor(tokenizer.encode(prompt).astype("int64")).unsqueeze(0).to(device)
     generator = torch.Generator().manual_seed(config.seed)
-    out = generate(model, ids, config.sample, temperature=0.8, generator=generator)
+    try:
+        out = generate(model, ids, config.sample, temperature=0.8, generator=generator)
+    except ConvergenceError as error:
+        display.note(f"no sample: {error}")
+        return ""
     return tokenizer.decode(out[0, 1:].cpu().numpy())
 
 

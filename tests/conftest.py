@@ -1,0 +1,23 @@
+"""Every test starts from the same seed, and what hypothesis draws is the same on every machine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import settings
+
+settings.register_profile("altprop", derandomize=True, deadline=None, max_examples=10)
+settings.load_profile("altprop")
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> Iterator[None]:
+    torch.manual_seed(0)
+    yield
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # torch's own forward mode still registers its decompositions with torch.jit.script
+    config.addinivalue_line("filterwarnings", "ignore:`torch.jit.script` is:DeprecationWarning")

@@ -1,0 +1,85 @@
+"""A tiny text and a tiny run, for the tests of the application."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from altprop.lm import checkpoint
+from altprop.lm.report import read_metrics
+from altprop.lm.settings import TrainConfig
+
+SMALL: dict[str, Any] = {
+    "d_model": 16,
+    "heads": 2,
+    "context": 16,
+    "batch": 4,
+    "steps": 8,
+    "warmup": 3,
+    "eval_every": 4,
+    "eval_windows": 8,
+    "sample": 0,
+    "device": "cpu",
+}
+
+
+def sentences(count: int = 200) -> str:
+    """Return repetitive sentences of 21 different characters, about 25 of them each."""
+    draw = random.Random(0)
+    who = ["the cat", "a dog", "the old man", "my friend", "the king"]
+    does = ["sees", "likes", "finds", "follows"]
+    return "".join(
+        f"{draw.choice(who)} {draw.choice(does)} {draw.choice(who)}.\n" for _ in range(count)
+    )
+
+
+def small(out: Path, **changes: Any) -> TrainConfig:
+    """Return a run of a second in the folder `out`, on sentences in a file beside it."""
+    text = out.parent / "text.txt"
+    if not text.exists():
+        text.write_text(sentences(), encoding="utf-8")
+    return replace(TrainConfig(), **{"data": str(text), "out": out, **SMALL, **changes})
+
+
+def words(config: TrainConfig, *names: str) -> list[str]:
+    """Return the small run as words of the command line, with these options of `config` too."""
+    named = {name: getattr(config, name) for name in ("data", "out", *SMALL, *names)}
+    return [word for name, value in named.items() for word in (f"--{name}", str(value))]
+
+
+def curve(folder: Path) -> list[dict[str, Any]]:
+    """Return what a run measured, but for the times."""
+    return [
+        {key: value for key, value in record.items() if key != "tokens_per_second"}
+        for record in read_metrics(folder)
+    ]
+
+
+def steps(folder: Path) -> list[dict[str, Any]]:
+    """Return the records of the steps, without those of the evaluations."""
+    return [record for record in curve(folder) if "loss" in record]
+
+
+def tensors(folder: Path, which: str = "last") -> dict[str, Tensor]:
+    """Return every tensor of a run's checkpoint by group and name."""
+    saved = checkpoint.load(folder / f"{which}.safetensors")
+    groups = {"model": saved.model, "optimiser": saved.optimiser, "extra": saved.extra}
+    return {f"{group}.{k}": v for group, held in groups.items() for k, v in held.items()}
+
+
+def assert_equal_bits(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
+    assert first.keys() == second.keys()
+    assert [k for k in first if not torch.equal(first[k], second[k])] == []
+
+
+def tree(folder: Path) -> dict[str, bytes | None]:
+    """Return everything below a folder, with the content of its files."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
+        for path in sorted(folder.rglob("*"))
+    }

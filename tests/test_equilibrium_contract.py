@@ -1,0 +1,294 @@
+"""Every part keeps its contract, and the contract catches a part that does not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import altprop as ap
+from altprop.equilibrium.estimators.estimator import Adjoint, Problem
+from altprop.equilibrium.solvers.solver import Force, check_solver_fields, relative_residual
+from altprop.testing import check_dynamics, check_estimator, check_solver
+from helpers import SymmetricMemory, damped, gated
+
+
+@pytest.mark.parametrize(
+    "solver",
+    [ap.Anderson(), ap.Anderson(memory=2, mixing=0.8), ap.Euler(), ap.Euler(step=0.4)],
+    ids=repr,
+)
+def test_solvers_keep_their_contract(solver: ap.AbstractSolver) -> None:
+    check_solver(solver)
+
+
+@pytest.mark.parametrize(
+    "this", [damped(scale=0.7, damping=0.5), gated(), gated(T=1)], ids=["damped", "gated", "T=1"]
+)
+def test_dynamics_keep_their_contract(this: Any) -> None:
+    check_dynamics(this.dynamics, this.x)
+
+
+def test_a_dynamics_of_ones_own_gets_its_products_by_automatic_differentiation() -> None:
+    check_dynamics(SymmetricMemory(6, 3).double(), torch.randn(2, 3, 6).double())
+
+
+@pytest.mark.parametrize(
+    "estimator", [ap.Implicit(), ap.AEP(), ap.AEP(start="zero", beta=1e-3)], ids=repr
+)
+def test_exact_estimators_keep_their_contract(estimator: ap.AbstractEstimator) -> None:
+    check_estimator(estimator, exact=True)
+
+
+@pytest.mark.parametrize("estimator", [ap.EP(), ap.PublishedEP(), ap.PublishedAEP()], ids=repr)
+def test_biased_estimators_keep_their_contract(estimator: ap.AbstractEstimator) -> None:
+    check_estimator(estimator, exact=False)
+
+
+def test_bptt_keeps_its_contract_on_a_relaxation_that_settles() -> None:
+    check_estimator(ap.BPTT(), exact=True, solver=ap.Euler(step=0.5, max_steps=50))
+
+
+def test_a_solver_may_write_into_its_own_state() -> None:
+    """AEP remembers products at a tensor, so it must notice when that tensor is written into."""
+    check_solver(InPlace())
+    this = damped(scale=0.5)
+    wanted = this.gradients()
+    got = this.gradients(ap.AEP(start="zero", tol=1e-8), solver=InPlace(tol=1e-9, max_steps=3000))
+    assert all((got[k] - g).norm() <= 1e-5 * g.norm() for k, g in wanted.items())
+
+
+@dataclass(frozen=True)
+class InPlace(ap.AbstractSolver):
+    """Euler on one buffer; the base of the broken solvers below."""
+
+    step: float = 0.2
+    max_steps: int = 120
+    tol: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_solver_fields(self)
+
+    @torch.no_grad()
+    def solve(
+        self, force: Force, start: Tensor, *, step: float, scale: Tensor | None = None
+    ) -> ap.Solution:
+        z = start.clone()
+        for n in range(self.max_steps + 1):
+            f = force(z)
+            residual = relative_residual(f, z, scale)
+            moving = ~(residual <= self.tol) & residual.isfinite()
+            if n == self.max_steps or not bool(moving.any()):
+                break
+            z.addcmul_(f, self.step * moving.to(z).reshape(-1, *([1] * (z.dim() - 1))))
+        if not bool(residual.isfinite().all()):
+            result = ap.Result.NON_FINITE
+        elif self.tol == 0:
+            result = ap.Result.FIXED_TIME
+        else:
+            done = bool((residual <= self.tol).all())
+            result = ap.Result.CONVERGED if done else ap.Result.MAX_STEPS
+        return ap.Solution(z, f, residual, n + 1, result)
+
+
+def _recorded(solver: Broken, force: Force, start: Tensor, **how: Any) -> ap.Solution:
+    def loud(z: Tensor) -> Tensor:
+        with torch.enable_grad():
+            return force(z).detach()
+
+    return solver.right(loud, start, **how)
+
+
+@torch.no_grad()
+def _gives_up(solver: Broken, force: Force, start: Tensor, **how: Any) -> ap.Solution:
+    if not bool(force(start).isfinite().all()):  # one lost sample ends it for all
+        solver = replace(solver, max_steps=1)
+    found = solver.right(force, start, **how)
+    return replace(found, evaluations=found.evaluations + 1)
+
+
+@torch.no_grad()
+def _mixes_samples(solver: Broken, force: Force, start: Tensor, **how: Any) -> ap.Solution:
+    found = replace(solver, tol=solver.tol / 2).right(force, start, **how)
+    z = found.value + 1e-9 * found.value.nan_to_num().flip(0)
+    f = force(z)
+    residual = relative_residual(f, z, how.get("scale"))
+    return replace(found, value=z, force=f, residual=residual, evaluations=found.evaluations + 1)
+
+
+def _into_start(solver: Broken, force: Force, start: Tensor, **how: Any) -> ap.Solution:
+    found = solver.right(force, start, **how)
+    start.copy_(found.value)
+    return found
+
+
+def _without_scale(solver: Broken, force: Force, start: Tensor, **how: Any) -> ap.Solution:
+    return solver.right(force, start, **{**how, "scale": None})
+
+
+def _without_limit(solver: Broken, force: Force, start: Tensor, **how: Any) -> ap.Solution:
+    return replace(solver, max_steps=solver.max_steps + 2).right(force, start, **how)
+
+
+def _changing(change: Callable[[ap.Solution], dict[str, Any]]) -> Callable[..., ap.Solution]:
+    def solve(solver: Broken, force: Force, start: Tensor, **how: Any) -> ap.Solution:
+        found = solver.right(force, start, **how)
+        return replace(found, **change(found))
+
+    return solve
+
+
+SOLVER_FAULTS: dict[str, tuple[Callable[..., ap.Solution], str]] = {
+    "records": (_recorded, "while autograd records"),
+    "gives up": (_gives_up, "batch with a hard and a NaN sample"),
+    "mixes samples": (_mixes_samples, "differs from the same one alone"),
+    "writes into start": (_into_start, "writes into start"),
+    "without scale": (_without_scale, "reported residual"),
+    "without limit": (_without_limit, "max_steps=3 makes 6"),
+    "rosy residual": (_changing(lambda s: {"residual": s.residual / 2}), "reported residual"),
+    "stale force": (_changing(lambda s: {"force": s.force * 1.5 + 1e-6}), "force at value"),
+    "miscounts": (_changing(lambda s: {"evaluations": s.evaluations - 1}), "evaluations are"),
+    "always content": (_changing(lambda s: {"result": ap.Result.CONVERGED}), "NON_FINITE"),
+    "always worried": (_changing(lambda s: {"result": ap.Result.MAX_STEPS}), "no convergence"),
+    "downcasts": (_changing(lambda s: {"value": s.value.float()}), "value is torch.float32"),
+}
+
+
+@dataclass(frozen=True)
+class Broken(InPlace):
+    """A solver that does everything right but for one fault."""
+
+    fault: str = ""
+
+    def right(self, force: Force, start: Tensor, **how: Any) -> ap.Solution:
+        return super().solve(force, start, **how)
+
+    def solve(self, force: Force, start: Tensor, **how: Any) -> ap.Solution:
+        return SOLVER_FAULTS[self.fault][0](self, force, start, **how)
+
+
+@pytest.mark.parametrize("fault", SOLVER_FAULTS)
+def test_the_contract_of_solvers_catches(fault: str) -> None:
+    with pytest.raises(AssertionError, match=SOLVER_FAULTS[fault][1]):
+        check_solver(Broken(fault=fault))
+
+
+@dataclass(frozen=True)
+class Unchecked(InPlace):
+    def __post_init__(self) -> None:
+        pass
+
+
+@dataclass
+class Mutable(InPlace.__bases__[0]):  # type: ignore[misc, name-defined]
+    tol: float = 0.0
+    max_steps: int = 10
+
+    def solve(self, force: Force, start: Tensor, **how: Any) -> ap.Solution:
+        raise NotImplementedError
+
+
+def test_the_contract_of_solvers_catches_fields_that_nobody_checks() -> None:
+    with pytest.raises(AssertionError, match="tol=-1.0 is accepted"):
+        check_solver(Unchecked())
+    with pytest.raises(AssertionError, match="frozen=True"):
+        check_solver(Mutable())
+
+
+@dataclass(frozen=True)
+class Faulty(ap.AbstractEstimator):
+    """Implicit differentiation but for one fault."""
+
+    fault: str = ""
+
+    def adjoint(self, problem: Problem, cotangent: Tensor) -> Adjoint:
+        return ap.Implicit(tol=1e-9, max_steps=300).adjoint(problem, cotangent)
+
+    def pull(self, problem: Problem, cotangent: Tensor) -> Adjoint:
+        right = super().pull(problem, cotangent)
+        change = ESTIMATOR_FAULTS[self.fault][0]
+        return replace(right, **change(right, problem, cotangent))
+
+
+calls = 0
+
+
+def _drifts(right: Adjoint, *_: Any) -> dict[str, Any]:
+    global calls
+    calls += 1
+    return {"value": right.value * (1 + 1e-6 * calls)}
+
+
+ESTIMATOR_FAULTS: dict[str, tuple[Callable[..., dict[str, Any]], str]] = {
+    "too long": (lambda r, p, g: {"value": 1.01 * r.value}, "is not the loss's"),
+    "a remainder": (lambda r, p, g: {"value": r.value + 1e-9}, "that multiple|a zero cotangent"),
+    "nonlinear": (lambda r, p, g: {"value": r.value * (1 + 1e-6 * g.norm())}, "that multiple"),
+    "mixes samples": (
+        lambda r, p, g: {"value": r.value + 1e-6 * r.value.flip(0)},
+        "a sample outside the loss gets a gradient",
+    ),
+    "counts nothing": (lambda r, p, g: {"evaluations": 0}, "reports no evaluations"),
+    "has no remainder": (lambda r, p, g: {"remainder": None}, "has no adjoint_remainder"),
+    "is lost": (lambda r, p, g: {"value": r.value / 0}, "is not finite"),
+    "drifts": (_drifts, "do not add up|do not accumulate"),
+    "": (lambda r, p, g: {}, ""),
+}
+
+
+@pytest.mark.parametrize("fault", [name for name in ESTIMATOR_FAULTS if name])
+def test_the_contract_of_estimators_catches(fault: str) -> None:
+    with pytest.raises(AssertionError, match=ESTIMATOR_FAULTS[fault][1]):
+        check_estimator(Faulty(fault), exact=True)
+
+
+def test_the_contract_of_estimators_catches_a_bias() -> None:
+    with pytest.raises(AssertionError, match="is not the loss's"):
+        check_estimator(ap.EP(), exact=True)
+
+
+class Untransposed(SymmetricMemory):
+    """Claims a symmetric Jacobian that it does not have."""
+
+    def forward(self, z: Tensor, x: Tensor) -> Tensor:
+        return super().forward(z, x) + 0.1 * z.cumsum(-1)
+
+    def linearise(self, z: Tensor, x: Tensor) -> ap.AbstractLinearisation:
+        return _Same(super().linearise(z, x))
+
+
+class _Same(ap.AbstractLinearisation):
+    def __init__(self, inner: ap.AbstractLinearisation) -> None:
+        self.jvp = inner.jvp  # type: ignore[method-assign]
+
+    def vjp(self, a: Tensor) -> Tensor:
+        return self.jvp(a)
+
+    def jvp(self, v: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class Coupled(SymmetricMemory):
+    """Normalises over the batch."""
+
+    def forward(self, z: Tensor, x: Tensor) -> Tensor:
+        return super().forward(z - z.mean(0), x)
+
+
+class Random(SymmetricMemory):
+    """Drops entries anew at every call."""
+
+    def forward(self, z: Tensor, x: Tensor) -> Tensor:
+        return super().forward(torch.nn.functional.dropout(z), x)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [(Untransposed, "vjp is wrong"), (Coupled, "depends on the others"), (Random, "call to call")],
+)
+def test_the_contract_of_dynamics_catches(kind: type[SymmetricMemory], message: str) -> None:
+    with pytest.raises(AssertionError, match=message):
+        check_dynamics(kind(6, 3).double(), torch.randn(2, 3, 6).double())

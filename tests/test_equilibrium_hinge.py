@@ -1,0 +1,271 @@
+"""The Jacobian hinge: its gradient, its guards, and when it does nothing."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, distributed, nn
+
+import altprop as ap
+from altprop.equilibrium.stability import HingeState
+from helpers import SymmetricMemory, Task, damped, gated, jacobian, task
+
+MINUTE = timedelta(minutes=1)
+
+
+def prepared(this: Task, estimator: ap.AbstractEstimator | None = None) -> ap.Equilibrium:
+    """Return a block after one backward pass, without gradients."""
+    block = this.block(estimator or ap.Implicit(tol=1e-9, max_steps=300))
+    this.cost(block(this.x)).backward()
+    block.zero_grad()
+    return block
+
+
+def fresh(hinge: ap.JacobianHinge, seed: int = 0) -> HingeState:
+    return hinge.init(torch.Generator().manual_seed(seed))
+
+
+def gradients(block: nn.Module) -> dict[str, Tensor]:
+    return {name: p.grad for name, p in block.named_parameters() if p.grad is not None}
+
+
+def mapped_jacobian(block: ap.Equilibrium) -> list[Tensor]:
+    """Return `∂g/∂z = 1 + ε ∂F/∂z` at the last state, one matrix per sample."""
+    seen, dynamics = block.certificate, block.dynamics
+    return [
+        torch.eye(z[0].numel()).to(z) + dynamics.step * jacobian(dynamics, z, x)
+        for z, x in zip(seen.state.split(1), seen.input.split(1), strict=True)
+    ]
+
+
+@pytest.mark.parametrize("this", [damped(), gated(gate=0.9)], ids=["damped", "gated"])
+def test_its_gradient_is_that_of_the_penalty(this: Task) -> None:
+    """Central differences of `w · every · max(0, ρ − τ)²`, state, input and probe held constant."""
+    hinge = ap.JacobianHinge(target=0.05, every=2, weight=1.5)
+    block = prepared(this)
+
+    def penalty() -> float:
+        gain = hinge.apply(block, fresh(hinge), step=0)["jacobian_gain"]
+        return 1.5 * 2 * (gain - 0.05) ** 2
+
+    penalty()
+    got = {name: g.clone() for name, g in gradients(block).items()}
+    # (a constant that is added to the force is no part of its Jacobian)
+    assert dict(block.named_parameters()).keys() - got.keys() <= {"dynamics.down.bias"}
+    with torch.no_grad():
+        for name, p in block.named_parameters():
+            direction = torch.randn_like(p)
+            direction /= direction.norm()
+            ends = []
+            for move in (1e-5, -2e-5):
+                p += move * direction
+                ends.append(penalty())
+            p += 1e-5 * direction
+            slope = (ends[0] - ends[1]) / 2e-5
+            wanted = float((got[name] * direction).sum()) if name in got else 0.0
+            size = float(got[name].norm()) if name in got else 1.0
+            assert abs(slope - wanted) <= 1e-6 * size, name
+
+
+def test_it_adds_to_the_gradients_that_are_there() -> None:
+    hinge = ap.JacobianHinge(target=0.05)
+    block = prepared(gated())
+    hinge.apply(block, fresh(hinge), step=0)
+    alone = {name: g.clone() for name, g in gradients(block).items()}
+    for p in block.parameters():
+        p.grad = torch.ones_like(p)
+    hinge.apply(block, fresh(hinge), step=0)
+    for name, g in gradients(block).items():
+        assert torch.allclose(g, 1 + alone.get(name, torch.zeros_like(g)))
+
+
+def test_it_acts_on_every_so_many_steps_and_rests_in_between() -> None:
+    hinge = ap.JacobianHinge(target=0.01, every=3)
+    block, state = prepared(gated()), fresh(ap.JacobianHinge())
+    acted = []
+    for step in range(7):
+        block.zero_grad()
+        before = state.generator.get_state()
+        measured = hinge.apply(block, state, step)
+        acted.append(bool(measured))
+        assert bool(gradients(block)) == acted[-1]
+        assert torch.equal(before, state.generator.get_state()) != acted[-1]
+    assert acted == [True, False, False, True, False, False, True]
+    assert hinge.apply(block, state, 1, urgent=True)  # a refused step is no time to rest
+
+
+def test_it_does_nothing_below_the_margin() -> None:
+    hinge = ap.JacobianHinge(target=1e3)
+    block = prepared(gated())
+    gain = hinge.apply(block, fresh(hinge), step=0)["jacobian_gain"]
+    assert 0 < gain < 1e3 and not gradients(block)
+
+
+def settled_gains(block: ap.Equilibrium, steps: int) -> list[float]:
+    """Return the gains of `steps` steps at one state, by the carried probe alone, once settled."""
+    hinge = ap.JacobianHinge(every=1, fresh=0.0, target=1e6)
+    state = fresh(hinge)
+    block.certificate = replace(block.certificate, adjoint_remainder=None)
+    gains = [hinge.apply(block, state, 0)["jacobian_gain"] for _ in range(steps + 100)]
+    return gains[100:]
+
+
+def test_the_gain_converges_to_the_largest_singular_value_of_a_symmetric_map() -> None:
+    block = prepared(task(SymmetricMemory(6, 3), B=2, T=3))
+    largest = max(float(torch.linalg.matrix_norm(m, 2)) for m in mapped_jacobian(block))
+    assert settled_gains(block, 10) == pytest.approx([largest] * 10, rel=1e-3)
+
+
+@pytest.mark.parametrize("this", [damped(), gated(gate=0.9)], ids=["damped", "gated"])
+def test_the_gain_converges_to_the_spectral_radius_of_any_map_in_the_mean(this: Task) -> None:
+    """The probe is iterated with `J_gᵀ`, not with `J_g J_gᵀ`: what lasts is what it finds."""
+    block = prepared(this)
+    maps = mapped_jacobian(block)
+    radius = max(float(torch.linalg.eigvals(m).abs().max()) for m in maps)
+    largest = max(float(torch.linalg.matrix_norm(m, 2)) for m in maps)
+    gains = settled_gains(block, 100)
+    assert max(gains) <= largest * (1 + 1e-9) and radius < 0.99 * largest
+    mean = math.exp(sum(map(math.log, gains)) / len(gains))  # a complex pair makes them oscillate
+    assert mean == pytest.approx(radius, rel=0.02)
+
+
+def test_at_a_closed_gate_there_is_no_nan_and_it_wakes_up_later() -> None:
+    torch.manual_seed(0)
+    dynamics = ap.GatedBlock(8, heads=2, init_std=0.5)
+    block = ap.Equilibrium(dynamics, estimator=ap.AEP())
+    hinge = ap.JacobianHinge(target=0.3, every=1)
+    state, x = fresh(hinge), torch.randn(2, 5, 8)
+    for _ in range(3):
+        block(x).sum().backward()
+        block.zero_grad()
+        assert hinge.apply(block, state, 0)["jacobian_gain"] <= 1e-5
+        assert not gradients(block) and all(p.isfinite().all() for p in state.probes.values())
+    nn.init.constant_(dynamics.alpha, 0.8)
+    for _ in range(5):
+        block(x).sum().backward()
+        block.zero_grad()
+        gain = hinge.apply(block, state, 0)["jacobian_gain"]
+    assert gain > 0.3
+    push = dynamics.alpha.grad
+    assert push is not None and push.isfinite().all() and float(push.sum()) > 0  # closes the gate
+
+
+def test_it_needs_no_remainder() -> None:
+    this = gated()
+    block = this.block()
+    with torch.no_grad():
+        block(this.x)
+    assert block.certificate.adjoint_remainder is None
+    hinge = ap.JacobianHinge(target=0.01)
+    without = hinge.apply(block, fresh(hinge), step=0)["jacobian_gain"]
+    assert math.isfinite(without) and gradients(block)
+    # an adjoint that was solved to the last digit leaves nothing, which is no direction either
+    nothing = torch.zeros_like(block.certificate.state)
+    block.certificate = replace(block.certificate, adjoint_remainder=nothing)
+    assert hinge.apply(block, fresh(hinge), step=0)["jacobian_gain"] == pytest.approx(without)
+
+
+def test_a_remainder_steers_the_probe() -> None:
+    block = prepared(gated())
+    hinge = ap.JacobianHinge()
+    steered = hinge.apply(block, fresh(hinge), step=0)["jacobian_gain"]
+    block.certificate = replace(block.certificate, adjoint_remainder=None)
+    assert hinge.apply(block, fresh(hinge), step=0)["jacobian_gain"] != steered
+
+
+@pytest.mark.parametrize("what", ["state", "adjoint_remainder"])
+def test_what_is_lost_on_one_step_does_not_disable_it_on_the_next(what: str) -> None:
+    block = prepared(gated())
+    hinge = ap.JacobianHinge(target=0.01)
+    state, good = fresh(hinge), block.certificate
+    block.certificate = replace(good, **{what: torch.full_like(good.state, math.nan)})
+    gain = hinge.apply(block, state, step=0)["jacobian_gain"]
+    assert math.isnan(gain) == (what == "state")
+    assert all(g.isfinite().all() for g in gradients(block).values())
+    block.certificate = good
+    assert hinge.apply(block, state, step=0)["jacobian_gain"] > 0.01 and gradients(block)
+
+
+def test_one_lost_block_among_several_is_the_gain_that_is_reported() -> None:
+    for lost in (0, 1):
+        blocks = nn.Sequential(prepared(gated()), prepared(gated(seed=1)))
+        bad = blocks[lost]
+        bad.certificate = replace(
+            bad.certificate, state=torch.full_like(bad.certificate.state, math.nan)
+        )
+        hinge = ap.JacobianHinge()
+        assert math.isnan(hinge.apply(blocks, fresh(hinge), step=0)["jacobian_gain"])
+
+
+def test_frozen_blocks_and_untouched_models_are_left_alone() -> None:
+    hinge = ap.JacobianHinge(target=0.01)
+    assert hinge.apply(nn.Linear(2, 2), fresh(hinge), step=0) == {}
+    assert hinge.apply(gated().block(), fresh(hinge), step=0) == {}  # never called
+    block = prepared(gated())
+    block.requires_grad_(False)
+    assert hinge.apply(block, fresh(hinge), step=0)["jacobian_gain"] > 0.01
+    block.dynamics.down.bias.requires_grad_(True)  # trainable, and without effect on the Jacobian
+    hinge.apply(block, fresh(hinge), step=0)
+    assert not gradients(block)
+
+
+def test_a_state_of_its_own_makes_it_repeatable_and_resumable() -> None:
+    block, hinge = prepared(gated()), ap.JacobianHinge()
+    state, twin = fresh(hinge), fresh(hinge)
+    for step in (0, 2, 4):
+        assert hinge.apply(block, state, step) == hinge.apply(block, twin, step)
+    resumed = fresh(hinge, seed=9)
+    resumed.load_state_dict(state.state_dict())
+    assert hinge.apply(block, resumed, 6) == hinge.apply(block, state, 6)
+
+
+def rank_push(rank: int, store: str) -> None:
+    """Take part as one of two ranks, of which only the first is past the margin."""
+    distributed.init_process_group(
+        "gloo", store=distributed.FileStore(store, 2), rank=rank, world_size=2, timeout=MINUTE
+    )
+    try:
+        block, hinge = prepared(gated()), ap.JacobianHinge(target=0.01)
+        hinge.apply(block, fresh(hinge), step=0)
+        alone = {name: g.clone() for name, g in gradients(block).items()}
+        block.zero_grad()
+        if rank == 1:
+            hinge = ap.JacobianHinge(target=1e3)
+        hinge.apply(nn.parallel.DistributedDataParallel(block), fresh(hinge), step=0)
+        for name, p in block.named_parameters():
+            wanted = alone[name] / 2 if name in alone else torch.zeros_like(p)
+            assert p.grad is not None and torch.allclose(p.grad, wanted, rtol=1e-12, atol=0), name
+    finally:
+        distributed.destroy_process_group()
+
+
+def test_ranks_of_a_data_parallel_run_share_the_push(tmp_path: Path) -> None:
+    store = str(tmp_path / "store")
+    code = f"from {__name__} import rank_push; rank_push(1, {store!r})"
+    path = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
+    other = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path})
+    try:
+        rank_push(0, store)
+        assert other.wait(timeout=60) == 0
+    finally:
+        other.kill()
+        other.wait()
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("target", 0), ("target", math.nan), ("weight", -1), ("every", 0), ("every", 1.5)]
+    + [("fresh", -0.1), ("fresh", math.inf)],
+)
+def test_numbers_that_make_no_hinge_are_refused(field: str, value: Any) -> None:
+    with pytest.raises(ap.ConfigError, match=f"JacobianHinge: {field} is {value}, expected"):
+        ap.JacobianHinge(**{field: value})

@@ -1,0 +1,482 @@
+"""The module around a dynamics: one definition of the state, one line for every mistake."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+import altprop as ap
+from altprop.equilibrium.estimators.estimator import Adjoint, Problem
+from altprop.memory import peak_live_bytes
+from helpers import Task, damped, gated, gradients, open_gate, reference_problem, task
+
+
+def strong_gate(seed: int) -> Task:
+    """Return a gated block whose feedback carries real load."""
+    torch.manual_seed(seed)
+    return task(open_gate(ap.GatedBlock(32, 4, init_std=0.15), 1.0), 3, 16, seed)
+
+
+def wide_attention(seed: int) -> Task:
+    torch.manual_seed(seed)
+    return task(ap.DampedAttention(32, 4), 3, 16, seed)
+
+
+def token_change(z: Tensor, other: Tensor) -> float:
+    """Return the worst relative change of any token's state."""
+    z, other = z.detach(), other.detach()
+    return float(((other - z).norm(dim=-1) / z.norm(dim=-1)).max())
+
+
+@torch.no_grad()
+def leak(block: ap.Equilibrium, x: Tensor) -> float:
+    """Return how far the states up to `t` move when every token after `t` changes."""
+    z, worst = block(x), 0.0
+    for t in (0, 4, 10):
+        changed = x.clone()
+        changed[:, t + 1 :] = torch.randn_like(x[:, t + 1 :]) * x.std()
+        worst = max(worst, token_change(z[:, : t + 1], block(changed)[:, : t + 1]))
+    return worst
+
+
+@pytest.mark.parametrize("tol", [7e-4, 1e-5])
+@pytest.mark.parametrize("make", [wide_attention, strong_gate, reference_problem])
+def test_the_tolerance_bounds_how_far_the_future_leaks(
+    make: Callable[[int], Task], tol: float
+) -> None:
+    for seed in range(3):
+        this = make(seed)
+        seen = leak(this.block(solver=ap.Anderson(tol=tol, max_steps=200)), this.x)
+        assert 0 < seen <= 10 * tol
+
+
+@pytest.mark.parametrize("make", [wide_attention, strong_gate])
+def test_a_plain_relaxation_sees_nothing_of_the_future(make: Callable[[int], Task]) -> None:
+    this = make(0)
+    solver = ap.Euler(step=this.dynamics.step, max_steps=30)
+    # (batched products round differently from window to window, and only there)
+    assert leak(this.block(solver=solver), this.x) <= 1e-13
+
+
+@pytest.mark.parametrize("tol", [7e-4, 1e-6])
+@pytest.mark.parametrize("make", [wide_attention, strong_gate])
+def test_plain_iteration_finds_the_same_state_as_acceleration(
+    make: Callable[[int], Task], tol: float
+) -> None:
+    for seed in range(3):
+        this = make(seed)
+        plain = ap.Euler(step=this.dynamics.step, max_steps=300, tol=1e-9)
+        with torch.no_grad():
+            z = this.block(solver=plain)(this.x)
+            assert token_change(z, this.block(solver=ap.Anderson(tol=tol))(this.x)) <= 10 * tol
+
+
+@pytest.mark.parametrize("estimator", [ap.AEP(), ap.Implicit(), ap.EP()])
+@pytest.mark.parametrize("make", [wide_attention, strong_gate])
+def test_batch_mates_change_nothing_beyond_rounding(
+    make: Callable[[int], Task], estimator: ap.AbstractEstimator
+) -> None:
+    this = make(0)
+    block = this.block(estimator, solver=ap.Anderson())
+    x = this.x * torch.tensor([1.0, 0.1, 2.0]).view(-1, 1, 1)  # some harder than others
+
+    def cost(z: Tensor) -> Tensor:
+        return torch.tanh(z).square().sum()
+
+    leaf = x.clone().requires_grad_()
+    together = block(leaf)
+    cost(together).backward()
+    for i in range(3):
+        own = x[i : i + 1].clone().requires_grad_()
+        alone = block(own)
+        cost(alone).backward()
+        assert token_change(alone, together[i : i + 1]) <= 1e-11
+        assert (own.grad - leaf.grad[i]).norm() <= 1e-9 * own.grad.norm()
+
+
+def test_a_lost_sample_costs_its_batch_mates_nothing() -> None:
+    """Neither their state nor the second attempt that a slow one needs."""
+    this = wide_attention(0)
+    for solver in (ap.Anderson(tol=1e-6, max_steps=12), ap.Euler(0.3, 20, 1e-6)):
+        block = this.block(solver=solver, on_failure="accept")
+        x = this.x.clone()
+        x[1, 3] = torch.nan
+        with torch.no_grad():
+            whole = block(x)
+            assert block.certificate.result is ap.Result.NON_FINITE
+            spent, slowest = block.certificate.free_evaluations, 0
+            assert spent > solver.max_steps + 2  # two attempts
+            for i in (0, 2):
+                assert token_change(block(x[i : i + 1]), whole[i : i + 1]) <= 1e-11
+                slowest = max(slowest, block.certificate.free_evaluations)
+            assert spent == slowest  # and nobody waits for what is lost
+
+
+def step_bytes(estimator: ap.AbstractEstimator, steps: int) -> int:
+    this = damped(B=2, T=8, C=16, H=2, scale=0.5)
+    block = this.block(estimator, solver=ap.Euler(step=0.4, max_steps=steps))
+    return peak_live_bytes(lambda: gradients(block, this.x, this.cost))
+
+
+@pytest.mark.parametrize("estimator", [ap.AEP(), ap.Implicit(), ap.EP()])
+def test_peak_memory_does_not_grow_with_the_relaxation(estimator: ap.AbstractEstimator) -> None:
+    assert step_bytes(estimator, 200) == step_bytes(estimator, 20)
+
+
+def test_peak_memory_of_bptt_grows_with_the_relaxation() -> None:
+    assert step_bytes(ap.BPTT(), 200) > 8 * step_bytes(ap.BPTT(), 20)
+
+
+def test_the_certificate_says_what_was_measured() -> None:
+    this = damped(scale=0.5)
+    block = this.block(ap.AEP(response=1e-3), solver=ap.Anderson(tol=1e-4))
+    calls = 0
+    hook = this.dynamics.register_forward_hook(lambda *_: _count())
+
+    def _count() -> None:
+        nonlocal calls
+        calls += 1
+
+    z = block(this.x)
+    seen = block.certificate
+    assert seen.free_evaluations == calls and seen.adjoint_result is None
+    hook.remove()
+    force = this.dynamics(seen.state, this.x).detach()
+    residual = force.flatten(1).norm(dim=1) / seen.state.flatten(1).norm(dim=1)
+    assert torch.allclose(seen.free_residual, residual) and float(residual.max()) <= 1e-4
+    assert torch.equal(z, seen.state + this.dynamics.step * force)
+    this.cost(z).backward()
+    assert seen is block.certificate and seen.adjoint_result is ap.Result.CONVERGED
+    assert float(seen.adjoint_residual.max()) <= 1e-3
+    assert seen.adjoint_remainder.shape == z.shape
+    assert torch.allclose(seen.response, torch.full_like(seen.response, 1e-3), rtol=0.05)
+
+
+@pytest.mark.parametrize("last", [torch.sin, torch.nn.Identity()], ids=["sin", "block"])
+def test_a_recomputation_leaves_the_certificate_of_the_backward_pass(
+    last: Callable[[Tensor], Tensor],
+) -> None:
+    this = damped()
+    block = this.block(ap.AEP())
+    leaf = this.x.clone().requires_grad_()
+    checkpoint(lambda x: last(block(torch.cos(x))), leaf, use_reentrant=False).sum().backward()
+    assert block.certificate.adjoint_result is ap.Result.CONVERGED
+
+
+class Counting(ap.AbstractLinearisation):
+    """Count the products that an estimator asks for."""
+
+    def __init__(self, inner: ap.AbstractLinearisation) -> None:
+        self.inner, self.calls = inner, 0
+
+    def vjp(self, a: Tensor) -> Tensor:
+        self.calls += 1
+        return self.inner.vjp(a)
+
+    def jvp(self, v: Tensor) -> Tensor:
+        self.calls += 1
+        return self.inner.jvp(v)
+
+
+@pytest.mark.parametrize(
+    "estimator",
+    [ap.AEP(), ap.AEP(start="zero"), ap.EP(), ap.Implicit(), ap.PublishedAEP(nudge="linear")],
+    ids=repr,
+)
+def test_the_backward_pass_counts_all_that_it_computes(
+    estimator: ap.AbstractEstimator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    this = damped(scale=0.5)
+    seen: list[Counting] = []
+    plain = this.dynamics.linearise
+
+    def linearise(z: Tensor, x: Tensor) -> Counting:
+        seen.append(Counting(plain(z, x)))
+        return seen[-1]
+
+    monkeypatch.setattr(this.dynamics, "linearise", linearise)
+    block = this.block(estimator)
+    z, forces = block(this.x), 0
+
+    def count(*_: Any) -> None:
+        nonlocal forces
+        forces += 1
+
+    this.dynamics.register_forward_hook(count)
+    this.cost(z).backward()
+    made = forces + sum(1 + linearised.calls for linearised in seen)
+    assert block.certificate.adjoint_evaluations == made
+
+
+def test_aep_costs_three_evaluations_more_than_implicit_differentiation() -> None:
+    """One force per phase and one JVP confirm what the linear solve found.
+
+    So nothing of the free phase's own residual enters a phase, and what is known is not computed.
+    """
+    this = reference_problem(0)
+    costs = []
+    for estimator in (ap.Implicit(), ap.AEP()):
+        block = this.block(estimator, solver=ap.Anderson(tol=1e-2))
+        this.cost(block(this.x)).backward()
+        costs.append(block.certificate.adjoint_evaluations)
+    assert costs[1] == costs[0] + 3
+
+
+@dataclass(frozen=True)
+class Spy(ap.AbstractEstimator):
+    """Implicit differentiation that looks around."""
+
+    def adjoint(self, problem: Problem, cotangent: Tensor) -> Adjoint:
+        assert not torch.is_autocast_enabled("cpu") and not torch.is_grad_enabled()
+        assert cotangent.dtype == problem.state.dtype == torch.float32
+        found = ap.Implicit().adjoint(problem, cotangent)
+        assert problem.linearise().jvp(cotangent).dtype == torch.float32
+        return found
+
+
+@pytest.mark.parametrize("given", [torch.float32, torch.bfloat16])
+def test_everything_inside_is_float32_under_bf16_autocast(given: torch.dtype) -> None:
+    this = damped(scale=0.5)
+    this.dynamics.float()
+    block = this.block(Spy(), solver=ap.Anderson(tol=1e-5))
+    x = this.x.to(given).requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        z = block(x)
+        assert z.dtype == torch.float32 and float(block.certificate.free_residual.max()) <= 1e-5
+        z.sum().backward()  # against torch's advice, and yet the adjoint is in float32
+    assert x.grad.dtype == given
+
+
+def test_autocast_leaves_float64_alone() -> None:
+    this = damped()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert this.block()(this.x).dtype == torch.float64
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.int64])
+def test_an_input_without_the_precision_for_a_nudge_is_refused(dtype: torch.dtype) -> None:
+    with pytest.raises(ap.ConfigError, match=f"given {dtype}.*keep the block in float32"):
+        damped().block()(torch.ones(1, 2, 8).to(dtype))
+
+
+def test_parameters_swapped_in_for_one_call_are_refused_in_the_backward_pass() -> None:
+    this = damped()
+    block = this.block(ap.AEP())
+    own = {k: p.detach() * 0.5 for k, p in block.named_parameters()}
+    leaf = this.x.clone().requires_grad_()
+    z = torch.func.functional_call(block, own, (leaf,))
+    with pytest.raises(ap.RuleError, match="not those of the forward pass"):
+        z.sum().backward()
+
+
+def test_a_second_derivative_is_refused_with_a_reason() -> None:
+    this = gated()
+    block = this.block(ap.AEP())
+    leaf = this.x.clone().requires_grad_()
+    weight = torch.ones((), dtype=leaf.dtype, requires_grad=True)
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        (first,) = torch.autograd.grad((weight * block(leaf)).sum(), leaf, create_graph=True)
+        for source in (leaf, weight, block.dynamics.alpha):
+            with pytest.raises(RuntimeError, match="cannot be differentiated again"):
+                torch.autograd.grad(first.square().sum(), source, retain_graph=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"dynamics": ap.GatedBlock}, "dynamics is the class GatedBlock, .*GatedBlock\\(128, head"),
+        ({"dynamics": torch.nn.Linear(2, 2)}, "dynamics is Linear .*expected an AbstractDynamics"),
+        ({"solver": ap.Anderson}, "solver is the class Anderson, .*write solver=Anderson\\(\\)"),
+        ({"solver": "anderson"}, "solver is str 'anderson', expected an AbstractSolver"),
+        ({"estimator": ap.AEP}, "estimator is the class AEP, .*write estimator=AEP\\(\\)"),
+        ({"estimator": "AEP"}, "estimator is str 'AEP', expected an AbstractEstimator"),
+        ({"on_failure": "ignore"}, "on_failure is 'ignore', expected 'raise', 'warn' or 'accept'"),
+    ],
+)
+def test_a_wrong_argument_is_named_with_what_to_write(
+    arguments: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ap.ConfigError, match=message):
+        ap.Equilibrium(**{"dynamics": ap.GatedBlock(8, heads=2), **arguments})
+
+
+@pytest.mark.parametrize(
+    "change", [{"estimator": ap.AEP}, {"solver": ap.Euler}, {"on_failure": "never"}], ids=repr
+)
+def test_using_refuses_what_the_constructor_refuses(change: dict[str, Any]) -> None:
+    block = damped().block()
+    with pytest.raises(ap.ConfigError), ap.using(block, **change):
+        pass
+    assert block.on_failure == "raise"
+
+
+def test_using_changes_every_equilibrium_for_a_while_and_no_longer() -> None:
+    blocks = torch.nn.Sequential(*(damped(seed=i).block() for i in range(2)))
+    assert [path for path, _ in ap.equilibria(blocks)] == ["0", "1"]
+    before = [(b.estimator, b.solver, b.on_failure) for b in blocks]
+    with pytest.raises(KeyError), ap.using(blocks, ap.EP(), ap.Euler(), "accept"):
+        assert all(b.estimator == ap.EP() and b.solver == ap.Euler() for b in blocks)
+        assert all(b.on_failure == "accept" for b in blocks)
+        raise KeyError
+    assert [(b.estimator, b.solver, b.on_failure) for b in blocks] == before
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments", "message"),
+    [
+        (ap.DampedAttention, (8, 3), "heads is 3 and d_model is 8: heads must divide"),
+        (ap.DampedAttention, (8, 0), "heads is 0 and d_model is 8: heads must divide"),
+        (ap.DampedAttention, (8, 2, 2.0, -0.5), "scale is 2.0 and damping is -0.5: 1 \\+ scale"),
+        (ap.GatedBlock, (8, 3), "heads is 3 and d_model is 8: heads must divide"),
+        (ap.GatedBlock, (8, 2, 0), "expansion is 0, expected at least 1"),
+    ],
+)
+def test_a_dynamics_refuses_sizes_that_do_not_fit(
+    kind: type, arguments: tuple[float, ...], message: str
+) -> None:
+    with pytest.raises(ap.ConfigError, match=message):
+        kind(*arguments)
+
+
+@pytest.mark.parametrize("kind", [ap.AEP, ap.EP])
+@pytest.mark.parametrize("name", ["beta", "response", "tol"])
+@pytest.mark.parametrize("value", [0, -1.0, float("nan"), float("inf"), "0.1"])
+def test_a_contrastive_estimator_refuses_numbers_that_are_not_above_zero(
+    kind: type, name: str, value: Any
+) -> None:
+    with pytest.raises(ap.ConfigError, match=f"{kind.__name__}: {name} is .*, expected a number"):
+        kind(**{name: value})
+
+
+@pytest.mark.parametrize("kind", [ap.AEP, ap.EP, ap.Implicit])
+@pytest.mark.parametrize("value", [0, -2, 1.5, "10"])
+def test_an_estimator_refuses_a_limit_that_is_no_count(kind: type, value: Any) -> None:
+    with pytest.raises(ap.ConfigError, match=f"{kind.__name__}: max_steps is .*whole number"):
+        kind(max_steps=value)
+
+
+def test_aep_knows_two_starts_and_implicit_a_tolerance_above_zero() -> None:
+    with pytest.raises(ap.ConfigError, match="start is 'warm', expected 'adjoint' or 'zero'"):
+        ap.AEP(start="warm")
+    with pytest.raises(ap.ConfigError, match="Implicit: tol is 0, expected a number > 0"):
+        ap.Implicit(tol=0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "field", "bad"),
+    [
+        (ap.Euler, "step", 0.0),
+        (ap.Euler, "step", "0.1"),
+        (ap.Anderson, "memory", 0),
+        (ap.Anderson, "memory", 2.5),
+        (ap.Anderson, "ridge", 0.0),
+        (ap.Anderson, "mixing", float("nan")),
+        (ap.Anderson, "tol", "1e-3"),
+        (ap.Anderson, "max_steps", "60"),
+    ],
+)
+def test_a_solver_refuses_fields_that_no_solve_can_honour(kind: type, field: str, bad: Any) -> None:
+    with pytest.raises(ap.ConfigError, match=f"{kind.__name__}: {field} is {bad!r}, expected a "):
+        kind(**{field: bad})
+
+
+def test_euler_with_tolerance_zero_makes_exactly_the_stated_steps() -> None:
+    x = torch.randn(2, 3).double()
+    found = ap.Euler(step=0.1, max_steps=7).solve(lambda z: x - z, torch.zeros_like(x), step=1.0)
+    assert found.result is ap.Result.FIXED_TIME and found.evaluations == 8
+    assert torch.allclose(found.value, (1 - 0.9**7) * x, rtol=1e-12)
+
+
+def test_bptt_needs_a_relaxation_that_it_can_record() -> None:
+    this = damped()
+    with pytest.raises(ap.RuleError, match="Anderson is none.*solver=Euler\\(step=0.1"):
+        this.block(ap.BPTT())(this.x)
+
+
+class Growing(ap.AbstractDynamics):
+    """`F = z + x`: its only fixed point repels every relaxation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias = torch.nn.Parameter(torch.zeros(4))
+
+    def forward(self, z: Tensor, x: Tensor) -> Tensor:
+        return z + x + self.bias
+
+
+SLOW = ap.Euler(step=0.1, max_steps=20, tol=1e-6)
+
+
+def test_a_free_phase_that_fails_raises_warns_or_is_accepted() -> None:
+    x = torch.ones(2, 4)
+    message = "free phase: the limit of steps was reached .*worst residual .*tolerance 1e-06"
+    with pytest.raises(ap.ConvergenceError, match=message):
+        ap.Equilibrium(Growing(), SLOW)(x)
+    with pytest.warns(RuntimeWarning, match=message):
+        ap.Equilibrium(Growing(), SLOW, on_failure="warn")(x)
+    quiet = ap.Equilibrium(Growing(), SLOW, on_failure="accept")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        quiet(x)
+    assert quiet.certificate.result is ap.Result.MAX_STEPS  # what happened is said all the same
+
+
+def test_an_adjoint_that_fails_raises_warns_or_is_accepted() -> None:
+    this = damped(scale=0.5)
+
+    def back(policy: str) -> ap.Equilibrium:
+        block = this.block(ap.Implicit(tol=1e-9, max_steps=2), on_failure=policy)
+        this.cost(block(this.x)).backward()
+        return block
+
+    message = "adjoint: the limit of steps was reached"
+    with pytest.raises(ap.ConvergenceError, match=message):
+        back("raise")
+    with pytest.warns(RuntimeWarning, match=message):
+        back("warn")
+    seen = back("accept").certificate
+    assert seen.adjoint_result is ap.Result.MAX_STEPS and float(seen.adjoint_residual.max()) > 1e-9
+
+
+@pytest.mark.parametrize("estimator", [ap.AEP(), ap.BPTT()])
+def test_a_state_that_is_lost_is_never_returned_silently(estimator: ap.AbstractEstimator) -> None:
+    block = ap.Equilibrium(Growing(), ap.Euler(step=1e20, max_steps=20), estimator)
+    with pytest.raises(ap.ConvergenceError, match="became infinite or NaN"):
+        block(torch.ones(2, 4))
+
+
+def test_one_more_attempt_is_made_before_giving_up() -> None:
+    this = damped(scale=0.5)
+    needed = this.block(solver=ap.Anderson(tol=1e-8, max_steps=60))
+    with torch.no_grad():
+        needed(this.x)
+        half = needed.certificate.free_evaluations - 5
+        this.block(solver=ap.Anderson(tol=1e-8, max_steps=half))(this.x)
+        with pytest.raises(ap.ConvergenceError):
+            this.block(solver=ap.Anderson(tol=1e-8, max_steps=4))(this.x)
+
+
+def test_a_copy_carries_no_measurements() -> None:
+    this = damped()
+    block = this.block()
+    block(this.x)
+    assert block.certificate is not None and copy.deepcopy(block).certificate is None
+    assert set(block.state_dict()) == {f"dynamics.attention.W_{k}" for k in "QKVO"}
+
+
+def test_a_gated_block_starts_as_the_ordinary_feed_forward_block() -> None:
+    block = ap.GatedBlock(8, heads=2)
+    x = torch.randn(2, 5, 8)
+    u = x + block.attention(block.norm1(x))
+    plain = u + block.down(torch.nn.functional.gelu(block.up(block.norm2(u))))
+    assert torch.allclose(ap.Equilibrium(block)(x), plain, atol=1e-6)
+    leaf = x.clone().requires_grad_()
+    assert torch.allclose(block(leaf, x) + leaf, plain, atol=1e-6)  # g does not depend on z
