@@ -36,6 +36,11 @@ from altprop.equilibrium.solvers.solver import AbstractSolver, per_sample, sampl
 from altprop.errors import ConfigError
 
 
+# The linear start is solved this much below the tolerance, so that curvature and round-off do not
+# carry the phases' first residual over it: on a trained gated block 10 evaluations instead of 19.
+_HEADROOM = 0.7
+
+
 @dataclass(frozen=True)
 class AEP(AbstractEstimator):
     """Contrast the equilibria of `F(z) − (J − Jᵀ)(z − z*) ∓ βg = 0`: exact as `β → 0`.
@@ -90,7 +95,12 @@ class AEP(AbstractEstimator):
         correction = Antisymmetric(problem.linearise())
         if self.start == "adjoint":
             linear = solve_adjoint(
-                problem, correction.linear, cotangent, self.tol, self.max_steps, self.solver
+                problem,
+                correction.linear,
+                cotangent,
+                _HEADROOM * self.tol,
+                self.max_steps,
+                self.solver,
             )
             guess, first = linear.value, -linear.value
             evaluations = linear.evaluations + 1
