@@ -24,11 +24,13 @@ from altprop import (
     Anderson,
     Arm,
     AuditReport,
+    Backprop,
     ConfigError,
     DampedAttention,
     DataError,
     Equilibrium,
     Euler,
+    FeedbackAlignment,
     GatedBlock,
     Implicit,
     PublishedEP,
@@ -311,8 +313,23 @@ def test_an_arm_of_another_kind_plugs_in() -> None:
     assert row.worst("cosine") == pytest.approx(-1.0) and row.whole.descends == 0.0
 
 
+def test_feedback_alignment_is_audited_on_a_model_without_an_equilibrium() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 16)).double()
+    names = list(model.state_dict())
+    report = audit(model, pair(), mean_square, [FeedbackAlignment()], Backprop())
+    (row,) = report.rows
+    assert row.parameters["2.weight"].figures["cosine"].mean == pytest.approx(1.0)
+    assert row.parameters["0.weight"].figures["cosine"].mean < 0.9
+    assert row.outcomes[0].measured.evaluations is None and row.cost.milliseconds > 0
+    assert list(model.state_dict()) == names and "–" in str(report)
+
+
+@dataclass(frozen=True)
 class Foreign(AbstractRule):
-    seam = "transport"
+    """A rule of a seam that there is not."""
+
+    seam = "elsewhere"  # type: ignore[assignment]
 
 
 @pytest.mark.parametrize(
@@ -322,7 +339,7 @@ class Foreign(AbstractRule):
         ({"rules": AEP()}, "expected a list such as"),
         ({"rules": [AEP]}, r"rules\[0\] is the class AEP.*write AEP\(\)"),
         ({"rules": [AEP(), Arm(AEP(tol=1e-2), name="AEP")]}, "several arms are called AEP"),
-        ({"rules": [Foreign()]}, "a transport rule"),
+        ({"rules": [Foreign()]}, "an audit takes rules of these seams: adjoint"),
         ({"reference": "BPTT"}, "reference is 'BPTT', expected a rule or an Arm"),
         ({"reference": BPTT()}, "BPTT differentiates a stated relaxation"),
         ({"repeats": -1}, "repeats is -1"),

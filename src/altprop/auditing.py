@@ -370,10 +370,9 @@ def _trainable(model: nn.Module) -> Gradients:
     return {".".join(name.split(".")[shared:]): p for name, p in leaves.items()}
 
 
-def _gradients(trial: Trial, arm: AbstractArm) -> Gradients:
-    """Return the gradient of every trainable parameter under an arm; zero where none arrives."""
-    leaves = _trainable(trial.model)
-    with torch.enable_grad(), arm.applied(trial.model):
+def _gradients(trial: Trial, leaves: Gradients) -> Gradients:
+    """Return the gradient of every leaf under the arm that is applied; zero where none arrives."""
+    with torch.enable_grad():
         loss = trial.loss()
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             given = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)
@@ -393,9 +392,11 @@ def _measured_gradients(trial: Trial, arm: AbstractArm) -> tuple[Gradients, Meas
     def keep(module: Any, _: Any, __: Any) -> None:
         certificates.append(module.certificate)
 
+    leaves = _trainable(trial.model)  # before an arm adds its own
     hooks = [module.register_forward_hook(keep) for _, module in equilibria(trial.model)]
     try:
-        gradients = _gradients(trial, arm)
+        with arm.applied(trial.model):
+            gradients = _gradients(trial, leaves)
     finally:
         for hook in hooks:
             hook.remove()
@@ -433,20 +434,23 @@ def _costs(
     trial: Trial, arms: Sequence[AbstractArm], repeats: int, restore: Callable[[], None]
 ) -> list[Cost]:
     """Time the arms in turn, so that what disturbs the machine disturbs all of them alike."""
-    device = next(iter(_trainable(trial.model).values())).device
+    leaves = _trainable(trial.model)
+    device = next(iter(leaves.values())).device
     times: list[list[float]] = [[] for _ in arms]
     for _ in range(repeats):
         for arm, own in zip(arms, times, strict=True):
             restore()
-            _wait(device)
-            start = time.perf_counter()
-            _gradients(trial, arm)
-            _wait(device)
+            with arm.applied(trial.model):
+                _wait(device)
+                start = time.perf_counter()
+                _gradients(trial, leaves)
+                _wait(device)
             own.append(1e3 * (time.perf_counter() - start))
     costs = []
     for arm, own in zip(arms, times, strict=True):
         restore()
-        peak = peak_live_bytes(partial(_gradients, trial, arm), device)
+        with arm.applied(trial.model):
+            peak = peak_live_bytes(partial(_gradients, trial, leaves), device)
         costs.append(Cost(statistics.median(own) if own else None, peak))
     return costs
 

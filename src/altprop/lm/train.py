@@ -134,7 +134,7 @@ def build_model(config: TrainConfig, vocabulary: int) -> LanguageModel:
     """Return the untrained model of a run, its learning rules in place and frozen what is frozen.
 
     **Raises:** `RuleError` for rules that do not fit the model, `ConfigError` for a pattern that
-    freezes nothing.
+    freezes nothing and for patterns that leave nothing to learn.
     """
     model = _BUILD[config.model](config, vocabulary)
     for pattern in config.freeze:
@@ -146,6 +146,11 @@ def build_model(config: TrainConfig, vocabulary: int) -> LanguageModel:
             )
         for parameter in frozen:
             parameter.requires_grad_(False)
+    if count_parameters(model) == 0:
+        raise ConfigError(
+            f"freeze: {', '.join(map(repr, config.freeze))} leaves no parameter to learn: freeze a "
+            "part of the model, such as 'block.*' or 'head.*'"
+        )
     return model
 
 
