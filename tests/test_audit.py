@@ -420,10 +420,14 @@ def test_many_parameters_are_digested_in_tables_and_drawn_on_a_colour_scale(tmp_
     block = GatedBlock(16, heads=2)
     nn.init.constant_(block.alpha, 0.2)
     model = Equilibrium(block.double())
-    report = audit(model, pair(), mean_square, [AEP()], Arm(BPTT(), Euler(0.5, 60)), repeats=0)
+    long = Arm(AEP(), name="AEP under a name that is far too long for any column of a table")
+    report = audit(
+        model, [pair(0), pair(1)], mean_square, [AEP(), long], Arm(BPTT(), Euler(0.5, 60))
+    )
     assert len(report.rows[0].parameters) == 13 and report.rows[0].worst("cosine") > 0.9999
     text = str(report)
-    assert "worst at" in text and "mean ratio" in text
+    assert "worst at" in text and "mean ratio" in text and "…" not in text
+    assert max(map(len, text.splitlines())) <= 100 and "0.99999 ± 0.0000" in text
     assert report.plot(tmp_path / "many.png").stat().st_size > 5000
 
 

@@ -260,7 +260,9 @@ class AuditReport:
                 ratio = row.mean("norm_ratio").mean, row.worst("norm_ratio")
                 cells = [cut(r, 4) for r in ratio]
             whole = row.whole.figures
-            cells += [f"{cut(whole[f].mean, 4)}" for f in ("relative_error", "sign_agreement")]
+            error = whole["relative_error"].mean
+            cells += ["–" if error is None else f"{error:.3g}"]
+            cells += [cut(whole["sign_agreement"].mean, 4)]
             descends = row.whole.descends
             table.add_row(row.arm.name, *cells, "–" if descends is None else f"{descends:.0%}")
         return table
@@ -374,9 +376,10 @@ def _table(title: str, *columns: str) -> Table:
     from rich.table import Table
 
     table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
-    table.add_column("arm", no_wrap=True)
+    table.add_column("arm", overflow="fold")
     for column in columns:
-        table.add_column(column, justify="right")
+        # names may take a second line; figures may not lose a digit
+        table.add_column(column, justify="right", overflow="fold", no_wrap=column != "worst at")
     return table
 
 
@@ -393,6 +396,6 @@ def _cost_cells(cost: Mapping[str, Any]) -> list[str]:
     return [
         cut(cost["evaluations"], 1),
         cut(cost["milliseconds"], 1),
-        cut(cost["peak_bytes"] / 2**20, 1),
+        cut(cost["peak_bytes"] / 2**20, 2),
         *("–" if value is None else f"{value:.1e}" for value in small),
     ]
