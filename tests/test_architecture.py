@@ -25,7 +25,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "altprop.memory": (),
     "altprop.assign": ("altprop.errors",),
     "altprop.rule": ("altprop.errors", "altprop.assign"),
-    "altprop.rules.*": ("altprop.errors", "altprop.assign", "altprop.rule"),
+    "altprop.feedback": ("altprop.errors",),
+    "altprop.rules.*": ("altprop.errors", "altprop.assign", "altprop.feedback", "altprop.rule"),
     "altprop.equilibrium.solvers.solver": ("altprop.errors",),
     "altprop.equilibrium.solvers.*": ("altprop.errors", "altprop.equilibrium.solvers.solver"),
     "altprop.equilibrium.estimators.*": (

@@ -83,6 +83,7 @@ class TrainConfig:
     learning_rate: float = 3e-4
     out: Path = Path("runs/a")
     name: str | None = None
+    log: Path | None = None
     estimator: AbstractEstimator = AEP(tol=1e-5)
     """How gradients are estimated."""
     stabiliser: AbstractSolver | None = Anderson()
@@ -172,7 +173,7 @@ def test_the_overview_lists_every_command_with_its_line(capsys: pytest.CaptureFi
     assert main(["--help"]) == 0
     assert capsys.readouterr().out == bare
     for name, (_, line) in COMMANDS.items():
-        assert f"  {name:6}  {line}\n" in bare
+        assert f"  {name:{max(map(len, COMMANDS))}}  {line}\n" in bare
 
 
 def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:
@@ -196,9 +197,7 @@ def test_every_command_of_altprop_explains_its_options(
 def test_without_options_a_command_gets_the_defaults_of_its_signature() -> None:
     assert call("train") == TrainConfig()
     assert call("sample", "runs/a") == (Path("runs/a"), "\n", 500, None)
-    corpus, solver = call("data")
-    assert corpus == "plays"
-    assert solver is SIGNATURE_SOLVER
+    assert call("data") == ("plays", SIGNATURE_SOLVER)
 
 
 def test_a_positional_is_taken_by_place_wherever_it_stands() -> None:
@@ -214,6 +213,7 @@ OPTIONS: list[tuple[list[str], dict[str, Any]]] = [
     (["--learning-rate", "1e-3"], {"learning_rate": 1e-3}),
     (["--learning_rate", "2"], {"learning_rate": 2.0}),
     (["--out", "a b"], {"out": Path("a b")}),
+    (["--log", "x"], {"log": Path("x")}),
     (["--name", "5"], {"name": "5"}),
     (["--name", "null"], {"name": None}),
     (["--compile"], {"compile": True}),
@@ -234,6 +234,7 @@ OPTIONS: list[tuple[list[str], dict[str, Any]]] = [
     (["--estimator.solver", "null"], {"estimator": AEP(tol=1e-5, solver=None)}),
     (["--stabiliser", "null"], {"stabiliser": None}),
     (["--stabiliser", "Picard"], {"stabiliser": Picard()}),
+    (["--stabiliser", "Picard", "--stabiliser", "Anderson"], {"stabiliser": Anderson()}),
 ]
 
 
@@ -281,35 +282,54 @@ def test_words_win_over_files_and_later_files_over_earlier_ones(tmp_path: Path) 
     assert call("train", *argv, "--estimator", "EP").estimator == EP()
 
 
+def test_a_class_named_in_a_file_takes_over_nothing_from_the_class_before(tmp_path: Path) -> None:
+    first, second = tmp_path / "1.yaml", tmp_path / "2.yaml"
+    first.write_text("estimator: {solver: Anderson}\nstabiliser: Picard\n")
+    second.write_text("estimator: {class_path: EP, init_args: {sign: -1}}\n")
+    config = call("train", "--config", str(first))
+    assert config.estimator == AEP(tol=1e-5, solver=Anderson())  # of the default only the solver
+    assert config.stabiliser == Picard()
+    argv = ["--config", str(first), "--config", str(second)]
+    assert call("train", *argv).estimator == EP(sign=-1)
+    assert call("train", *argv, "--estimator", "AEP").estimator == AEP()
+
+
 # Help
 
 
+def shown(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    """Run the command line and return what it prints, without line breaks."""
+    assert main(argv, TABLE) == 0
+    return " ".join(capsys.readouterr().out.split())
+
+
 def test_help_of_a_command_shows_types_defaults_and_documentation(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setenv("COLUMNS", "150")
-    assert main(["train", "--help"], TABLE) == 0
-    out = " ".join(capsys.readouterr().out.split())
-    assert "Train a model." in out
+    out = shown(capsys, "train", "--help")
+    assert out.startswith("usage: altprop train [--option VALUE ...] Train a model. options:")
     assert (
-        "--steps N Number of optimiser steps, 100% of them. (a whole number; default 1000)" in out
+        "What a run is: --steps STEPS Number of optimiser steps, 100% of them. (type: int," in out
     )
-    assert "How gradients are estimated. (one of AEP, EP; default AEP(tol=1e-05))" in out
-    assert "--stabiliser.tol X Residual at which to stop. (a number; default 0.0001)" in out
-    assert "--estimator.solver.tol X (a number; default 0.5)" in out
-    assert "--estimator.sign" not in out
-    assert main(["train", "--estimator", "EP", "--help"], TABLE) == 0
-    assert "--estimator.sign N (a whole number; default 1)" in " ".join(
-        capsys.readouterr().out.split()
+    assert "(type: int, default: 1000)" in out
+    assert "How gradients are estimated. (type: <class 'AbstractEstimator'>, default:" in out
+    assert "known subclasses: test_cli.AEP, test_cli.EP)" in out
+
+
+def test_help_of_a_class_shows_its_fields(capsys: pytest.CaptureFixture[str]) -> None:
+    out = shown(capsys, "train", "--stabiliser.help", "Anderson")
+    assert "--stabiliser.tol TOL Residual at which to stop. (type: float, default: 0.0001)" in out
+    assert "--estimator.sign SIGN (type: int, default: 1)" in shown(
+        capsys, "train", "--estimator.help=EP"
     )
 
 
 def test_help_needs_no_positional_and_runs_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     CALLS.clear()
-    assert main(["sample", "--print_config", "-h"], TABLE) == 0
-    out = capsys.readouterr().out
-    assert out.startswith("usage: altprop sample RUN [--option VALUE ...]\n")
-    assert "Folder of the run. (a path; required)" in out
+    out = shown(capsys, "sample", "--print_config", "-h")
+    assert out.startswith("usage: altprop sample RUN [--option VALUE ...] ")
+    assert "--run RUN Folder of the run. (required, type: <class 'Path'>" in out
+    assert shown(capsys, "data", "--help").startswith("usage: altprop data [CORPUS] [--option")
     assert not CALLS
 
 
@@ -327,17 +347,17 @@ BAD: list[tuple[list[str], str]] = [
     (["train", "-s", "5"], "unknown option -s: altprop train --help lists the options"),
     (["train", "steps"], "unexpected argument 'steps': altprop train --help lists the options"),
     (["sample", "a", "b"], "unexpected argument 'b'"),
-    (["sample"], "RUN is missing: give a path"),
-    (["train", "--steps", "x"], "--steps: expected a whole number, got 'x'"),
-    (["train", "--steps", "1.5"], "--steps: expected a whole number, got '1.5'"),
-    (["train", "--learning-rate", "x"], "--learning_rate: expected a number, got 'x'"),
-    (["train", "--compile=x"], "--compile: expected true or false, got 'x'"),
-    (["train", "--colour", "x"], "--colour: expected one of RED, BLUE, got 'x'"),
-    (["train", "--betas", "1"], "--betas: expected a list of 2 (a number, a number), got [1]"),
-    (["train", "--betas", "[1"], "--betas: expected a list of 2 (a number, a number), got '[1'"),
-    (["train", "--steps"], "--steps expects a value: write --steps VALUE or --steps=VALUE"),
-    (["train", "--steps", "--compile"], "--steps expects a value"),
-    (["train", "--config"], "--config expects a value"),
+    (["sample"], "RUN is missing"),
+    (["train", "--steps", "x"], "--steps: expected a whole number, got x"),
+    (["train", "--steps", "1.5"], "--steps: expected a whole number, got 1.5"),
+    (["train", "--learning-rate", "x"], "--learning_rate: expected a number, got x"),
+    (["train", "--compile=x"], "--compile: expected true or false, got x"),
+    (["train", "--colour", "x"], "--colour: expected one of {RED,BLUE}, got x"),
+    (["train", "--betas", "1"], "--betas: expected a tuple with 2 elements, got [1]"),
+    (["train", "--betas", "[1"], "--betas: expected a list, got [1"),
+    (["train", "--steps"], "argument --steps: expected one argument"),
+    (["train", "--steps", "--compile"], "argument --steps: expected one argument"),
+    (["train", "--config"], "argument --config: expected one argument"),
     (
         ["train", "--estimator", "AEPP"],
         "--estimator: unknown class 'AEPP': did you mean AEP? Known: AEP, EP",
@@ -351,14 +371,16 @@ BAD: list[tuple[list[str], str]] = [
         ["train", "--estimator", "EP", "--estimator.solver", "Picard"],
         "unknown option --estimator.solver of EP: it takes beta, sign",
     ),
-    (["train", "--estimator.beta", "x"], "--estimator.beta: expected a number, got 'x'"),
+    (["train", "--estimator.beta", "x"], "--estimator.beta: expected a number, got x"),
     (
         ["train", "--stabiliser", "null", "--stabiliser.tol", "1"],
-        "unknown option --stabiliser.tol: --stabiliser is null, it takes one of Anderson",
+        "--stabiliser: expected a class to be named first",
     ),
-    (["train", "--steps.x", "1"], "unknown option --steps.x: --steps is 1000, it takes a whole"),
-    (["train", "--config", "none.yaml"], "none.yaml: No such file or directory"),
-    (["train", "--config", "."], ".: Is a directory"),
+    (["train", "--name", "[1", "--estimator", "3"], "--estimator: expected one of AEP, EP, got 3"),
+    (["train", "--estimator", "null"], "--estimator: expected one of AEP, EP, got null"),
+    (["train", "--steps.x", "1"], "unknown option --steps.x: --help lists the options"),
+    (["train", "--config", "none.yaml"], "--config: File does not exist: "),
+    (["train", "--config", "."], "--config: Path is not a file: "),
     (["fail", "data"], "the corpus is empty: add text"),
     (["fail", "os"], "nowhere: No such file or directory"),
 ]
@@ -377,9 +399,11 @@ def test_bad_input_is_answered_in_one_line(
 
 
 FILES = [
-    ("stepz: 5", "unknown key {file}: stepz: did you mean steps?"),
-    ("steps: [", "{file}: line 1, column 9: not valid YAML"),
-    ("5", "{file}: expected lines such as 'steps: 1000', got 5"),
+    ("stepz: 5", "{file}: unknown option stepz: did you mean steps?"),
+    ("steps: [", "{file}: not valid YAML: while parsing a flow node expected the node content"),
+    ("steps: x", "{file}: steps: expected a whole number, got x"),
+    ("steps: null", "{file}: steps: expected a whole number, got null"),
+    ("5", "{file}: expected lines such as 'steps: 1000', got '5'"),
     ("estimator: {class_path: EPP}", "{file}: estimator: unknown class 'EPP': did you mean EP?"),
     ("estimator: {class_path: os.system}", "{file}: estimator: os.system is no dataclass that"),
     ("estimator: {class_path: no.EP}", "{file}: estimator: cannot import 'no.EP'"),

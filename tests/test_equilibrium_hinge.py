@@ -166,8 +166,12 @@ def test_it_needs_no_remainder() -> None:
         block(this.x)
     assert block.certificate.adjoint_remainder is None
     hinge = ap.JacobianHinge(target=0.01)
-    assert math.isfinite(hinge.apply(block, fresh(hinge), step=0)["jacobian_gain"])
-    assert gradients(block)
+    without = hinge.apply(block, fresh(hinge), step=0)["jacobian_gain"]
+    assert math.isfinite(without) and gradients(block)
+    # an adjoint that was solved to the last digit leaves nothing, which is no direction either
+    nothing = torch.zeros_like(block.certificate.state)
+    block.certificate = replace(block.certificate, adjoint_remainder=nothing)
+    assert hinge.apply(block, fresh(hinge), step=0)["jacobian_gain"] == pytest.approx(without)
 
 
 def test_a_remainder_steers_the_probe() -> None:

@@ -44,6 +44,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def model(run: Path) -> EquilibriumLM:
     model, _ = load_run(run, "last", "cpu")
+    assert isinstance(model, EquilibriumLM)
     assert float(model.block.dynamics.alpha.detach().abs().max()) > 0.02  # the feedback is in use
     return model
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from altprop import (
     EP,
     AbstractEstimator,
     AbstractSolver,
+    AbstractStabiliser,
     Anderson,
     ConfigError,
     ConvergenceError,
@@ -160,6 +161,30 @@ def test_on_a_refused_step_the_stabiliser_acts_and_the_loss_does_not(tmp_path: P
     moved = {name for name, value in start.items() if not torch.equal(value, end[name])}
     block = {name for name in start if name.startswith("model.block.")}
     assert moved and moved <= block  # embeddings, norm and head have only the loss's gradient
+
+
+@dataclass(frozen=True)
+class Overflow(AbstractStabiliser):
+    """A stabiliser whose own gradient is infinite."""
+
+    def init(self, generator: torch.Generator) -> Any:
+        return JacobianHinge().init(generator)
+
+    def apply(
+        self, model: nn.Module, state: Any, step: int, *, urgent: bool = False
+    ) -> dict[str, float]:
+        for p in model.parameters():
+            p.grad = torch.full_like(p, math.inf)
+        return {}
+
+
+@pytest.mark.parametrize("solver", [Anderson(), HOPELESS], ids=["good steps", "refused steps"])
+def test_a_stabiliser_that_overflows_is_refused_too_and_counted_once_a_step(
+    solver: AbstractSolver, tmp_path: Path
+) -> None:
+    config = small(tmp_path / "run", block="damped", solver=solver, stabiliser=Overflow(), steps=3)
+    assert train(config).refused == 3
+    assert_equal_bits(end_of(config), start_of(config))
 
 
 def test_a_refused_step_between_others_is_left_out_of_the_learning(

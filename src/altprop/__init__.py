@@ -13,18 +13,27 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0.dev0"
 
 if TYPE_CHECKING:  # what the table below means, for type checkers and editors
-    from altprop.errors import (
-        AltpropError as AltpropError,
-        CheckpointError as CheckpointError,
-        ConfigError as ConfigError,
-        ConvergenceError as ConvergenceError,
-        DataError as DataError,
-        RuleError as RuleError,
+    from altprop.audit_report import AuditReport as AuditReport
+    from altprop.auditing import (
+        AbstractArm as AbstractArm,
+        Arm as Arm,
+        RuleArm as RuleArm,
+        Trial as Trial,
+        audit as audit,
+        audit_trials as audit_trials,
+        finite_difference_errors as finite_difference_errors,
+    )
+    from altprop.converting import (
+        add_feedback as add_feedback,
+        convert as convert,
+        feedback_parameters as feedback_parameters,
+        revert as revert,
+        rules_off as rules_off,
     )
     from altprop.equilibrium.dynamics import (
         AbstractDynamics as AbstractDynamics,
-        CausalAttention as CausalAttention,
         AbstractLinearisation as AbstractLinearisation,
+        CausalAttention as CausalAttention,
         DampedAttention as DampedAttention,
         Extension as Extension,
         GatedBlock as GatedBlock,
@@ -72,13 +81,46 @@ if TYPE_CHECKING:  # what the table below means, for type checkers and editors
         explain_stack as explain_stack,
         revert_stack as revert_stack,
     )
-    from altprop.rule import AbstractRule as AbstractRule
+    from altprop.errors import (
+        AltpropError as AltpropError,
+        CheckpointError as CheckpointError,
+        ConfigError as ConfigError,
+        ConvergenceError as ConvergenceError,
+        DataError as DataError,
+        RuleError as RuleError,
+    )
+    from altprop.explaining import explain as explain
+    from altprop.linear import (
+        LinearFA as LinearFA,
+        LinearSignSym as LinearSignSym,
+        LocalLinear as LocalLinear,
+        apply_dfa_block_update as apply_dfa_block_update,
+        apply_dfa_update as apply_dfa_update,
+        initialize_dfa_block_targets as initialize_dfa_block_targets,
+        initialize_dfa_targets as initialize_dfa_targets,
+    )
+    from altprop.rule import (
+        AbstractBroadcast as AbstractBroadcast,
+        AbstractRule as AbstractRule,
+        AbstractTransport as AbstractTransport,
+        Site as Site,
+    )
+    from altprop.rules.aligned import AlignedFeedback as AlignedFeedback
+    from altprop.rules.backprop import Backprop as Backprop
+    from altprop.rules.block_direct import BlockDirectFeedback as BlockDirectFeedback
+    from altprop.rules.direct import DirectFeedback as DirectFeedback
+    from altprop.rules.feedback_alignment import FeedbackAlignment as FeedbackAlignment
+    from altprop.rules.grape import GrAPE as GrAPE
+    from altprop.rules.kolen_pollack import KolenPollack as KolenPollack
+    from altprop.rules.sign_symmetry import SignSymmetry as SignSymmetry
+    from altprop.rules.weight_mirror import WeightMirror as WeightMirror
 
 _EXPORTS = {
-    "altprop.errors": (
-        "AltpropError CheckpointError ConfigError ConvergenceError DataError RuleError"
+    "altprop.audit_report": "AuditReport",
+    "altprop.auditing": (
+        "AbstractArm Arm RuleArm Trial audit audit_trials finite_difference_errors"
     ),
-    "altprop.rule": "AbstractRule",
+    "altprop.converting": "add_feedback convert feedback_parameters revert rules_off",
     "altprop.equilibrium.dynamics": (
         "AbstractDynamics AbstractLinearisation CausalAttention DampedAttention Extension "
         "GatedBlock"
@@ -89,17 +131,35 @@ _EXPORTS = {
     "altprop.equilibrium.thick": "ThickBlock",
     "altprop.equilibrium.spectra": "Spectrum numerical_abscissa spectrum token_spectrum",
     "altprop.equilibrium.stack": "convert_stack explain_stack revert_stack",
-    "altprop.equilibrium.module": "Equilibrium equilibria using",
-    "altprop.equilibrium.stability": "AbstractStabiliser JacobianHinge",
-    "altprop.equilibrium.solvers.solver": "AbstractSolver Result Solution",
-    "altprop.equilibrium.solvers.anderson": "Anderson",
-    "altprop.equilibrium.solvers.euler": "Euler",
-    "altprop.equilibrium.estimators.estimator": "AbstractEstimator Certificate",
     "altprop.equilibrium.estimators.aep": "AEP",
     "altprop.equilibrium.estimators.bptt": "BPTT",
     "altprop.equilibrium.estimators.ep": "EP",
+    "altprop.equilibrium.estimators.estimator": "AbstractEstimator Certificate",
     "altprop.equilibrium.estimators.implicit": "Implicit",
     "altprop.equilibrium.estimators.published": "PublishedAEP PublishedEP",
+    "altprop.equilibrium.module": "Equilibrium equilibria using",
+    "altprop.equilibrium.solvers.anderson": "Anderson",
+    "altprop.equilibrium.solvers.euler": "Euler",
+    "altprop.equilibrium.solvers.solver": "AbstractSolver Result Solution",
+    "altprop.equilibrium.stability": "AbstractStabiliser JacobianHinge",
+    "altprop.errors": (
+        "AltpropError CheckpointError ConfigError ConvergenceError DataError RuleError"
+    ),
+    "altprop.explaining": "explain",
+    "altprop.linear": (
+        "LinearFA LinearSignSym LocalLinear apply_dfa_block_update apply_dfa_update "
+        "initialize_dfa_block_targets initialize_dfa_targets"
+    ),
+    "altprop.rule": "AbstractBroadcast AbstractRule AbstractTransport Site",
+    "altprop.rules.aligned": "AlignedFeedback",
+    "altprop.rules.backprop": "Backprop",
+    "altprop.rules.block_direct": "BlockDirectFeedback",
+    "altprop.rules.direct": "DirectFeedback",
+    "altprop.rules.feedback_alignment": "FeedbackAlignment",
+    "altprop.rules.grape": "GrAPE",
+    "altprop.rules.kolen_pollack": "KolenPollack",
+    "altprop.rules.sign_symmetry": "SignSymmetry",
+    "altprop.rules.weight_mirror": "WeightMirror",
 }
 _WHERE = {name: module for module, names in _EXPORTS.items() for name in names.split()}
 

@@ -1,16 +1,42 @@
 """The one place where gradients are replaced: small autograd functions that know no rule.
 
-A learning rule never touches the forward pass; it hands one of these functions a callable, and
-the function's backward writes what the callable returns in place of autograd's own cotangent.
+A learning rule never touches the forward pass; it hands one of these functions a callable or
+itself, and the function's backward writes what the rule returns in place of autograd's cotangent.
+
+Shapes: `x` (..., in), `W` and `B` (out, in), `b` (out), `g` (..., out), error `e` (..., k).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+Grads = tuple[Tensor | None, ...]
+
+
+class Transports(Protocol):
+    """What a transport rule must answer; `AbstractTransport` is the class to derive from."""
+
+    def matrix(self, W: Tensor, B: Tensor | None, noise: Tensor | None) -> Tensor: ...
+
+    def feedback_gradient(
+        self, W: Tensor, B: Tensor, grad_W: Tensor | None, noise: Tensor | None
+    ) -> Tensor: ...
+
+    @property
+    def follows_weight(self) -> bool: ...
+
+
+class Broadcasts(Protocol):
+    """What a broadcast rule must answer; `AbstractBroadcast` is the class to derive from."""
+
+    def cotangent(self, e: Tensor, B: Tensor, shape: torch.Size) -> Tensor: ...
+
+    def feedback_gradient(self, B: Tensor, estimate: Tensor) -> Tensor: ...
 
 
 class _AssignAdjoint(torch.autograd.Function):
@@ -51,10 +77,156 @@ class _OnceOnly(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor) -> tuple[None, ...]:
         raise RuntimeError(
-            "a learning rule's gradient cannot be differentiated again: how its adjoint depends on "
+            "a learning rule's gradient cannot be differentiated again: how it depends on "
             "parameters and input is not recorded. Drop create_graph=True, or use a rule that "
             "records its computation, such as Equilibrium(..., solver=Euler(), estimator=BPTT())"
         )
+
+
+def _once_only(grads: Grads, *sources: Tensor | None) -> Grads:
+    """Make it an error to differentiate any of these gradients with respect to any source."""
+    known = [source for source in sources if source is not None]
+    return tuple(None if g is None else _OnceOnly.apply(g, *known) for g in grads)
+
+
+class _AssignTransport(torch.autograd.Function):
+    """`x ↦ x Wᵀ + b`, whose backward sends `g M` to `x`; the weight keeps its own `gᵀ x`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        W: Tensor,
+        b: Tensor | None,
+        B: Tensor | None,
+        noise: Tensor | None,
+        rule: Transports,
+    ) -> Tensor:
+        ctx.rule = rule
+        # As nn.Linear does, keep the input only for a weight that learns.
+        learns = W.requires_grad or (B is not None and B.requires_grad and rule.follows_weight)
+        ctx.save_for_backward(x if learns else None, W, B, noise)
+        return F.linear(x, W, b)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Grads:
+        x, W, B, noise = ctx.saved_tensors
+        if torch.is_grad_enabled():  # the caller said create_graph=True
+            with torch.no_grad():
+                grads = _AssignTransport.backward(ctx, g)
+            return _once_only(grads, g, x, W, B)
+        needs_x, needs_W, needs_b, needs_B = ctx.needs_input_grad[:4]
+        rule: Transports = ctx.rule
+        flat = g.reshape(-1, g.shape[-1])
+        to_x = to_W = to_b = to_B = None
+        if needs_x:
+            to_x = flat.mm(rule.matrix(W, B, noise)).view(*g.shape[:-1], W.shape[1])
+        if x is not None:
+            to_W = flat.t().mm(x.reshape(-1, x.shape[-1]))
+        if needs_b:
+            to_b = flat.sum(0)
+        if needs_B:
+            to_B = rule.feedback_gradient(W, B, to_W, noise)
+        return to_x, to_W if needs_W else None, to_b, to_B, None, None
+
+
+class _AssignMap(torch.autograd.Function):
+    """`x ↦ (y, tap)`: `y` carries `g W` to the input, the tap's cotangent forms `W`'s gradient.
+
+    `tap` is a zero without memory that only has the shape of `y`. With `send=False` nothing but
+    zeros goes to the input. With `exact=True` both gradients are backprop's, from `y` alone: the
+    same tensors are saved, so that a checkpointed forward may be repeated without knowing.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, send: bool, exact: bool
+    ) -> tuple[Tensor, Tensor]:
+        y = F.linear(x, W, b)
+        tap = y.new_zeros(()).expand(y.shape)
+        ctx.send, ctx.exact, ctx.in_shape = send, exact, x.shape
+        ctx.save_for_backward(x if W.requires_grad else None, W)
+        ctx.set_materialize_grads(False)
+        if not (send or exact):
+            ctx.mark_non_differentiable(y)
+        return y, tap
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor | None, tap: Tensor | None) -> Grads:
+        x, W = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            with torch.no_grad():
+                grads = _AssignMap.backward(ctx, g, tap)
+            return _once_only(grads, g, tap, x, W)
+        needs_x, needs_W, needs_b = ctx.needs_input_grad[:3]
+        to_x = to_W = to_b = None
+        if needs_x:
+            if g is None or not (ctx.send or ctx.exact):
+                to_x = W.new_zeros(ctx.in_shape)
+            else:
+                to_x = g.matmul(W)
+        signal = g if ctx.exact else tap
+        if signal is None:
+            to_W = torch.zeros_like(W) if needs_W else None
+            to_b = W.new_zeros(W.shape[0]) if needs_b else None
+        else:
+            flat = signal.reshape(-1, signal.shape[-1])
+            to_W = flat.t() @ x.reshape(-1, x.shape[-1]) if needs_W else None
+            to_b = flat.sum(0) if needs_b else None
+        return to_x, to_W, to_b, None, None
+
+
+class _AssignTaps(torch.autograd.Function):
+    """`(error, taps, B) ↦ error`, whose backward sends `e` on and `e Bᵀ` to every tap."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, error: Tensor, rule: Broadcasts, count: int, *tensors: Tensor | None
+    ) -> Tensor:
+        taps, rest = tensors[:count], tensors[count:]
+        ctx.rule, ctx.shapes = rule, [tap.shape for tap in taps if tap is not None]
+        ctx.dtypes = [tap.dtype for tap in taps if tap is not None]
+        ctx.save_for_backward(*rest)
+        return error.view_as(error)
+
+    @staticmethod
+    def backward(ctx: Any, e: Tensor) -> Grads:
+        saved = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            with torch.no_grad():
+                grads = _AssignTaps.backward(ctx, e)
+            return (e, *_once_only(grads[1:], e, *saved))
+        feedback, estimates = saved[: len(saved) // 2], saved[len(saved) // 2 :]
+        rule: Broadcasts = ctx.rule
+        count = len(ctx.shapes)
+        to_taps = [
+            rule.cotangent(e, B, shape).to(dtype) if needed else None
+            for B, shape, dtype, needed in zip(
+                feedback, ctx.shapes, ctx.dtypes, ctx.needs_input_grad[3 : 3 + count], strict=False
+            )
+        ]
+        to_feedback: list[Tensor | None] = []
+        for B, estimate, needed in zip(
+            feedback,
+            estimates,
+            ctx.needs_input_grad[3 + count : 3 + count + len(feedback)],
+            strict=True,
+        ):
+            if not needed:
+                to_feedback.append(None)
+            elif estimate is None:  # nothing was measured: a zero, so that no reduction stalls
+                to_feedback.append(torch.zeros_like(B))
+            else:
+                to_feedback.append(rule.feedback_gradient(B, estimate))
+        return e, None, None, *to_taps, *to_feedback, *([None] * len(estimates))
+
+
+def _autocast(x: Tensor, *others: Tensor | None) -> list[Any]:
+    """Cast as autocast would, but where autograd sees it, so that gradients come back uncast."""
+    if x.dtype == torch.float64:
+        return [x, *others]
+    dtype = torch.get_autocast_dtype(x.device.type)
+    return [x.to(dtype), *(t if t is None else t.to(dtype) for t in others)]
 
 
 def assign_adjoint(force: Tensor, value: Tensor, adjoint: Callable[[Tensor], Tensor]) -> Tensor:
@@ -70,3 +242,59 @@ def assign_adjoint(force: Tensor, value: Tensor, adjoint: Callable[[Tensor], Ten
     **Raises:** `RuntimeError` when the result is differentiated twice.
     """
     return _AssignAdjoint.apply(force, value, adjoint)
+
+
+def assign_transport(
+    x: Tensor,
+    W: Tensor,
+    b: Tensor | None,
+    rule: Transports,
+    B: Tensor | None = None,
+    noise: Tensor | None = None,
+) -> Tensor:
+    """Return `x Wᵀ + b` such that `x` receives `g · rule.matrix(W, B, noise)`.
+
+    The gradients of `W` and `b` stay `gᵀ x` and `Σ g`. A `B` that requires a gradient receives
+    `rule.feedback_gradient(W, B, grad_W, noise)`.
+
+    **Arguments:** `x` (..., in); `W`, `B` (out, in); `b` (out) or none; `noise`, what the rule drew
+    for this pass, or none.
+
+    **Raises:** `RuntimeError` when the result is differentiated twice.
+    """
+    if torch.is_autocast_enabled(x.device.type):
+        x, W, b, B = _autocast(x, W, b, B)
+    return _AssignTransport.apply(x, W, b, B, noise, rule)
+
+
+def assign_map(
+    x: Tensor, W: Tensor, b: Tensor | None, *, send: bool, exact: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Return `x Wᵀ + b` and a tap of its shape, whose cotangent alone makes `W`'s gradient.
+
+    **Arguments:** `send`, whether the input receives the exact `g W` (hybrid) or zeros (pure);
+    `exact`, whether this pass is plain backprop (a calibration), the tap then being inert.
+
+    **Raises:** `RuntimeError` when the result is differentiated twice.
+    """
+    if torch.is_autocast_enabled(x.device.type):
+        x, W, b = _autocast(x, W, b)
+    return _AssignMap.apply(x, W, b, send, exact)
+
+
+def assign_taps(
+    error: Tensor,
+    taps: Sequence[Tensor],
+    feedback: Sequence[Tensor],
+    estimates: Sequence[Tensor | None],
+    rule: Broadcasts,
+) -> Tensor:
+    """Return `error` unchanged, such that its cotangent `e` also reaches every tap as `e Bᵀ`.
+
+    **Arguments:** `error` (..., k), the logits or whatever the error is taken at; `taps`, tensors
+    of shape (..., features); `feedback`, one `B` (features, k) per tap, or, with no taps, those
+    whose gradient must be a zero; `estimates`, for each `B` what a learned one moves towards.
+
+    **Raises:** `RuntimeError` when the result is differentiated twice.
+    """
+    return _AssignTaps.apply(error, rule, len(taps), *taps, *feedback, *estimates)

@@ -7,10 +7,62 @@ map sends back to its input), `broadcast` (what a tapped output receives from th
 
 from __future__ import annotations
 
-from abc import ABC
-from typing import ClassVar, Literal
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from altprop.errors import RuleError
 
 Seam = Literal["transport", "broadcast", "adjoint"]
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place that needs a feedback matrix: its module path and the matrix's shape.
+
+    For a transport the shape is (out, in), as the weight's; for a broadcast (features, k).
+    """
+
+    path: str
+    rows: int
+    columns: int
+
+
+class Scope(Protocol):
+    """What `convert` shows a rule of the model, and the changes that a rule may ask for.
+
+    Nothing is changed while rules plan: `convert` first hears every rule, raises once if any
+    place was refused, and only then acts. `Any` stands for a handle that a rule passes back.
+    """
+
+    def maps(self) -> Iterable[Any]:
+        """The linear maps that this rule was given, the output excepted for a broadcast."""
+
+    def blocks(self) -> Iterable[Any]:
+        """The blocks that this rule was given."""
+
+    def maps_in(self, block: Any) -> Iterable[Any]:
+        """All linear maps inside a block."""
+
+    def sublayers(self, block: Any) -> Iterable[Any]:
+        """The modules of a block whose outputs are its summed residuals; refuses if unknown."""
+
+    def keep(self, place: Any) -> None:
+        """Leave a linear map to plain backprop."""
+
+    def transport(self, place: Any) -> None:
+        """Let this rule say what a linear map sends to its input."""
+
+    def tap(self, places: Iterable[Any], *, at: Any = None) -> None:
+        """Let the error reach these maps or modules; the error is taken at the output of the
+        block `at`, else where `convert` was told that the logits are made."""
+
+    def refuse(self, path: str, why: str) -> None:
+        """Record a problem; `convert` raises one error that lists all of them."""
 
 
 class AbstractRule(ABC):
@@ -21,3 +73,144 @@ class AbstractRule(ABC):
     """
 
     seam: ClassVar[Seam]
+
+    @property
+    def takes(self) -> frozenset[str]:
+        """What a name pattern hands to this rule: "maps" (linear maps), "blocks", or both."""
+        return frozenset({"maps"})
+
+    def plan(self, scope: Scope) -> None:
+        """Ask `scope` for the changes that put this rule into a model."""
+        name = type(self).__name__
+        scope.refuse("", f"{name} is no rule for linear maps or blocks: give it to an Equilibrium")
+
+
+class AbstractTransport(AbstractRule):
+    """A rule for linear maps: `g ↦ g M`, the cotangent that a map sends to its input.
+
+    A concrete rule gives `matrix`; with feedback also `draw`; with learned feedback also
+    `learned = True` and `feedback_gradient`; with a draw at every pass also `noisy` and `noise`.
+    """
+
+    seam: ClassVar[Seam] = "transport"
+    learned: ClassVar[bool] = False
+    """Whether the feedback is a parameter that the user's optimiser moves."""
+    signal: ClassVar[str] = "random feedback"
+    """What parameters below a map receive, in the words of `explain`."""
+
+    @property
+    def noisy(self) -> bool:
+        """Whether `noise` must be drawn anew at every recorded pass."""
+        return False
+
+    @property
+    def follows_weight(self) -> bool:
+        """Whether `feedback_gradient` needs the weight's gradient."""
+        return False
+
+    def plan(self, scope: Scope) -> None:
+        for place in scope.maps():
+            scope.transport(place)
+
+    def draw(self, site: Site, generator: torch.Generator) -> Tensor | None:
+        """Draw the feedback `B` (out, in) on the CPU, or none."""
+        return None
+
+    def noise(self, site: Site, generator: torch.Generator) -> Tensor:
+        """Draw what one pass needs, on the CPU."""
+        raise RuleError(f"{type(self).__name__} is noisy but has no noise()")
+
+    @abstractmethod
+    def matrix(self, W: Tensor, B: Tensor | None, noise: Tensor | None) -> Tensor:
+        """Return `M` (out, in), by which the cotangent `g` is multiplied on its way down."""
+
+    def feedback_gradient(
+        self, W: Tensor, B: Tensor, grad_W: Tensor | None, noise: Tensor | None
+    ) -> Tensor:
+        """Return the gradient of a learned `B`, same shape."""
+        raise RuleError(f"{type(self).__name__} has no learned feedback")
+
+
+class AbstractBroadcast(AbstractRule):
+    """A rule for tapped outputs: `(e, B) ↦ e Bᵀ`, straight from the error to a place.
+
+    A concrete rule gives `draw` and `plan`; the properties below say where the error is taken and
+    what else reaches the tap, each with the plainest answer as its default.
+    """
+
+    seam: ClassVar[Seam] = "broadcast"
+    learned: ClassVar[bool] = False
+    signal: ClassVar[str] = "broadcast error"
+
+    @property
+    def sends(self) -> bool:
+        """Whether a tapped linear map still sends the exact `g W` to its input."""
+        return True
+
+    @property
+    def at_head_input(self) -> bool:
+        """Whether the error is the gradient at the head's input rather than at its output."""
+        return False
+
+    @property
+    def one_feedback(self) -> bool:
+        """Whether all taps slice one matrix."""
+        return False
+
+    @property
+    def width(self) -> int | None:
+        """The features of a tapped block, where they cannot be read off its last linear map."""
+        return None
+
+    @property
+    def period(self) -> int:
+        """Every how many recorded forward passes one is exact backprop; 0 for never."""
+        return 0
+
+    @abstractmethod
+    def draw(self, site: Site, generator: torch.Generator) -> Tensor:
+        """Draw the feedback `B` (features, k) on the CPU."""
+
+    def cotangent(self, e: Tensor, B: Tensor, shape: torch.Size) -> Tensor:
+        """Return the cotangent `e Bᵀ` of a tap of this shape, `e` spread over missing axes."""
+        return (spread_error(e, shape) @ B.t().to(e.dtype)).expand(shape)
+
+    def estimates(self, probe: Probe, seed: int, step: int) -> Sequence[Tensor] | None:
+        """Measure, before a recorded pass, what each tap's `B` should move towards, or nothing."""
+        return None
+
+    def feedback_gradient(self, B: Tensor, estimate: Tensor) -> Tensor:
+        """Return the gradient of a learned `B`, same shape."""
+        raise RuleError(f"{type(self).__name__} has no learned feedback")
+
+
+class Probe(Protocol):
+    """Forward-mode derivatives of the error's place with respect to each tap, all rules off."""
+
+    taps: Sequence[Site]
+
+    def push(self, tap: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Draw a Gaussian tangent `p` at a tap and return it with `J p`.
+
+        Shapes: (..., features) and (..., k).
+        """
+
+
+def spread_error(e: Tensor, shape: torch.Size) -> Tensor:
+    """Return `e` (..., k) with axes that broadcast against the leading axes of `shape`.
+
+    An error without a token axis is repeated over the tap's tokens; equal counts are regrouped.
+
+    **Raises:** `RuleError` when neither fits.
+    """
+    have, want = e.shape[:-1], shape[:-1]
+    if have == want:
+        return e
+    if len(have) < len(want) and want[: len(have)] == have:
+        return e.reshape(*have, *([1] * (len(want) - len(have))), e.shape[-1])
+    if have.numel() == want.numel():
+        return e.reshape(*want, e.shape[-1])
+    raise RuleError(
+        f"an error of shape {tuple(e.shape)} does not fit a tap of shape {tuple(shape)}: their "
+        "leading axes must agree, or the error's must be the first of the tap's (batch first)"
+    )

@@ -6,24 +6,30 @@ a command that runs is imported, so that `altprop --help` answers at once.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
+import inspect
 import os
 import sys
+import typing
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import altprop
 from altprop.errors import AltpropError, ConfigError, unknown
+
+if TYPE_CHECKING:
+    from altprop.lm.config import Parser
 
 Commands = Mapping[str, tuple[str, str]]
 
 COMMANDS: Commands = {
     "train": ("altprop.lm.train:train", "Train a language model by a rule of your choice."),
-    "audit": ("altprop.lm.audit_command:audit", "Compare a rule's gradient with an exact one."),
+    "audit": ("altprop.lm.audit_command:audit", "Compare gradients with an exact one."),
     "sample": ("altprop.lm.sample_command:sample", "Write text with a trained model."),
-    "data": ("altprop.lm.data_command:data", "Fetch a corpus and turn it into tokens."),
+    "explain": ("altprop.lm.explain_command:explain_run", "Show what each parameter receives."),
+    "data": ("altprop.lm.data_command:data", "List, describe or encode corpora."),
 }
 
 
@@ -66,7 +72,7 @@ def _run(argv: Sequence[str], commands: Commands) -> None:
     elif argv[0] in commands:
         module, _, attribute = commands[argv[0]][0].partition(":")
         function = getattr(importlib.import_module(module), attribute)
-        _Command(f"altprop {argv[0]}", function).run(argv[1:])
+        _call(f"altprop {argv[0]}", function, argv[1:])
     elif argv[0].startswith("-"):
         raise ConfigError(
             f"unknown option {argv[0]}: write a command first, one of {', '.join(commands)}"
@@ -92,118 +98,76 @@ def _overview(commands: Commands) -> str:
     )
 
 
-class _Command:
-    """One command: the options that its function takes, read from words and files.
+def _call(prog: str, function: Callable[..., Any], argv: Sequence[str]) -> None:
+    """Call `function` with what the words `argv` say, or print what they ask for instead.
 
-    Args:
-        prog: how the command is called.
-        function: takes its options as parameters, the keyword-only ones by name and the others by
-            place or name; or takes one dataclass, whose fields then are the options.
+    The keyword-only parameters of the function are options; the others may also be written without
+    their name. If its only parameter is a dataclass, the fields of that are the options.
     """
+    from altprop.lm.config import Parser
 
-    def __init__(self, prog: str, function: Callable[..., Any]) -> None:
-        from altprop.lm.draft import command_draft
-
-        self.prog = prog
-        self.function = function
-        self.draft, self.is_config = command_draft(function)
-        self.places = [p.name for p in self.draft.parameters.values() if p.positional]
-        self.wanted = ""
-
-    def run(self, argv: Sequence[str]) -> None:
-        """Read the words `argv`, then run the function, or print what was asked for instead."""
-        from altprop.lm.config import config_dict, plain, to_yaml
-        from altprop.lm.usage import usage
-
-        self._read(argv)
-        if self.wanted == "help":
-            print(usage(self.prog, self.function, self.draft), end="")
-        elif self.is_config:
-            config = self.draft.build()
-            if self.wanted == "print_config":
-                print(to_yaml(config_dict(config)), end="")
-            else:
-                self.function(config)
-        else:
-            values = self.draft.arguments()
-            if self.wanted == "print_config":
-                print(to_yaml({key: plain(value) for key, value in values.items()}), end="")
-            else:
-                places = [values.pop(name) for name in self.places]
-                self.function(*places, **values)
-
-    def _read(self, argv: Sequence[str]) -> None:
-        from altprop.lm.config import load_mapping
-        from altprop.lm.draft import Spot
-
-        files, rest = _split_config_files(argv)
-        for file in files:  # first, so that the words have the last word
-            self.draft = self.draft.updated(load_mapping(Path(file)), Spot(source=file))
-        words, places = deque(rest), deque(self.places)
-        while words:
-            word = words.popleft()
-            if word == "--":
-                for word in words:
-                    self._place(word, places)
-                return
-            if _is_option(word):
-                self._option(word, words)
-            else:
-                self._place(word, places)
-
-    def _option(self, word: str, words: deque[str]) -> None:
-        """Take the option `word`, and its value from the front of the `words` that follow."""
-        from altprop.lm.draft import Text, find
-
-        name, given, value = word.partition("=")
-        path = name.lstrip("-").replace("-", "_").split(".")
-        if name == "-h" or path[0] in ("help", "print_config"):
-            # Help wins, and is given only now that the options before it have chosen classes.
-            self.wanted = "help" if path[0] != "print_config" else self.wanted or "print_config"
-            return
-        if not name.startswith("--"):
-            raise ConfigError(f"unknown option {name}: {self.prog} --help lists the options")
-        parameter = find(self.draft, path)
-        if not given:
-            if parameter.hint is bool and not (words and words[0] in ("true", "false")):
-                value = "true"
-            else:
-                value = _value(name, words)
-        raw: Any = Text(value)
-        for key in reversed(path):
-            raw = {key: raw}
-        self.draft = self.draft.updated(raw)
-
-    def _place(self, word: str, places: deque[str]) -> None:
-        """Take the `word` as the value of the next of the `places`."""
-        from altprop.lm.draft import Text
-
-        if not places:
-            raise ConfigError(f"unexpected argument {word!r}: {self.prog} --help lists the options")
-        self.draft = self.draft.updated({places.popleft(): Text(word)})
+    parameters = list(inspect.signature(function).parameters.values())
+    target: Any = function
+    if len(parameters) == 1:
+        hint = typing.get_type_hints(function)[parameters[0].name]
+        target = hint if isinstance(hint, type) and dataclasses.is_dataclass(hint) else function
+    parser = Parser(prog=prog)
+    parser.add_argument(
+        "--config",
+        action="config",
+        metavar="FILE",
+        help="Take options from a YAML file; those written here win.",
+    )
+    if target is function:
+        parser.add_function_arguments(function)
+        places = [p for p in parameters if p.kind is not p.KEYWORD_ONLY]
+    else:
+        parser.description = (inspect.getdoc(function) or "").partition("\n\n")[0]
+        parser.add_class_arguments(target)
+        places = []
+    parser.places = [p.name for p in places]
+    shown = [p.name.upper() if p.default is p.empty else f"[{p.name.upper()}]" for p in places]
+    parser.usage = " ".join([prog, *shown, "[--option VALUE ...]"])
+    try:
+        values = parser.built(parser.parse_args(_one_word_each(argv, parser)))
+    except SystemExit:  # after help or --print_config
+        return
+    if target is function:
+        function(*[values.pop(p.name) for p in places], **values)
+    else:
+        function(target(**values))
 
 
-def _split_config_files(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Take the `--config FILE` pairs out of the words of a command."""
-    files, rest, words = [], [], deque(argv)
+def _one_word_each(argv: Sequence[str], parser: Parser) -> list[str]:
+    """Write each option as one word `--name=value`, and files first so that the others win."""
+    words, places, result, options = deque(argv), deque(parser.places), [], True
     while words:
-        name, given, value = (word := words.popleft()).partition("=")
-        if name == "--config":
-            files.append(value if given else _value(name, words))
-        elif word == "--":
-            rest += [word, *words]
-            break
+        word = words.popleft()
+        name, given, value = word.partition("=")
+        key = name.removeprefix("--").replace("-", "_")
+        if options and word == "--":
+            options = False
+        elif not (options and _is_option(word)):
+            if not places:
+                raise ConfigError(
+                    f"unexpected argument {word!r}: {parser.prog} --help lists the options"
+                )
+            result.append(f"--{places.popleft()}={word}")
+        elif word == "-h":
+            result.append("--help")
+        elif not name.startswith("--"):
+            raise ConfigError(f"unknown option {name}: {parser.prog} --help lists the options")
+        elif given:
+            result.append(f"--{key}={value}")
+        elif parser.hints.get(key) is bool and not (words and words[0] in ("true", "false")):
+            result.append(f"--{key}=true")
+        elif key in ("help", "print_config") or not words or _is_option(words[0]):
+            result.append(f"--{key}")
         else:
-            rest.append(word)
-    return files, rest
-
-
-def _value(name: str, words: deque[str]) -> str:
-    if not words or words[0].startswith("--") or words[0] == "-h":
-        raise ConfigError(f"{name} expects a value: write {name} VALUE or {name}=VALUE")
-    return words.popleft()
+            result.append(f"--{key}={words.popleft()}")
+    return sorted(result, key=lambda word: not word.startswith("--config="))
 
 
 def _is_option(word: str) -> bool:
     """Tell an option from a value such as `-`, `-1` or `-.5`."""
-    return word.startswith("-") and word[1:2].strip("0123456789.") != ""
+    return word.startswith("-") and (word[1:2] == "-" or word[1:2].isalpha())

@@ -67,7 +67,8 @@ def plot_run(folder: Path) -> Path:
         steps, values = _series(records, name)
         if values:
             evaluations.plot(steps, values, linewidth=0.8, label=label)
-    evaluations.set_ylabel("evaluations")
+    evaluations.set_ylabel("evaluations per step")
+    evaluations.yaxis.get_major_locator().set_params(integer=True)
     evaluations.set_xlabel("step")
     for axis in (residual, evaluations):
         if axis.lines:

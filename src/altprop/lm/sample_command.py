@@ -13,7 +13,7 @@ from altprop import CheckpointError, ConfigError, using
 from altprop.errors import unknown
 from altprop.lm import checkpoint
 from altprop.lm.config import read_config
-from altprop.lm.model import EquilibriumLM, stream
+from altprop.lm.model import LanguageModel, stream
 from altprop.lm.settings import TrainConfig
 from altprop.lm.text import CharTokenizer
 from altprop.lm.train import build_model, pick_device
@@ -23,7 +23,7 @@ Which = Literal["best", "last"]
 
 def load_run(
     run: Path, which: Which = "best", device: str = "auto"
-) -> tuple[EquilibriumLM, CharTokenizer]:
+) -> tuple[LanguageModel, CharTokenizer]:
     """Return a run's model, on `device`, and its tokenizer.
 
     **Arguments:** `run`, the folder of a training run; `which`, `best` or `last`.
@@ -60,7 +60,8 @@ def sample(
 
     Args:
         run: the folder of a training run.
-        prompt: the text to continue; its characters must be in the run's vocabulary.
+        prompt: the text to continue, a line break unless given; its characters must be in the
+            run's vocabulary.
         tokens: how many tokens to write.
         temperature: divides the logits; 0 takes the likeliest token.
         top_k: keep only the likeliest so many tokens; null for all.

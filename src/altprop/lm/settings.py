@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from altprop import (
     AEP,
     AbstractEstimator,
+    AbstractRule,
     AbstractSolver,
     AbstractStabiliser,
     Anderson,
     ConfigError,
     JacobianHinge,
 )
+from altprop.errors import unknown
 from altprop.lm.model import ModelConfig
 
 
@@ -28,12 +30,18 @@ class TrainConfig:
         out: the run's folder; a new one below runs/ unless given.
         resume: go on from the last checkpoint in the run's folder.
         overwrite: replace a run that is already in the folder.
-        block: the dynamics, `gated`, `damped` or `thick`.
+        model: `equilibrium` (one block that is an equilibrium) or `gpt` (ordinary blocks).
+        block: of the equilibrium, its dynamics: `gated`, `damped` or `thick`.
+        layers: of the gpt, the number of blocks.
+        tie_head: of the gpt, whether the head is the token embedding.
+        rule: of the gpt, the learning rule of every linear map or block; null for backprop.
+        rules: of the gpt, rules by name pattern, such as `blocks.*.attn.*`, instead of `rule`.
+        freeze: name patterns of parameters that do not learn, such as `blocks.*`.
         d_model: the width.
         heads: attention heads; must divide the width.
         context: the length of a window, in tokens.
-        estimator: how a cotangent becomes a gradient.
-        solver: how the free phase is solved, in training, evaluation and generation.
+        estimator: of the equilibrium, how a cotangent becomes a gradient.
+        solver: of the equilibrium, how it is solved, in training, evaluation and generation.
         stabiliser: what keeps the fixed point while it learns; null for nothing.
         batch: windows per step.
         steps: optimiser steps.
@@ -47,11 +55,12 @@ class TrainConfig:
         seed: of everything random in the run.
         eval_every: steps between evaluations.
         eval_windows: fixed windows that an evaluation covers.
-        free_limit: the largest free residual of a step that may be applied.
-        adjoint_limit: the largest adjoint residual of a step that may be applied.
-        on_failure: what to do with a step past these limits or with a loss that is not finite:
-            `skip` drops its gradient (the stabiliser still acts) and counts it, `stop` ends the
-            run.
+        free_limit: the largest free residual of a step that may be applied; a solve of a fixed
+            number of steps (tol 0) has no limit.
+        adjoint_limit: the largest adjoint residual of a step that may be applied; likewise.
+        on_failure: what to do with a step past these limits, or with a loss or gradient that is
+            not finite: `skip` drops its gradient (the stabiliser still acts) and counts it, `stop`
+            ends the run.
         device: `auto`, `cpu`, `cuda`, or any other that torch knows.
         sample: characters of text to write at the end.
     """
@@ -60,7 +69,13 @@ class TrainConfig:
     out: Path | None = None
     resume: bool = False
     overwrite: bool = False
+    model: str = "equilibrium"
     block: str = "gated"
+    layers: int = 4
+    tie_head: bool = False
+    rule: AbstractRule | None = None
+    rules: dict[str, AbstractRule] = field(default_factory=dict)
+    freeze: tuple[str, ...] = ()
     d_model: int = 128
     heads: int = 4
     context: int = 64
@@ -102,11 +117,42 @@ class TrainConfig:
             raise ConfigError("resume and overwrite exclude each other: give one of them")
         if self.resume and self.out is None:
             raise ConfigError("resume needs the run's folder: write --out FOLDER --resume")
-        self.model(vocabulary=1)  # refuses a shape that no model can have
+        if self.model not in _OWN:
+            raise unknown("model", self.model, _OWN)
+        for other, names in _OWN.items():
+            default = {f.name: _default(f) for f in fields(self) if f.name in names}
+            given = [name for name in names if getattr(self, name) != default[name]]
+            if other != self.model and given:
+                raise ConfigError(
+                    f"model {self.model} has no {', '.join(given)}: leave that out, or write "
+                    f"--model {other}"
+                )
+        if self.rule is not None and self.rules:
+            raise ConfigError("rule and rules exclude each other: put the rule under '*' in rules")
+        self.shape(vocabulary=1)  # refuses a shape that no model can have
 
-    def model(self, vocabulary: int) -> ModelConfig:
+    def shape(self, vocabulary: int) -> ModelConfig:
         """Return the model's shape for a vocabulary of so many tokens."""
-        return ModelConfig(vocabulary, self.context, self.d_model, self.heads, self.block)
+        return ModelConfig(
+            vocabulary,
+            self.context,
+            self.d_model,
+            self.heads,
+            self.block,
+            self.layers,
+            self.tie_head,
+        )
+
+
+# what only one of the models has, so that an option of the other is refused and not ignored
+_OWN = {
+    "equilibrium": ("block", "estimator", "solver"),
+    "gpt": ("layers", "tie_head", "rule", "rules"),
+}
+
+
+def _default(f: Field[Any]) -> Any:
+    return f.default if f.default_factory is MISSING else f.default_factory()
 
 
 def _require(name: str, value: object, holds: bool, expected: str) -> None:

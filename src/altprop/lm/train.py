@@ -9,15 +9,24 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from altprop import Certificate, ConfigError, ConvergenceError, Result, equilibria
+from altprop import (
+    Certificate,
+    ConfigError,
+    ConvergenceError,
+    Result,
+    convert,
+    equilibria,
+)
+from altprop.errors import suggest
 from altprop.lm.display import Display
-from altprop.lm.model import EquilibriumLM, generate
+from altprop.lm.model import GPT, EquilibriumLM, LanguageModel, generate
 from altprop.lm.report import plot_run
 from altprop.lm.run import Progress, Run
 from altprop.lm.settings import TrainConfig
@@ -36,7 +45,7 @@ class TrainResult:
 
 
 def train(config: TrainConfig) -> TrainResult:
-    """Train a language model and return what came of it.
+    """Train a language model, keep the run in a folder, and return what came of it.
 
     Writes into the run's folder `config.yaml`, `vocab.json`, `metrics.jsonl`, `best.safetensors`,
     `last.safetensors` and `curves.png`.
@@ -121,15 +130,52 @@ def train(config: TrainConfig) -> TrainResult:
     return TrainResult(run.folder, progress.loss, progress.best_loss, progress.refused, text)
 
 
-def build_model(config: TrainConfig, vocabulary: int) -> EquilibriumLM:
-    """Return the untrained model of a run; the guard of the loop judges its failed solves."""
-    return EquilibriumLM(config.model(vocabulary), config.solver, config.estimator, "accept")
+def build_model(config: TrainConfig, vocabulary: int) -> LanguageModel:
+    """Return the untrained model of a run, its learning rules in place and frozen what is frozen.
+
+    **Raises:** `RuleError` for rules that do not fit the model, `ConfigError` for a pattern that
+    freezes nothing and for patterns that leave nothing to learn.
+    """
+    model = _BUILD[config.model](config, vocabulary)
+    for pattern in config.freeze:
+        frozen = [p for name, p in model.named_parameters() if fnmatchcase(name, pattern)]
+        if not frozen:
+            names = [name for name, _ in model.named_parameters()]
+            raise ConfigError(
+                f"freeze: no parameter is named {pattern!r}: {suggest(pattern, names)}"
+            )
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+    if count_parameters(model) == 0:
+        raise ConfigError(
+            f"freeze: {', '.join(map(repr, config.freeze))} leaves no parameter to learn: freeze a "
+            "part of the model, such as 'block.*' or 'head.*'"
+        )
+    return model
+
+
+def _equilibrium(config: TrainConfig, vocabulary: int) -> EquilibriumLM:
+    # the guard of the loop judges failed solves
+    return EquilibriumLM(config.shape(vocabulary), config.solver, config.estimator, "accept")
+
+
+def _gpt(config: TrainConfig, vocabulary: int) -> GPT:
+    model = GPT(config.shape(vocabulary))
+    rules = config.rules or config.rule
+    return convert(model, rules, output="head", seed=config.seed) if rules else model
+
+
+_BUILD: dict[str, Callable[[TrainConfig, int], LanguageModel]] = {
+    "equilibrium": _equilibrium,
+    "gpt": _gpt,
+}
 
 
 def make_optimiser(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """Return AdamW with weight decay on matrices and none on vectors."""
-    matrices = [p for p in model.parameters() if p.dim() > 1]
-    vectors = [p for p in model.parameters() if p.dim() <= 1]
+    """Return AdamW with weight decay on matrices, learned feedback too, and none on vectors."""
+    learning = [p for p in model.parameters() if p.requires_grad]
+    matrices = [p for p in learning if p.dim() > 1]
+    vectors = [p for p in learning if p.dim() <= 1]
     return torch.optim.AdamW(
         [
             {"params": matrices, "weight_decay": config.weight_decay},
@@ -149,7 +195,7 @@ def learning_rate(config: TrainConfig, step: int) -> float:
     return config.lr * (config.final_lr + (1 - config.final_lr) * cosine)
 
 
-def rehearse(model: EquilibriumLM, held_out: tuple[Tensor, Tensor], device: torch.device) -> None:
+def rehearse(model: LanguageModel, held_out: tuple[Tensor, Tensor], device: torch.device) -> None:
     """Make one gradient and drop it: an estimator that cannot work with the solver says so now.
 
     **Raises:** `RuleError`, before the run's folder is made.
@@ -161,7 +207,7 @@ def rehearse(model: EquilibriumLM, held_out: tuple[Tensor, Tensor], device: torc
 
 @torch.no_grad()
 def evaluate(
-    model: EquilibriumLM, held_out: tuple[Tensor, Tensor], batch: int, device: torch.device
+    model: LanguageModel, held_out: tuple[Tensor, Tensor], batch: int, device: torch.device
 ) -> tuple[float, float]:
     """Return the mean cross-entropy over fixed windows, and their worst free residual."""
     total, worst = 0.0, 0.0
@@ -278,7 +324,7 @@ def draw_curves(folder: Path, display: Display) -> None:
 
 
 def write_sample(
-    model: EquilibriumLM,
+    model: LanguageModel,
     corpus: Corpus,
     config: TrainConfig,
     device: torch.device,

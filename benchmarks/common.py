@@ -1,0 +1,53 @@
+"""What every benchmark shares: how a table is written, with the machine and the command it is from.
+
+Writes `results/<name>.md` and `.json` beside this file.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def machine() -> dict[str, Any]:
+    """Return what a timing or a figure depends on."""
+    model = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        names = [line for line in info.read_text().splitlines() if line.startswith("model name")]
+        model = names[0].partition(":")[2].strip() if names else model
+    return {
+        "processor": model,
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "system": platform.system(),
+    }
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def write(name: str, title: str, parts: Sequence[str], data: Any) -> None:
+    """Write and print the report of one benchmark; `parts` are Markdown paragraphs or tables."""
+    script = Path(sys.argv[0]).name
+    command = " ".join(["python", f"benchmarks/{script}", *sys.argv[1:]])
+    where = machine()
+    line = ", ".join(f"{key} {value}" for key, value in where.items())
+    text = "\n\n".join([f"# {title}", *parts, f"Command: `{command}`. Machine: {line}."]) + "\n"
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.md").write_text(text, encoding="utf-8")
+    record = {"command": command, "machine": where, "results": data}
+    (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    print(text)

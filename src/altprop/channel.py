@@ -1,0 +1,193 @@
+"""How an error reaches its taps: they are collected along a forward pass and joined at its end.
+
+One autograd node takes the error's place and every tap (`assign.assign_taps`), so no module hook
+and no shared state survives the pass; whatever was collected is dropped when the forward ends.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import warnings
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from altprop.assign import assign_taps
+from altprop.errors import RuleError
+from altprop.rule import AbstractBroadcast, Site, spread_error
+
+
+class Switch:
+    """Whether the rules of one conversion are in force; `rules_off` turns it."""
+
+    def __init__(self) -> None:
+        self.on = True
+
+
+def in_backward() -> bool:
+    """Say whether autograd is running a backward pass in this thread, as a recomputation does."""
+    if torch.compiler.is_compiling():
+        return False
+    return bool(torch._C._current_graph_task_id() != -1)
+
+
+@functools.cache
+def _load_forward_mode() -> None:
+    """Load torch's forward-mode formulas, whose import warns of torch's own deprecations."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        importlib.import_module("torch._decomp.decompositions_for_jvp")
+
+
+class Channel:
+    """The way of one error to the taps of one rule."""
+
+    def __init__(self, rule: AbstractBroadcast, seed: int, switch: Switch, shared: str) -> None:
+        self.rule = rule
+        self.seed = seed
+        self.switch = switch
+        self.shared = shared  # the root's attribute that all taps slice, or ""
+        self.sites: list[Site] = []
+        self.probe: JacobianProbe | None = None
+        self.clear()
+
+    def clear(self) -> None:
+        self.mode: Literal["idle", "rule", "exact"] = "idle"
+        self.joined = False
+        self.matrix: Tensor | None = None
+        self.taps: list[Tensor] = []
+        self.feedback: list[Tensor] = []
+        self.estimates: list[Tensor | None] = []
+        self.measured: Sequence[Tensor] | None = None
+
+    def begin(self, root: nn.Module, exact: bool = False) -> None:
+        """Start to collect for a recorded forward pass of `root`."""
+        self.mode = "exact" if exact else "rule"
+        if self.shared:
+            self.matrix = getattr(root, self.shared)
+
+    def push(self, tap: Tensor, B: Tensor | None, index: int) -> None:
+        """Collect a tap with its feedback (features, k), or a slice of the shared one."""
+        if B is None:
+            assert self.matrix is not None
+            B = self.matrix[: self.sites[index].rows]
+        if self.mode == "rule":
+            self.taps.append(tap)
+        self.feedback.append(B)
+        self.estimates.append(None if self.measured is None else self.measured[index])
+
+    def join(self, error: Tensor) -> Tensor:
+        """Return the error's tensor, from which the cotangent now also reaches every tap."""
+        if self.probe is not None:
+            self.probe.catch(error)
+            return error
+        if self.mode == "idle" or not torch.is_grad_enabled() or not self.switch.on:
+            return error
+        if self.joined:
+            raise RuleError(
+                "the output was computed twice in one forward pass, so that the error has no one "
+                "place: name a module that runs once as output=..."
+            )
+        for tap in self.taps:
+            spread_error(error.detach(), tap.shape)  # raises if the shapes do not fit
+        self.joined = True
+        joined = assign_taps(error, self.taps, self.feedback, self.estimates, self.rule)
+        self.taps, self.feedback, self.estimates = [], [], []
+        return joined
+
+    def finish(self) -> None:
+        """Check, at the end of a forward pass, that every tap will hear the error."""
+        if self.feedback:
+            raise RuleError(
+                f"{len(self.feedback)} tapped outputs were computed after the output module, or "
+                "it never ran: name as output=... the module that makes the logits"
+            )
+
+    def outside(self, path: str) -> None:
+        """Refuse a recorded pass that no error can reach; let recomputations through."""
+        if torch.is_grad_enabled() and not in_backward():
+            raise RuleError(
+                f"{path} ran outside the forward of the model that was converted, so no error can "
+                "reach it: call the whole model, or wrap the call in torch.no_grad()"
+            )
+
+    def unrecorded(self, path: str) -> RuleError:
+        return RuleError(
+            f"{path} ran without recording inside a recorded forward: reentrant activation "
+            "checkpointing hides it from the error; write use_reentrant=False"
+        )
+
+
+class JacobianProbe:
+    """Forward-mode derivatives of the error's place with respect to each tap, all rules off."""
+
+    def __init__(self, channel: Channel, root: nn.Module, args: Any, kwargs: Any) -> None:
+        self.taps: Sequence[Site] = channel.sites
+        self._channel = channel
+        self._root = root
+        self._args = args
+        self._kwargs = kwargs
+
+    def push(self, tap: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Draw `p ~ N(0, I)` at a tap and return it with `J p`, detached.
+
+        Shapes: (..., features) and (..., k). Runs in evaluation mode under math attention.
+        """
+        from torch.autograd import forward_ad
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+
+        self._index, self._generator = tap, generator
+        self._tangent: Tensor | None = None
+        self._response: Tensor | None = None
+        training = [module for module in self._root.modules() if module.training]
+        devices = list({t.device for t in self._root.parameters() if t.device.type == "cuda"})
+        _load_forward_mode()
+        fast = torch.backends.mha.get_fastpath_enabled()  # a fused forward has no forward mode
+        self._channel.probe = self
+        try:
+            torch.backends.mha.set_fastpath_enabled(False)
+            for module in training:
+                module.training = False
+            with (
+                torch.no_grad(),
+                torch.random.fork_rng(devices),
+                sdpa_kernel(SDPBackend.MATH),
+                forward_ad.dual_level(),
+            ):
+                self._root(*self._args, **self._kwargs)
+        except NotImplementedError as error:
+            raise RuleError(
+                f"an operation above {self.taps[tap].path} has no forward-mode derivative; under "
+                f"activation checkpointing write use_reentrant=False ({error})"
+            ) from error
+        finally:
+            self._channel.probe = None
+            torch.backends.mha.set_fastpath_enabled(fast)
+            for module in training:
+                module.training = True
+        if self._tangent is None or self._response is None:
+            raise RuleError(
+                f"no derivative from {self.taps[tap].path} reached the output in forward mode: "
+                "one of the two did not run, or some operation between them dropped the tangent"
+            )
+        return self._tangent, self._response
+
+    def drop(self, hidden: Tensor, index: int) -> Tensor:
+        """Give the tapped tensor its tangent, if this is the tap that is probed."""
+        from torch.autograd import forward_ad
+
+        if index != self._index or self._tangent is not None:
+            return hidden
+        p = torch.randn(hidden.shape, generator=self._generator).to(hidden)
+        self._tangent = p
+        dual: Tensor = forward_ad.make_dual(hidden, p)
+        return dual
+
+    def catch(self, error: Tensor) -> None:
+        """Keep the tangent that arrived at the error's place."""
+        from torch.autograd import forward_ad
+
+        self._response = forward_ad.unpack_dual(error).tangent

@@ -1,0 +1,250 @@
+"""The drop-in layer for people who write their own model and loop, and its explicit calls.
+
+`LocalLinear`'s `method` strings are names for the same rule values that `convert` takes; with the
+`dfa` methods the backward pass is ordinary and a call after it overwrites the gradients.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from altprop.assign import assign_transport
+from altprop.channel import Switch
+from altprop.errors import ConfigError, RuleError, unknown
+from altprop.feedback import cosine_gradient, draw, generator_for
+from altprop.rule import AbstractTransport, Site, spread_error
+from altprop.rules.feedback_alignment import FeedbackAlignment
+from altprop.rules.sign_symmetry import SignSymmetry
+
+_METHODS = ("bp", "fa", "sign_sym", "dfa", "dfa_block")
+_FEEDBACK = ("B", "B_dfa", "B_dfa_block")
+
+
+class LinearFA(torch.autograd.Function):
+    """`LinearFA.apply(x, W, B, bias=None)`: `x Wᵀ + b`, whose input receives `g B`."""
+
+    @staticmethod
+    def apply(x: Tensor, W: Tensor, B: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Apply to `x` (..., in) with `W` and `B` (out, in) and `bias` (out) or none."""
+        if B.shape != W.shape:
+            raise ConfigError(
+                f"B has shape {tuple(B.shape)}; it must be the weight's, {tuple(W.shape)}"
+            )
+        return assign_transport(x, W, bias, FeedbackAlignment(), B)
+
+
+class LinearSignSym(torch.autograd.Function):
+    """`LinearSignSym.apply(x, W, bias=None)`: input receives `g sign(W) ‖W‖_F / √numel(W)`."""
+
+    @staticmethod
+    def apply(x: Tensor, W: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Apply to `x` (..., in) with `W` (out, in) and `bias` (out) or none."""
+        return assign_transport(x, W, bias, SignSymmetry())
+
+
+class LocalLinear(nn.Linear):
+    """A linear layer with a local learning rule; weight `N(0, init_std²)`, bias zero.
+
+    **Arguments:** `method`: `"bp"`, ordinary autograd; `"fa"`, a fixed random `B` (out, in) in the
+    weight's place on the way back; `"sign_sym"`, `sign(W) · ‖W‖_F / √numel(W)`; `"dfa"` and
+    `"dfa_block"`, ordinary passes whose gradients `apply_dfa_update` or `apply_dfa_block_update`
+    then overwrite. `fa_init_mode`, `fa_sparse_k`: the drawing of `B`, with std `init_std`, as in
+    `FeedbackAlignment`. `fa_grape`: `B` is a parameter without gradient that `grape_align_step`
+    turns by `fa_grape_n_probe` probes. Options of another method are accepted and inert.
+    `seed` or `generator`: where the feedback comes from; without either, one integer is taken from
+    the global generator, which also draws the weight.
+
+    State-dict keys: `weight`, `bias`, `B`, `B_dfa`, `B_dfa_block`.
+    **Raises:** `ConfigError` for an unknown method or initialisation.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = False,
+        method: str = "bp",
+        init_std: float = 0.02,
+        fa_init_mode: str = "gaussian",
+        fa_sparse_k: int | None = None,
+        fa_grape: bool = False,
+        fa_grape_n_probe: int = 32,
+        *,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        seed: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        if method not in _METHODS:
+            raise unknown("method", method, _METHODS)
+        if seed is not None and generator is not None:
+            raise ConfigError("give a seed or a generator for the feedback, not both")
+        if fa_grape_n_probe < 1:
+            raise ConfigError(f"fa_grape_n_probe must be at least 1, not {fa_grape_n_probe}")
+        if init_std < 0:
+            raise ConfigError(f"init_std must not be negative, got {init_std}")
+        rules: dict[str, AbstractTransport] = {"sign_sym": SignSymmetry()}
+        if method == "fa":
+            rules["fa"] = FeedbackAlignment(fa_init_mode, init_std or 0.02, fa_sparse_k)
+        self.init_std = init_std
+        super().__init__(in_features, out_features, bias, device, dtype)
+        self.method = method
+        self.fa_grape = fa_grape
+        self.fa_grape_n_probe = fa_grape_n_probe
+        if seed is None:
+            seed = int(torch.randint(2**62, (), generator=generator))
+        self.seed = seed
+        self._rule = rules.get(method)
+        self._switch = Switch()
+        self._input: Tensor | None = None
+        self._probes = 0
+        for name in _FEEDBACK:
+            self.register_buffer(name, None)
+        if self._rule is not None:
+            B = self._rule.draw(Site("B", out_features, in_features), generator_for(seed, "B"))
+            if B is not None:
+                self._keep("B", B)
+
+    def reset_parameters(self) -> None:
+        """Draw the weight from `N(0, init_std²)` and set the bias to zero."""
+        nn.init.normal_(self.weight, std=self.init_std)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, method={self.method!r}"
+
+    def _keep(self, name: str, value: Tensor) -> None:
+        value = value.to(device=self.weight.device, dtype=self.weight.dtype)
+        if name == "B" and self.fa_grape:
+            del self._buffers["B"]
+            self.B = nn.Parameter(value, requires_grad=False)
+        else:
+            self._buffers[name] = value
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not torch.is_grad_enabled():
+            return F.linear(input, self.weight, self.bias)
+        if self.method in ("dfa", "dfa_block"):
+            self._input = input.detach()
+        elif self._rule is not None and self._switch.on:
+            return assign_transport(input, self.weight, self.bias, self._rule, self.B)
+        return F.linear(input, self.weight, self.bias)
+
+    @torch.no_grad()
+    def grape_align_step(self, lr_b: float = 0.01, normalize_columns: bool = False) -> None:
+        """Turn `B` one step of size `lr_b` towards the weight, by forward-only probes.
+
+        One step on `1 − cos(B, Ĵ)` with `Ĵ = mean((W p) pᵀ)`. Does nothing unless `method="fa"`
+        and `fa_grape=True`. `normalize_columns` afterwards gives each column of `B` unit norm.
+        """
+        if not (self.method == "fa" and self.fa_grape):
+            return
+        generator = generator_for(self.seed, "probe", self._probes)
+        self._probes += 1
+        p = torch.randn(self.fa_grape_n_probe, self.in_features, generator=generator)
+        p = p.to(self.weight)
+        estimate = F.linear(p, self.weight).t() @ p / len(p)
+        self.B.sub_(cosine_gradient(self.B, estimate), alpha=lr_b)
+        if normalize_columns:
+            self.B.div_(torch.linalg.vector_norm(self.B, dim=0, keepdim=True).clamp_min(1e-8))
+
+    def set_dfa_target_dim(self, target_dim: int, init_std: float = 0.02) -> None:
+        """Draw `B_dfa` (out, target_dim) from `N(0, init_std²)`, for errors of that width."""
+        self._target("B_dfa", target_dim, init_std)
+
+    def _target(self, name: str, width: int, init_std: float) -> None:
+        if width < 1:
+            raise ConfigError(f"the error's width must be at least 1, not {width}")
+        generator = generator_for(self.seed, name)
+        self._keep(name, draw("gaussian", self.out_features, width, generator, std=init_std))
+
+    def dfa_compute_grad(self, e_L: Tensor) -> None:
+        """Overwrite the gradients with `(e_L Bᵀ)ᵀ x` and `Σ e_L Bᵀ`, summed over leading axes.
+
+        **Arguments:** `e_L` (..., target_dim), the error at the output, detached here; without a
+        token axis it is repeated over the tokens. Forgets the remembered input.
+        **Raises:** `RuleError` before `set_dfa_target_dim` or before a recorded forward pass.
+        """
+        self._compute("B_dfa", e_L, "initialize_dfa_targets(model, target_dim)", per_token=False)
+
+    @torch.no_grad()
+    def _compute(self, name: str, e: Tensor, missing: str, per_token: bool) -> None:
+        B = getattr(self, name)
+        if B is None:
+            raise RuleError(f"this layer has no feedback yet: call {missing} first")
+        if self._input is None:
+            raise RuleError("this layer remembers no input: call the model, with gradients, first")
+        if e.shape[-1] != B.shape[1]:
+            raise RuleError(
+                f"the error has {e.shape[-1]} features but the feedback was drawn for "
+                f"{B.shape[1]}: pass an error of that width or call {missing} again"
+            )
+        x, self._input = self._input, None
+        shape = torch.Size((*x.shape[:-1], self.out_features))
+        signal = (spread_error(e.detach().to(B.dtype), shape) @ B.t()).expand(shape)
+        signal = signal.reshape(-1, self.out_features)
+        if per_token:
+            signal = signal / len(signal)
+        if self.weight.requires_grad:
+            self.weight.grad = signal.t() @ x.reshape(-1, self.in_features).to(signal.dtype)
+        if self.bias is not None and self.bias.requires_grad:
+            self.bias.grad = signal.sum(0)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for name in ("B_dfa", "B_dfa_block"):  # a fresh layer has none yet: make room
+            value = state_dict.get(prefix + name)
+            if value is not None:
+                self._keep(name, torch.empty_like(value, device="cpu"))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        missing: list[str] = args[2]
+        missing[:] = [key for key in missing if key not in {prefix + n for n in _FEEDBACK}]
+
+
+def _layers(model: nn.Module, method: str) -> list[LocalLinear]:
+    found = [m for m in model.modules() if isinstance(m, LocalLinear) and m.method == method]
+    if not found:
+        raise RuleError(
+            f"this {type(model).__name__} has no LocalLinear(method={method!r}): nothing to do"
+        )
+    return found
+
+
+def initialize_dfa_targets(model: nn.Module, target_dim: int) -> None:
+    """Draw the feedback of every `LocalLinear(method="dfa")`, for errors of width `target_dim`.
+
+    Call it once, after construction and device placement.
+    """
+    for layer in _layers(model, "dfa"):
+        layer.set_dfa_target_dim(target_dim)
+
+
+def apply_dfa_update(model: nn.Module, e_L: Tensor) -> None:
+    """Overwrite, after `loss.backward()`, the gradients of every `dfa` layer by the error's.
+
+    Every other parameter keeps backprop's. **Arguments:** `e_L` (..., target_dim), the gradient of
+    the loss at the output. **Raises:** `RuleError` if a call is missing, saying which.
+    """
+    for layer in _layers(model, "dfa"):
+        layer.dfa_compute_grad(e_L)
+
+
+def initialize_dfa_block_targets(model: nn.Module, d_block: int, init_std: float = 0.02) -> None:
+    """Draw the feedback of every `dfa_block` layer, for blocks of output width `d_block`."""
+    for layer in _layers(model, "dfa_block"):
+        layer._target("B_dfa_block", d_block, init_std)
+
+
+def apply_dfa_block_update(block: nn.Module, block_output_error: Tensor) -> None:
+    """Set the gradients of one block's `dfa_block` layers from the error at its output.
+
+    The products are those of `apply_dfa_update` *divided by the number of tokens*.
+    **Raises:** `RuleError` if a call is missing, saying which.
+    """
+    missing = "initialize_dfa_block_targets(model, d_block)"
+    for layer in _layers(block, "dfa_block"):
+        layer._compute("B_dfa_block", block_output_error, missing, per_token=True)

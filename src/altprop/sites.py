@@ -1,0 +1,308 @@
+"""What a converted module becomes: its own class with a role in front, the same parameters within.
+
+A role is a mixin whose forward asks the rule; `site_class` puts roles before a module's class in a
+class that pickles by its parts. Roles hold plain data, so deepcopy and pickle need no help.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from altprop.assign import assign_map, assign_transport
+from altprop.channel import Channel, JacobianProbe, Switch, in_backward
+from altprop.errors import RuleError
+from altprop.feedback import generator_for
+from altprop.rule import AbstractTransport, Site
+
+STEP = "B_step"
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _count(module: nn.Module) -> int:
+    """Return the number of this recorded pass; a checkpoint's recomputation repeats the last."""
+    step = cast(Tensor, getattr(module, STEP))
+    if in_backward():
+        if "_altprop_counted" not in module.__dict__:
+            raise RuleError(
+                f"a {type(module).__name__} whose rule draws at every pass was never recorded "
+                "before the backward pass: reentrant activation checkpointing hides it; write "
+                "use_reentrant=False"
+            )
+        return int(step) - 1
+    module.__dict__["_altprop_counted"] = True
+    number = int(step)
+    step += 1
+    return number
+
+
+@dataclass
+class TransportSite:
+    """A linear map whose input receives what a transport rule sends."""
+
+    site: Site
+    rule: AbstractTransport
+    name: str
+    """The module's attribute that holds the feedback, or nothing."""
+    seed: int
+    switch: Switch
+    noisy: bool
+
+    def __call__(
+        self, module: nn.Module, x: Tensor, W: Tensor, b: Tensor | None, rows: slice | None = None
+    ) -> Tensor:
+        if not (self.switch.on and torch.is_grad_enabled()):
+            return F.linear(x, W, b)
+        B = getattr(module, self.name) if self.name else None
+        if rows is not None and B is not None:
+            B = B[rows]
+        noise = self.noise(module, W) if self.noisy else None
+        return assign_transport(x, W, b, self.rule, B, noise)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def noise(self, module: nn.Module, W: Tensor) -> Tensor:
+        generator = generator_for(self.seed, self.site.path, "noise", _count(module))
+        return self.rule.noise(Site(self.site.path, *W.shape), generator).to(W)
+
+
+@dataclass
+class MapTap:
+    """A linear map whose weight learns from a broadcast error."""
+
+    site: Site
+    channel: Channel
+    name: str
+    index: int
+
+    def __call__(
+        self, module: nn.Module, x: Tensor, W: Tensor, b: Tensor | None, rows: slice | None = None
+    ) -> Tensor:
+        channel = self.channel
+        if not channel.switch.on or channel.probe is not None:
+            return F.linear(x, W, b)
+        if not torch.is_grad_enabled():
+            if channel.mode != "idle" and W.requires_grad:
+                raise channel.unrecorded(self.site.path)
+            return F.linear(x, W, b)
+        if channel.mode == "idle":
+            channel.outside(self.site.path)
+        y, tap = assign_map(x, W, b, send=channel.rule.sends, exact=channel.mode == "exact")
+        if channel.mode != "idle":
+            B = getattr(module, self.name) if self.name else channel.matrix
+            assert B is not None
+            channel.push(tap, B[: self.site.rows] if rows is None else B[rows], self.index)
+        return y
+
+
+@dataclass
+class OutputTap:
+    """A module whose output is cut: it goes on without its graph, and hears the error instead."""
+
+    site: Site
+    channel: Channel
+    name: str
+    index: int
+
+    def __call__(self, module: nn.Module, out: Any) -> Any:
+        hidden = out if isinstance(out, Tensor) else out[0]
+        channel = self.channel
+        if channel.probe is not None:
+            cut = channel.probe.drop(hidden, self.index)
+        elif not channel.switch.on:
+            return out
+        elif channel.mode == "idle":
+            channel.outside(self.site.path)
+            return out
+        elif not torch.is_grad_enabled():
+            if any(p.requires_grad for p in module.parameters()):
+                raise channel.unrecorded(self.site.path)
+            return out
+        else:
+            if hidden.shape[-1] != self.site.rows:
+                raise RuleError(
+                    f"{self.site.path} returned {hidden.shape[-1]} features but its feedback was "
+                    f"drawn for {self.site.rows}: give the rule features={hidden.shape[-1]}"
+                )
+            channel.push(hidden, getattr(module, self.name) if self.name else None, self.index)
+            cut = hidden if channel.mode == "exact" else hidden.detach()
+        if isinstance(out, Tensor):
+            return cut
+        return type(out)((cut, *out[1:]))
+
+
+class Role:
+    """Base of the mixins: keeps old state dicts loadable, and says what a module became."""
+
+    _altprop_names: tuple[str, ...]
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        *rest: Any,
+    ) -> None:
+        super()._load_from_state_dict(  # type: ignore[misc]
+            state_dict, prefix, local_metadata, strict, missing_keys, *rest
+        )
+        own = {prefix + name for name in self._altprop_names}
+        missing_keys[:] = [key for key in missing_keys if key not in own]
+
+    def extra_repr(self) -> str:
+        text: str = super().extra_repr()  # type: ignore[misc]
+        maps = getattr(self, "_altprop_maps", {})
+        rules = {
+            str(m.rule if isinstance(m, TransportSite) else m.channel.rule) for m in maps.values()
+        }
+        return ", ".join([text] * bool(text) + [f"rule={rule}" for rule in sorted(rules)])
+
+
+class LinearRole(Role):
+    """An `nn.Linear` (or `LocalLinear`) whose map a rule owns."""
+
+    _altprop_maps: dict[str, Any]
+
+    def forward(self, input: Tensor) -> Tensor:
+        m: Any = self
+        return self._altprop_maps["weight"](m, input, m.weight, m.bias)
+
+
+class TransposedLinearRole(Role):
+    """A Hugging Face `Conv1D`, whose weight is stored as (in, out)."""
+
+    _altprop_maps: dict[str, Any]
+
+    def forward(self, x: Tensor) -> Tensor:
+        m: Any = self
+        return self._altprop_maps["weight"](m, x, m.weight.t(), m.bias)
+
+
+class TapRole(Role):
+    """A block or sublayer whose output is a tap."""
+
+    _altprop_tap: OutputTap
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        out = super().forward(*args, **kwargs)  # type: ignore[misc]
+        return self._altprop_tap(cast(nn.Module, self), out)
+
+
+class OutputRole(Role):
+    """The module at whose output (or input) the error is taken."""
+
+    _altprop_outputs: list[Channel]
+
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Any:
+        for channel in self._altprop_outputs:
+            if channel.rule.at_head_input:
+                input = channel.join(input)
+        out = super().forward(input, *args, **kwargs)  # type: ignore[misc]
+        for channel in self._altprop_outputs:
+            if not channel.rule.at_head_input:
+                out = channel.join(out)
+        return out
+
+
+class RootRole(Role):
+    """The model that was converted: its forward opens and closes every collection."""
+
+    _altprop_channels: list[Channel]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        channels = self._altprop_channels
+        if not torch.is_grad_enabled() or not channels[0].switch.on:
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        try:
+            if any(c.rule.period or c.rule.learned for c in channels):
+                self._schedule(args, kwargs)
+            else:
+                for channel in channels:
+                    channel.begin(cast(nn.Module, self))
+            out = super().forward(*args, **kwargs)  # type: ignore[misc]
+            for channel in channels:
+                channel.finish()
+            return out
+        finally:
+            for channel in channels:
+                channel.clear()
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _schedule(self, args: Any, kwargs: Any) -> None:
+        """Decide whether this pass is a calibration; if not, let learned feedback be measured."""
+        root = cast(nn.Module, self)
+        step = _count(root)
+        for channel in self._altprop_channels:
+            period = channel.rule.period
+            exact = period > 0 and step % period == period - 1
+            measured = None
+            if channel.rule.learned and not exact:
+                probe = JacobianProbe(channel, root, args, kwargs)
+                measured = channel.rule.estimates(probe, channel.seed, step)
+            channel.begin(root, exact)
+            channel.measured = measured
+
+
+class LocalRole(Role):
+    """A block that takes the error at its own output, for the linear maps inside it."""
+
+    _altprop_local: Channel
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        channel = self._altprop_local
+        if not torch.is_grad_enabled() or not channel.switch.on:
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        channel.begin(cast(nn.Module, self))
+        try:
+            out = super().forward(*args, **kwargs)  # type: ignore[misc]
+            if isinstance(out, Tensor):
+                return channel.join(out)
+            return type(out)((channel.join(out[0]), *out[1:]))
+        finally:
+            channel.clear()
+
+
+_CLASSES: dict[tuple[type, ...], type[nn.Module]] = {}
+
+
+def site_class(base: type[nn.Module], roles: tuple[type[Role], ...]) -> type[nn.Module]:
+    """Return the class of a `base` with these roles in front of it, outermost first."""
+    key = (base, *roles)
+    if key not in _CLASSES:
+        _CLASSES[key] = _make_class(base, roles)
+    return _CLASSES[key]
+
+
+def _make_class(base: type[nn.Module], roles: tuple[type[Role], ...]) -> type[nn.Module]:
+
+    def __reduce_ex__(self: nn.Module, protocol: Any) -> Any:
+        # the class has no importable name: pickle and deepcopy rebuild it from its parts
+        parts: tuple[Any, ...] = base.__reduce_ex__(self, protocol)  # type: ignore[assignment]
+        _, args, *rest = parts
+        return (_rebuild, (base, roles, *args[1:]), *rest)
+
+    @functools.wraps(base.forward)  # trainers read the signature to choose a batch's columns
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return super(cls, self).forward(*args, **kwargs)  # type: ignore[misc]
+
+    # torch.compile limits recompilations per code object, so each class gets one of its own
+    plain = cast(types.FunctionType, forward)
+    plain.__code__ = plain.__code__.replace(co_name=f"forward_{base.__name__}")
+    body = {"__reduce_ex__": __reduce_ex__, "forward": forward, "__module__": base.__module__}
+    if issubclass(roles[0], (LinearRole, TransposedLinearRole)):
+        del body["forward"]
+    cls = cast(type[nn.Module], type(base.__name__, (*roles, base), body))
+    cls.__qualname__ = base.__qualname__
+    return cls
+
+
+def _rebuild(base: type[nn.Module], roles: tuple[type[Role], ...], *args: Any) -> nn.Module:
+    cls = site_class(base, roles)
+    return cls.__new__(cls, *args)

@@ -1,0 +1,216 @@
+"""`altprop audit` audits the reference problem, and says whether its reference can be trusted."""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from altprop import AuditReport, ConfigError, DampedAttention, DataError
+from altprop.lm.audit_command import audit
+from altprop.lm.cli import main
+from altprop.lm.reference import (
+    REFERENCE,
+    Rest,
+    Sizes,
+    check_reference,
+    make_arms,
+    make_trial,
+    reference_trial,
+    relax,
+    spectral_abscissa,
+)
+from altprop.lm.text import Corpus, load_corpus
+
+SMALL: dict[str, Any] = {"batch": 2, "context": 8, "d_model": 16, "heads": 2, "repeats": 1}
+SIZES = Sizes(batch=2, context=8, d_model=16, heads=2)
+ROWS = [
+    "EP (published)",
+    "AEP (published)",
+    "AEP (published, T2=40)",
+    "AEP (published, T2=80)",
+    "AEP (published, T2=160)",
+    "EP",
+    "AEP",
+    "Implicit",
+]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The path of a text of twenty letters."""
+    path = tmp_path_factory.mktemp("text") / "letters.txt"
+    path.write_text("".join(random.Random(0).choices("abcdefghijklmnopqrst", k=2000)))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def corpus(text: str) -> Corpus:
+    return load_corpus(text)
+
+
+@pytest.fixture(scope="module")
+def written(text: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[AuditReport, Path]:
+    folder = tmp_path_factory.mktemp("written")
+    report = audit(
+        data=text, seeds=2, **SMALL, json=folder / "audit.json", png=folder / "audit.png"
+    )
+    return report, folder
+
+
+def test_the_json_file_has_the_promised_form(written: tuple[AuditReport, Path], text: str) -> None:
+    content = json.loads((written[1] / "audit.json").read_text())
+    assert [row["estimator"] for row in content["rows"]] == ROWS
+    for row in content["rows"]:
+        assert list(row["parameters"]) == ["W_Q", "W_K", "W_V", "W_O"]
+        for figures in row["parameters"].values():
+            for name in ("cosine", "norm_ratio", "relative_error", "sign_agreement"):
+                assert isinstance(figures[name], float)
+                assert isinstance(figures["worst"][name], float)
+        assert row["evaluations"] > 0 and row["milliseconds"] > 0
+        assert len(row["per_trial"]["cosine"]) == 2
+    assert content["reference"]["name"] == "BPTT, 120 Euler steps of 0.1"
+    assert content["seeds"] == [0, 1] and content["trials"] == ["seed 0", "seed 1"]
+    assert content["finite_difference"]["relative_error"] < 1e-6
+    assert content["free_phase"]["verdict"].startswith("stable fixed point")
+    assert content["free_phase"]["step_residual"] == pytest.approx(
+        0.1 * content["free_phase"]["force_residual"]
+    )
+    assert content["problem"]["corpus"]["vocabulary"] == 20
+    assert content["versions"]["torch"] == torch.__version__
+    assert content["command"].startswith(f"altprop audit --data {text} --seeds 2 --seed 0")
+
+
+def test_exact_rows_agree_and_published_ones_do_not(written: tuple[AuditReport, Path]) -> None:
+    rows = {row.arm.name: row for row in written[0].rows}
+    for name in ("AEP", "Implicit"):
+        assert rows[name].worst("cosine") > 0.9999
+        assert rows[name].worst("norm_ratio") == pytest.approx(1, abs=1e-3)
+    for name in ROWS[:6]:
+        assert rows[name].worst("cosine") < 0.9999
+
+
+def test_published_rows_relax_as_published_and_the_others_solve(
+    written: tuple[AuditReport, Path],
+) -> None:
+    evaluations = {row.arm.name: row.as_dict()["evaluations"] for row in written[0].rows}
+    free = 122  # 120 steps, the start and the certificate
+    assert [evaluations[name] - free for name in ROWS[:5]] == [40, 121, 241, 481, 961]
+    assert all(evaluations[name] < 60 for name in ROWS[5:])
+
+
+def test_a_picture_is_drawn_and_nothing_else_is_left(written: tuple[AuditReport, Path]) -> None:
+    assert sorted(path.name for path in written[1].iterdir()) == ["audit.json", "audit.png"]
+    assert (written[1] / "audit.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_same_seed_draws_the_same_problem_whatever_was_drawn_before(corpus: Corpus) -> None:
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    first, x, y = reference_trial(corpus, SIZES, seed=3)
+    assert torch.equal(torch.get_rng_state(), state)  # and what is drawn after stays the same too
+    torch.manual_seed(6)
+    second, again, _ = reference_trial(corpus, SIZES, seed=3)
+    other, elsewhere, _ = reference_trial(corpus, SIZES, seed=4)
+    assert torch.equal(x, again) and not torch.equal(x, elsewhere)
+    assert torch.equal(x[:, 1:], y[:, :-1])
+    for name, value in first.state_dict().items():
+        assert torch.equal(value, second.state_dict()[name])
+        assert not torch.equal(value, other.state_dict()[name])
+
+
+def test_the_problem_has_the_scales_of_its_definition(corpus: Corpus) -> None:
+    model, *_ = reference_trial(corpus, replace(SIZES, d_model=256), seed=0)
+    assert float(model.embedding.std()) == pytest.approx(0.02, rel=0.05)
+    assert float(model.head.std()) == pytest.approx(1 / 16, rel=0.05)
+    for weight in model.parameters():
+        assert weight.shape == (256, 256) and float(weight.detach().std()) == pytest.approx(
+            1 / 16, rel=0.05
+        )
+
+
+def test_the_spectral_abscissa_is_that_of_the_whole_jacobian() -> None:
+    torch.manual_seed(0)
+    dynamics = DampedAttention(8, heads=2).double()
+    x = torch.randn(1, 4, 8, dtype=torch.float64)
+    linear = dynamics.linearise(x, x)
+    columns = [linear.jvp(e.reshape(x.shape)).flatten() for e in torch.eye(32, dtype=x.dtype)]
+    exact = float(torch.linalg.eigvals(torch.stack(columns, dim=1)).real.max())
+    assert spectral_abscissa(linear.jvp, x) == pytest.approx(exact, rel=1e-6)
+    assert spectral_abscissa(linear.jvp, x, directions=12) == pytest.approx(exact, rel=0.05)
+
+
+def test_a_relaxation_without_a_stable_fixed_point_is_called_so(corpus: Corpus) -> None:
+    assert relax(make_trial(corpus, SIZES, 0)).verdict.startswith("stable fixed point")
+    wild = relax(make_trial(corpus, replace(SIZES, scale=30.0), 0))
+    assert wild.verdict.startswith("no fixed point")
+    assert Rest(1e-6, 1e-7, 0.5).verdict.startswith("unstable fixed point")
+    assert Rest(float("nan"), float("nan"), float("nan")).verdict.startswith("no fixed point")
+
+
+def test_finite_differences_confirm_the_reference(corpus: Corpus) -> None:
+    checked = check_reference(corpus, SIZES, seed=1)
+    assert checked["relative_error"] < 1e-6 and checked["dtype"] == "float64"
+    assert checked["instance"]["d_model"] == 16 and list(checked["parameters"])[0] == "W_Q"
+
+
+def test_a_longer_nudged_phase_changes_nothing(
+    text: str, written: tuple[AuditReport, Path]
+) -> None:
+    longer = audit(data=text, seeds=1, rows=("AEP", "Implicit"), phase_steps=1000, **SMALL)
+    assert [row.arm.name for row in longer.rows] == ["AEP", "Implicit"]
+    before = {row.arm.name: row for row in written[0].rows}
+    for row in longer.rows:
+        assert row.per_trial("cosine")[0] == before[row.arm.name].per_trial("cosine")[0]
+
+
+def test_arms_are_named_once_each_and_none_is_the_reference() -> None:
+    arms = make_arms(100)
+    assert [arm.describe().name for arm in arms] == ROWS
+    assert REFERENCE not in arms
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"seeds": 0}, "seeds is 0"),
+        ({"rows": ("AEPP",)}, "unknown row 'AEPP': did you mean AEP"),
+        ({"heads": 3}, "heads must divide d_model"),
+        ({"batch": 0}, "batch"),
+        ({"context": 5000}, "a context of 5000 needs 5001"),
+        ({"phase_steps": 0}, "max_steps"),
+        ({"repeats": -1}, "repeats is -1"),
+        ({"json": Path("missing/audit.json")}, "there is no folder missing"),
+        ({"png": Path("missing/audit.png")}, "there is no folder missing"),
+        ({"data": "missing.txt"}, "no file or folder 'missing.txt'"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_is_computed(
+    text: str, arguments: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def computed(*_: object) -> None:
+        raise AssertionError("computed before the input was checked")
+
+    monkeypatch.setattr("altprop.lm.audit_command.relax", computed)
+    with pytest.raises((ConfigError, DataError), match=message) as caught:
+        audit(**{"data": text, **SMALL, **arguments})
+    assert "\n" not in str(caught.value)
+
+
+def test_the_command_line_prints_tables_that_fit_and_refuses_in_one_line(
+    text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = ["--data", text, "--batch=2", "--context=8", "--d_model=16", "--heads=2"]
+    assert main(["audit", *small, "--seeds=1", "--repeats=0", "--rows=[AEP, Implicit]"]) == 0
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= 100
+    for words in ("AEP", "Implicit", "stable fixed point", "in float64 confirm the reference"):
+        assert words in out
+    assert main(["audit", *small, "--json", "missing/audit.json"]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("altprop: error: ") and err.count("\n") == 1

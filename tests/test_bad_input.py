@@ -1,0 +1,325 @@
+"""Bad input meets one clear line, exit status 2, and nothing new on disk."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from altprop.lm.cli import main
+from altprop.lm.train import train
+from lm_runs import sentences, small, tree, words
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a text, `text.txt`, and of a run on it, `run`."""
+    folder = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("altprop.lm.train.plot_run", lambda folder: folder)
+        train(small(folder / "run", steps=2))
+    return folder
+
+
+@pytest.fixture
+def here(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working folder: it holds a text and a run."""
+    copied = shutil.copytree(trained, tmp_path / "here")
+    monkeypatch.chdir(copied)
+    return copied
+
+
+Refused = Callable[..., str]
+
+
+@pytest.fixture
+def refused(here: Path, capsys: pytest.CaptureFixture[str]) -> Refused:
+    """Run the command line and return the one line with which it refuses."""
+
+    def call(*argv: str) -> str:
+        before = tree(here)
+        capsys.readouterr()
+        assert main(argv) == 2
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert err.startswith("altprop: error: ") and err.count("\n") == 1 and err[-1] == "\n"
+        assert "Traceback" not in err
+        assert tree(here) == before
+        return err
+
+    return call
+
+
+def tiny(here: Path, **changes: object) -> list[str]:
+    """Return the words of a good tiny run, but for these options."""
+    options = dict(zip(*[iter(words(small(here / "new")))] * 2, strict=True))
+    options |= {f"--{name}": str(value) for name, value in changes.items()}
+    return ["train", *(word for pair in options.items() for word in pair)]
+
+
+def test_without_a_fault_the_same_words_train(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("altprop.lm.train.plot_run", lambda folder: folder)
+    assert main(tiny(here)) == 0
+    assert (here / "new" / "last.safetensors").exists()
+
+
+# The text
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "holds no text"),
+        (b"a", "holds a single character"),
+        (b"too short. " * 3, "holds 4 tokens, but a context of 16 needs 17: give more text or a"),
+        (sentences().encode("utf-16"), "looks like UTF-16: convert it to UTF-8"),
+        ("caf\xe9 ".encode("latin-1") * 200, "is not UTF-8: byte 0xe9 at offset 3"),
+        (b"\x7fELF\x02\x01\x01\x00" * 200, "is binary (a zero byte at offset 7)"),
+    ],
+    ids=["empty", "one character", "too short", "UTF-16", "Latin-1", "binary"],
+)
+def test_a_text_that_cannot_be_trained_on(
+    content: bytes, said: str, here: Path, refused: Refused
+) -> None:
+    (here / "bad.txt").write_bytes(content)
+    line = refused(*tiny(here, data="bad.txt"))
+    assert "bad.txt" in line and said in line
+
+
+def test_a_text_that_is_not_there(here: Path, refused: Refused) -> None:
+    assert "no file or folder 'missing.txt'" in refused(*tiny(here, data="missing.txt"))
+    line = refused(*tiny(here, data="playz"))
+    assert "no corpus, file or folder named 'playz': did you mean plays?" in line
+
+
+def test_a_folder_without_texts(here: Path, refused: Refused) -> None:
+    (here / "empty").mkdir()
+    assert "no text files under empty: expected files that end in" in refused(
+        *tiny(here, data="empty")
+    )
+
+
+class Hostile:
+    """What a pickle of somebody else may do when it is read."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Callable[[str], int], tuple[str]]:
+        return os.system, (f"touch '{self.mark}'",)
+
+
+@pytest.mark.parametrize(
+    ("meta", "said"),
+    [
+        (lambda mark: pickle.dumps({"itos": {0: "a"}, "evil": Hostile(mark)}), "it names "),
+        (lambda mark: pickle.dumps({"itos": {0: "a", 1: 7}}), "meta.pkl"),
+        (lambda mark: pickle.dumps({"vocab": 3})[:-4], "meta.pkl"),
+        (lambda mark: b"not a pickle", "meta.pkl"),
+    ],
+    ids=["hostile", "no vocabulary", "truncated", "no pickle"],
+)
+@pytest.mark.parametrize("command", ["train", "data"])
+def test_a_meta_pkl_that_is_hostile_or_broken(
+    command: str, meta: Callable[[Path], bytes], said: str, here: Path, refused: Refused
+) -> None:
+    folder, mark = here / "prepared", here / "hostile-was-here"
+    folder.mkdir()
+    for name in ("train.bin", "val.bin"):
+        np.zeros(100, dtype="<u2").tofile(folder / name)
+    (folder / "meta.pkl").write_bytes(meta(mark))
+    argv = tiny(here, data="prepared") if command == "train" else ["data", "prepared"]
+    line = refused(*argv)
+    assert "meta.pkl" in line and said in line
+    assert not mark.exists()
+
+
+# The folder of the run
+
+
+@pytest.mark.parametrize("out", ["text.txt", "text.txt/run", "text.txt/a/b"])
+def test_an_output_folder_that_cannot_be_one(out: str, here: Path, refused: Refused) -> None:
+    assert "text.txt" in refused(*tiny(here, out=out))
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_an_output_folder_without_the_right_to_write(here: Path, refused: Refused) -> None:
+    (here / "locked").mkdir(mode=0o500)
+    assert "locked" in refused(*tiny(here, out="locked/run"))
+
+
+def test_a_run_that_is_already_there(here: Path, refused: Refused) -> None:
+    line = refused(*tiny(here, out="run"))
+    assert "run already holds a run: add --resume" in line and "--overwrite" in line
+
+
+def test_a_folder_of_something_else(here: Path, refused: Refused) -> None:
+    (here / "thesis").mkdir()
+    (here / "thesis" / "chapter1.tex").write_text("years of work")
+    for more in ([], ["--overwrite"]):
+        assert "thesis is no run folder" in refused(*tiny(here, out="thesis"), *more)
+
+
+def test_a_run_to_resume_that_is_none_or_another(here: Path, refused: Refused) -> None:
+    assert "new holds no run to resume" in refused(*tiny(here), "--resume")
+    line = refused(*tiny(here, data="text.txt", out="run", lr=0.5), "--resume")
+    assert "was started with other values of data, lr: write --config run/config.yaml" in line
+    assert "exclude each other" in refused(*tiny(here), "--resume", "--overwrite")
+
+
+# Options
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [
+        ("estimator", "AEPP", "'AEPP': did you mean AEP?"),
+        ("estimator", "implict", "'implict': did you mean Implicit?"),
+        ("solver", "Andersen", "'Andersen': did you mean Anderson?"),
+        ("stabiliser", "JacobianHing", "'JacobianHing': did you mean JacobianHinge?"),
+        ("block", "gatd", "unknown block 'gatd': did you mean gated?"),
+        ("on_failure", "skp", "--on_failure: expected one of"),
+        ("stepz", "3", "unknown option --stepz: did you mean --steps?"),
+        ("estimator.bta", "0.1", "did you mean --estimator.beta?"),
+        ("solver.toll", "0.1", "did you mean --solver.tol?"),
+    ],
+)
+def test_an_unknown_name_is_met_with_the_nearest_known_one(
+    option: str, value: str, said: str, here: Path, refused: Refused
+) -> None:
+    assert said in refused(*tiny(here), f"--{option}", value)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("stepz: 3\n", "did you mean steps?"),
+        ("estimator:\n  class_path: AEP\n  init_args:\n    bta: 0.1\n", "beta"),
+        ("steps: many\n", "steps"),
+        ("steps: [\n", "not valid YAML"),
+        ("just words\n", "expected lines such as 'steps: 1000'"),
+    ],
+    ids=["unknown key", "unknown argument", "not a number", "no YAML", "no mapping"],
+)
+def test_a_configuration_file_with_a_fault_is_named(
+    content: str, said: str, here: Path, refused: Refused
+) -> None:
+    (here / "bad.yaml").write_text(content)
+    line = refused("train", "--config", "bad.yaml")
+    assert "bad.yaml" in line and said in line
+
+
+def test_a_configuration_file_that_is_not_there(refused: Refused) -> None:
+    assert "missing.yaml" in refused("train", "--config", "missing.yaml")
+
+
+@pytest.mark.parametrize("beta", ["0", "-0.1"])
+@pytest.mark.parametrize("estimator", ["AEP", "EP", "PublishedAEP"])
+def test_a_nudge_that_is_not_positive(
+    estimator: str, beta: str, here: Path, refused: Refused
+) -> None:
+    line = refused(*tiny(here, estimator=estimator), "--estimator.beta", beta)
+    assert "beta is -0.1" in line or "beta is 0" in line
+    assert "expected a number > 0" in line
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [
+        ("heads", 3, "heads must divide d_model, for example heads=4"),
+        ("heads", 0, "heads is 0, expected at least 1"),
+        ("steps", 0, "steps is 0, expected at least 1"),
+        ("steps", 1.5, "--steps: expected a whole number, got"),
+        ("lr", -1, "lr is -1.0, expected a number > 0"),
+        ("context", 100000, "give more text or a shorter context"),
+        ("seed", -1, "seed is -1"),
+        ("device", "abacus", "device 'abacus' cannot be used here"),
+        ("freeze", '["*"]', "freeze: '*' leaves no parameter to learn"),
+        ("estimator", "BPTT", "BPTT differentiates a stated relaxation, and Anderson is none"),
+        ("solver", "{class_path: Anderson, init_args: {memory: 0}}", "memory is 0"),
+    ],
+)
+def test_a_value_that_no_run_can_have(
+    option: str, value: object, said: str, here: Path, refused: Refused
+) -> None:
+    assert said in refused(*tiny(here, **{option: value}))
+
+
+def test_a_command_that_is_not_there(refused: Refused) -> None:
+    assert "unknown command 'trian': did you mean train?" in refused("trian")
+
+
+def test_a_value_that_is_missing(here: Path, refused: Refused) -> None:
+    assert "--steps" in refused("train", "--steps")
+    assert "RUN" in refused("sample")
+
+
+# Writing text
+
+
+def test_a_prompt_outside_the_vocabulary_names_the_characters(here: Path, refused: Refused) -> None:
+    line = refused("sample", "run", "--prompt", "Ünd the €")
+    assert "lacks 'U', '€'" not in line and "'Ü'" in line and "'€'" in line and "'t'" not in line
+    assert "the prompt is empty" in refused("sample", "run", "--prompt", "")
+    assert "'\\\\'" in refused("sample", "run", "--prompt", "the\\n")
+
+
+def test_a_run_to_sample_from_that_is_none(here: Path, refused: Refused) -> None:
+    assert "no config.yaml there" in refused("sample", "nowhere")
+    assert "no config.yaml there" in refused("sample", "text.txt")
+    assert "last" in refused("sample", "run", "--which", "lst").replace("lst", "")
+
+
+@pytest.mark.parametrize("command", ["sample", "resume"])
+@pytest.mark.parametrize("fault", ["truncated", "foreign", "text", "missing", "other shapes"])
+def test_a_checkpoint_with_a_fault(fault: str, command: str, here: Path, refused: Refused) -> None:
+    which = "best" if command == "sample" else "last"
+    path = here / "run" / f"{which}.safetensors"
+    if fault == "truncated":
+        path.write_bytes(path.read_bytes()[:-100])
+    elif fault == "foreign":
+        save_file({"wte.weight": torch.zeros(3, 3)}, path, {"format": "pt"})
+    elif fault == "text":
+        path.write_text("version https://git-lfs.github.com/spec/v1\n")
+    elif fault == "missing":
+        path.unlink()
+    else:
+        yaml = here / "run" / "config.yaml"
+        yaml.write_text(yaml.read_text().replace("d_model: 16", "d_model: 32"))
+    if command == "sample":
+        line = refused("sample", "run")
+    else:
+        line = refused("train", "--config", "run/config.yaml", "--out", "run", "--resume")
+    assert str(Path("run", path.name)) in line or "no checkpoint yet" in line
+
+
+@pytest.mark.parametrize("content", ["", "{", '{"format": "altprop-characters-1"}', "[]"])
+def test_a_vocabulary_with_a_fault(content: str, here: Path, refused: Refused) -> None:
+    (here / "run" / "vocab.json").write_text(content)
+    assert "run/vocab.json" in refused("sample", "run")
+
+
+# A process
+
+
+def test_a_process_says_the_same_with_status_2_and_no_traceback(here: Path) -> None:
+    before = tree(here)
+    done = subprocess.run(
+        [sys.executable, "-m", "altprop", *tiny(here, data="missing.txt")],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"},
+    )
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.startswith("altprop: error: no file or folder 'missing.txt'")
+    assert tree(here) == before

@@ -1,0 +1,39 @@
+"""The contract of every rule, in one list: a new rule is one line here."""
+
+from __future__ import annotations
+
+import pytest
+
+import altprop as ap
+from altprop.testing import check_distributed, check_rule
+
+RULES = [
+    ap.Backprop(),
+    ap.FeedbackAlignment(),
+    ap.FeedbackAlignment(init="sparse", k=2),
+    ap.SignSymmetry(),
+    ap.SignSymmetry(scale="fan_in", variant="brsf"),
+    ap.SignSymmetry(scale="none", variant="frsf"),
+    ap.KolenPollack(),
+    ap.WeightMirror(probes=4),
+    ap.AlignedFeedback(probes=4),
+    ap.AlignedFeedback(probes=4, normalize=True),
+    ap.DirectFeedback(),
+    ap.DirectFeedback(pass_through="pure", feedback="shared"),
+    ap.DirectFeedback(granularity="sublayer"),
+    ap.DirectFeedback(granularity="block", error="head_input"),
+    ap.DirectFeedback(granularity="block", feedback="shared"),
+    ap.DirectFeedback(granularity="block", calibrate_every=2),
+    ap.BlockDirectFeedback(),
+    ap.GrAPE(),
+    ap.GrAPE(probes=2, every=2, normalize="output", calibrate_every=3, error="head_input"),
+]
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_rule_keeps_the_contract(rule: ap.AbstractRule) -> None:
+    check_rule(rule, distributed=False)
+
+
+def test_every_rule_gives_the_joint_gradient_in_two_processes() -> None:
+    check_distributed(RULES)

@@ -1,0 +1,258 @@
+"""Broadcast rules against gradients written by hand in float64; how learned feedback behaves."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import altprop as ap
+
+
+class Chain(nn.Module):
+    """head(f₂(f₁(x))): linear blocks with an optional tanh, so that everything has a formula."""
+
+    def __init__(self, tanh: bool, seed: int = 0) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        body = nn.Tanh() if tanh else nn.Identity()
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Linear(a, 6, dtype=torch.float64), body) for a in (5, 6)
+        )
+        self.head = nn.Linear(6, 4, dtype=torch.float64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+def data() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(3, 2, 5, generator=generator, dtype=torch.float64)
+    return x, torch.randint(4, (3, 2), generator=generator)
+
+
+def trained(model: Chain) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """Run one backward pass; return the error, each map's input and each block's output."""
+    x, targets = data()
+    states = [x]
+    with torch.no_grad():
+        for block in model.blocks:
+            states.append(block(states[-1]))
+    logits = model(x)
+    logits.retain_grad()
+    F.cross_entropy(logits.flatten(0, 1), targets.flatten()).backward()
+    assert logits.grad is not None
+    return logits.grad, states[:-1], states[1:]
+
+
+def close(got: Tensor | None, want: Tensor, tolerance: float = 1e-12) -> None:
+    assert got is not None
+    assert float((got - want).abs().max()) <= tolerance
+
+
+def outer(signal: Tensor, x: Tensor) -> Tensor:
+    return torch.einsum("bto,bti->oi", signal, x)
+
+
+@pytest.mark.parametrize("pass_through", ["hybrid", "pure"])
+@pytest.mark.parametrize("feedback", ["shared", "independent"])
+def test_matmul_taps_see_the_projected_error_without_any_activation(
+    pass_through: str, feedback: str
+) -> None:
+    rule = ap.DirectFeedback(pass_through=pass_through, feedback=feedback, std=0.5)
+    model = ap.convert(Chain(tanh=True), rule, output="head")
+    e, inputs, outputs = trained(model)
+    for block, x in zip(model.blocks, inputs, strict=True):
+        B = model.B_dfa_shared[:6] if feedback == "shared" else block[0].B_dfa
+        close(block[0].weight.grad, outer(e @ B.T, x))
+        close(block[0].bias.grad, (e @ B.T).sum((0, 1)))
+    close(model.head.weight.grad, outer(e, outputs[-1]))
+
+
+@pytest.mark.parametrize("pass_through", ["hybrid", "pure"])
+def test_hybrid_maps_send_the_exact_cotangent_and_pure_ones_a_zero(pass_through: str) -> None:
+    model = Chain(tanh=True)
+    exact = [torch.randn(5, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    with torch.no_grad():
+        exact[1].copy_(exact[0])
+    x, _ = data()
+    model(x + exact[0]).square().sum().backward()
+    ap.convert(model, ap.DirectFeedback(pass_through=pass_through), output="head")
+    model(x + exact[1]).square().sum().backward()
+    wanted = exact[0].grad if pass_through == "hybrid" else torch.zeros(5)
+    close(exact[1].grad, wanted)
+
+
+@pytest.mark.parametrize("error", ["logits", "head_input"])
+def test_block_taps_keep_ordinary_autograd_inside(error: str) -> None:
+    rule = ap.DirectFeedback(granularity="block", error=error, std=0.5)
+    model = ap.convert(Chain(tanh=True), rule, output="head")
+    e, inputs, outputs = trained(model)
+    if error == "head_input":
+        e = e @ model.head.weight.detach()
+    for block, x, h in zip(model.blocks, inputs, outputs, strict=True):
+        signal = (e @ block.B_dfa.T) * (1 - h**2)
+        close(block[0].weight.grad, outer(signal, x))
+
+
+def test_block_direct_feedback_projects_each_blocks_own_error() -> None:
+    model = ap.convert(Chain(tanh=True), ap.BlockDirectFeedback(std=0.5), output="head")
+    e, inputs, outputs = trained(model)
+    above = e @ model.head.weight.detach()
+    for block, x, h in reversed(list(zip(model.blocks, inputs, outputs, strict=True))):
+        close(block[0].weight.grad, outer(above @ block[0].B_dfa_block.T, x))
+        above = (above * (1 - h**2)) @ block[0].weight.detach()
+
+
+@pytest.mark.parametrize("granularity", ["matmul", "block"])
+def test_the_exact_jacobian_as_feedback_is_backprop(granularity: str) -> None:
+    model, plain = Chain(tanh=False), Chain(tanh=False)
+    ap.convert(model, ap.DirectFeedback(granularity=granularity), output="head")
+    jacobian = model.head.weight.detach()
+    for block in reversed(model.blocks):
+        (block if granularity == "block" else block[0]).B_dfa.copy_(jacobian.T)
+        jacobian = jacobian @ block[0].weight.detach()
+    trained(model)
+    trained(plain)
+    for got, want in zip(model.parameters(), plain.parameters(), strict=True):
+        close(got.grad, want.grad, 1e-10)
+
+
+def test_an_error_without_tokens_is_repeated_over_them() -> None:
+    class Pooled(Chain):
+        def forward(self, x: Tensor) -> Tensor:
+            for block in self.blocks:
+                x = block(x)
+            return self.head(x.mean(1))
+
+    model = ap.convert(Pooled(tanh=False), ap.DirectFeedback(granularity="block"), output="head")
+    x, _ = data()
+    logits = model(x)
+    logits.retain_grad()
+    logits.square().sum().backward()
+    signal = (logits.grad @ model.blocks[0].B_dfa.T)[:, None].expand(-1, 2, -1)
+    close(model.blocks[0][0].weight.grad, outer(signal, x))
+
+
+def test_calibration_is_backprop_on_every_nth_pass_and_the_rule_on_the_others() -> None:
+    rule = ap.DirectFeedback(granularity="block", calibrate_every=3)
+    model, plain = ap.convert(Chain(tanh=True), rule, output="head"), Chain(tanh=True)
+    trained(plain)
+    same = []
+    for _ in range(6):
+        model.zero_grad()
+        trained(model)
+        pairs = zip(model.parameters(), plain.parameters(), strict=True)
+        same.append(all(torch.allclose(a.grad, b.grad, atol=1e-14) for a, b in pairs))
+    assert same == [False, False, True, False, False, True]
+
+
+@pytest.mark.parametrize("normalize", ["hidden", "output", "none"])
+def test_grape_turns_each_feedback_towards_the_true_jacobian(normalize: str) -> None:
+    model = Chain(tanh=False)
+    ap.convert(model, ap.GrAPE(probes=16, normalize=normalize), output="head")
+    optimizer = torch.optim.SGD(ap.feedback_parameters(model), lr=3e-4)
+    jacobians = [model.blocks[1][0].weight.T @ model.head.weight.T, model.head.weight.T]
+    axis = 0 if normalize == "output" else 1
+
+    def cosines() -> list[float]:
+        return [
+            float(torch.cosine_similarity(b.B_dfa, J, dim=axis).mean().detach())
+            for b, J in zip(model.blocks, jacobians, strict=True)
+        ]
+
+    before = cosines()
+    for _ in range(60):
+        model.zero_grad()
+        trained(model)
+        optimizer.step()
+    assert max(before) < 0.6 and min(cosines()) > 0.9, (before, cosines())
+
+
+def test_a_probe_measures_the_jacobian_product_with_dropout_and_rules_off() -> None:
+    class Noisy(Chain):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(F.dropout(x, 0.5, self.training))
+
+    model = ap.convert(Noisy(tanh=False), ap.GrAPE(), output="head")
+    x, _ = data()
+    torch.manual_seed(3)
+    first = model(x)
+    ap.revert(model)
+    torch.manual_seed(3)
+    assert torch.equal(first, model(x)), "the probe disturbed the dropout of the pass"
+    assert model.training and model.head.training
+
+
+def test_kolen_pollack_contracts_by_the_rate_times_the_decay() -> None:
+    model = ap.convert(Chain(tanh=True), ap.KolenPollack())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=2.0)
+    linear = model.blocks[1][0]
+    # The same gradient and the same moments: only the decay is left of the difference.
+    gap = (linear.weight - linear.B).detach().clone()
+    for step in range(1, 6):
+        optimizer.zero_grad()
+        trained(model)
+        optimizer.step()
+        close((linear.weight - linear.B).detach(), gap * (1 - 0.01 * 2.0) ** step)
+
+
+def test_feedback_alignment_aligns_a_linear_network() -> None:
+    torch.manual_seed(0)
+    student = nn.Sequential(nn.Linear(12, 24, bias=False), nn.Linear(24, 6, bias=False)).double()
+    with torch.no_grad():
+        for linear in student:
+            linear.weight.mul_(0.1)
+    ap.convert(student, ap.FeedbackAlignment(std=0.3))
+    teacher = torch.randn(6, 12, dtype=torch.float64)
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.02)
+
+    def angle() -> float:
+        W, B = student[1].weight.detach().flatten(), student[1].B.flatten()
+        return float(torch.rad2deg(torch.acos(torch.cosine_similarity(W, B, dim=0))))
+
+    before = angle()
+    for _ in range(400):
+        x = torch.randn(32, 12, dtype=torch.float64)
+        loss = (student(x) - x @ teacher.T).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert before > 80 and angle() < 45, (before, angle())
+
+
+def test_a_mirror_and_aligned_feedback_come_to_point_along_the_weight() -> None:
+    for rule, rate in ((ap.WeightMirror(probes=64), 0.2), (ap.AlignedFeedback(probes=64), 1e-3)):
+        torch.manual_seed(0)
+        layer = ap.convert(nn.Linear(8, 6), rule)
+        optimizer = torch.optim.SGD([layer.B], lr=rate)
+        x = torch.randn(4, 8)
+        for _ in range(150):
+            optimizer.zero_grad()
+            layer(x).sum().backward()
+            optimizer.step()
+        W, B = layer.weight.detach().flatten(), layer.B.detach().flatten()
+        assert torch.cosine_similarity(W, B, dim=0) > 0.9, rule
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: ap.FeedbackAlignment(init="ortogonal"), "did you mean orthogonal"),
+        (lambda: ap.FeedbackAlignment(std=-1), "positive"),
+        (lambda: ap.SignSymmetry(scale="frob"), "did you mean frobenius"),
+        (lambda: ap.SignSymmetry(variant="sgn"), "did you mean sign"),
+        (lambda: ap.DirectFeedback("blok"), "did you mean block"),
+        (lambda: ap.DirectFeedback(calibrate_every=1), "no step to the rule"),
+        (lambda: ap.GrAPE(normalize="rows"), "Known: hidden, none, output"),
+        (lambda: ap.GrAPE(probes=0), "at least 1"),
+        (lambda: ap.WeightMirror(probes=1), "centres its noise"),
+        (lambda: ap.AlignedFeedback(probes=0), "at least 1"),
+    ],
+)
+def test_a_rule_refuses_what_it_does_not_know(make: object, message: str) -> None:
+    with pytest.raises(ap.ConfigError, match=message):
+        make()  # type: ignore[operator]

@@ -1,0 +1,154 @@
+"""`altprop sample` continues a text with a trained model, or says why it cannot."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from altprop import Anderson, CheckpointError, ConfigError, DataError
+from altprop.lm import checkpoint
+from altprop.lm.config import read_config, write_config
+from altprop.lm.sample_command import load_run, sample
+from altprop.lm.settings import TrainConfig
+from altprop.lm.text import CharTokenizer
+from altprop.lm.train import train
+from lm_runs import small
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("altprop.lm.train.plot_run", lambda folder: folder)
+        train(small(folder, steps=120, eval_every=60, lr=1e-2))
+    return folder
+
+
+def written(capsys: pytest.CaptureFixture[str]) -> str:
+    out, err = capsys.readouterr()
+    assert err == ""
+    return out.removesuffix("\n")
+
+
+def test_a_sample_continues_the_prompt_by_so_many_characters_of_the_vocabulary(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sample(run, prompt="the old ", tokens=60)
+    text = written(capsys)
+    assert text.startswith("the old ") and len(text) == 68
+    assert set(text) <= set(CharTokenizer.from_json(run / "vocab.json").vocab)
+    sample(run, tokens=5)
+    assert written(capsys)[0] == "\n"
+    sample(run, prompt="my", tokens=0)
+    assert written(capsys) == "my"
+
+
+def test_a_model_that_has_learned_writes_the_words_of_its_text(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sample(run, prompt="the ", tokens=200, temperature=0.5)
+    words = set(written(capsys).replace(".", " ").split())
+    known = "the cat a dog old man my friend king sees likes finds follows".split()
+    assert len(words & set(known)) >= 4
+
+
+def test_the_seed_decides_the_text_and_temperature_zero_needs_none(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = []
+    for seed in (0, 0, 1):
+        sample(run, tokens=40, seed=seed)
+        texts.append(written(capsys))
+    assert texts[0] == texts[1] != texts[2]
+    for seed in (0, 1):
+        sample(run, tokens=40, temperature=0, seed=seed)
+        texts.append(written(capsys))
+    assert texts[3] == texts[4]
+    sample(run, tokens=40, top_k=1)
+    assert written(capsys) == texts[3]
+
+
+def test_a_prompt_longer_than_the_context_is_continued_from_its_end(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompt = "the king sees the old man.\na dog "
+    sample(run, prompt=prompt, tokens=20, temperature=0)
+    sample(run, prompt=prompt[-16:], tokens=20, temperature=0)
+    long, _, short = written(capsys).partition(prompt)[2].partition(prompt[-16:])
+    assert len(short) == 20 and long == short + "\n"
+
+
+def test_best_and_last_are_the_two_checkpoints(run: Path, tmp_path: Path) -> None:
+    copied = shutil.copytree(run, tmp_path / "run")
+    changed, _ = load_run(copied, "best", "cpu")
+    torch.nn.init.constant_(changed.head.weight, 0.5)
+    checkpoint.save(copied / "last.safetensors", changed, None, {}, {})
+    last, best = load_run(copied, "last", "cpu")[0], load_run(copied, "best", "cpu")[0]
+    assert bool((last.head.weight == 0.5).all()) and not bool((best.head.weight == 0.5).any())
+    (copied / "best.safetensors").unlink()
+    load_run(copied, "last", "cpu")
+    with pytest.raises(CheckpointError, match="best.safetensors: there is no such checkpoint"):
+        load_run(copied, "best", "cpu")
+    with pytest.raises(ConfigError, match="unknown checkpoint 'lst': did you mean last"):
+        load_run(copied, "lst", "cpu")  # type: ignore[arg-type]
+
+
+def test_text_with_brackets_and_colons_is_printed_as_it_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("altprop.lm.train.plot_run", lambda folder: folder)
+    (tmp_path / "text.txt").write_text("[b]:smile: \\[x] œ\n" * 30, encoding="utf-8")
+    train(small(tmp_path / "run", steps=1))
+    capsys.readouterr()
+    sample(tmp_path / "run", prompt="[b]:smile: \\[x] œ", tokens=0)
+    assert capsys.readouterr().out == "[b]:smile: \\[x] œ\n"
+
+
+def test_a_text_that_was_read_from_no_equilibrium_comes_with_a_warning(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copied = shutil.copytree(run, tmp_path / "run")
+    config = read_config(copied / "config.yaml", TrainConfig)
+    rushed = replace(config, solver=Anderson(max_steps=1, tol=1e-7))
+    write_config(copied / "config.yaml", rushed)
+    sample(copied, tokens=7)
+    out, err = capsys.readouterr()
+    assert len(out) == 9  # the prompt, the tokens and the end of the line
+    assert err.startswith("altprop: warning: 7 of 7 tokens were read from a state")
+    assert err.count("\n") == 1
+
+
+def test_what_cannot_be_continued_is_refused(run: Path) -> None:
+    with pytest.raises(DataError, match=r"lacks 'Z', 'é'"):
+        sample(run, prompt="Zé the")
+    with pytest.raises(DataError, match="the prompt is empty"):
+        sample(run, prompt="")
+    with pytest.raises(ConfigError, match="seed is -1"):
+        sample(run, seed=-1)
+    with pytest.raises(ConfigError, match="-5 tokens"):
+        sample(run, tokens=-5)
+    with pytest.raises(ConfigError, match="device 'abacus'"):
+        sample(run, device="abacus")
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "vocab.json"])
+def test_a_folder_that_is_no_run_is_refused_by_what_it_lacks(
+    name: str, run: Path, tmp_path: Path
+) -> None:
+    copied = shutil.copytree(run, tmp_path / "run")
+    (copied / name).unlink()
+    with pytest.raises(CheckpointError, match=f"no {name} there"):
+        sample(copied)
+
+
+def test_a_vocabulary_of_another_size_does_not_fit_the_checkpoint(
+    run: Path, tmp_path: Path
+) -> None:
+    copied = shutil.copytree(run, tmp_path / "run")
+    CharTokenizer.from_text("abc").to_json(copied / "vocab.json")
+    with pytest.raises(CheckpointError, match="size mismatch for tokens.weight"):
+        sample(copied, prompt="a")
