@@ -13,9 +13,10 @@ from altprop.lm.model import GPT, EquilibriumLM, ModelConfig, generate, stream
 def tiny(block: str, context: int, tol: float = 1e-6) -> EquilibriumLM:
     """Return a float64 model with weights large enough that no token is like another."""
     torch.manual_seed(0)
+    scale = 0.2 if block == "gated" else 0.1  # the others lose their fixed point beyond
     model = EquilibriumLM(ModelConfig(13, context, 8, 2, block=block), ap.Anderson(tol=tol))
     for p in model.parameters():
-        nn.init.normal_(p, std=1.0 if p.shape[0] in (13, context) else 0.2)
+        nn.init.normal_(p, std=1.0 if p.shape[0] in (13, context) else scale)
     if block == "gated":
         nn.init.uniform_(model.block.dynamics.alpha, -0.4, 0.4)
     for norm in (m for m in model.modules() if isinstance(m, nn.LayerNorm)):
@@ -52,7 +53,7 @@ def test_past_the_context_the_window_is_solved_anew() -> None:
 
 
 def test_a_stream_yields_what_generate_returns() -> None:
-    model, ids = tiny("damped", 8), torch.tensor([[1, 2]])
+    model, ids = tiny("damped", 9), torch.tensor([[1, 2]])
     draws = [torch.Generator().manual_seed(5) for _ in range(2)]
     whole = generate(model, ids, 5, generator=draws[0])
     parts = list(stream(model, ids, 5, generator=draws[1]))

@@ -355,3 +355,28 @@ def test_another_estimator_can_be_used_for_a_while() -> None:
     with ap.using(model, estimator=ap.Implicit(tol=1e-12)):
         model(x).sum().backward()
     assert torch.allclose(model.layers[0].linear.weight.grad, wanted)
+
+
+def test_convert_explain_revert_and_rules_off_know_stacks() -> None:
+    model, x = chain(), torch.randn(5, 4).double()
+    weight = model.layers[0].linear.weight
+    wanted = torch.autograd.grad(model(x).sum(), weight)[0]
+    assert ap.convert(model, ap.AEP(), stack="layers") is model
+    assert [row.rule for row in ap.explain(model).rows].count("AEP") == 6
+    with ap.rules_off(model):
+        assert torch.equal(torch.autograd.grad(model(x).sum(), weight)[0], wanted)
+    by_aep = torch.autograd.grad(model(x).sum(), weight)[0]
+    assert cosine(by_aep, wanted) >= 0.99999 and not torch.equal(by_aep, wanted)
+    ap.revert(model)
+    assert torch.equal(torch.autograd.grad(model(x).sum(), weight)[0], wanted)
+
+
+def test_feedback_rules_and_a_stack_do_not_share_blocks() -> None:
+    model = ap.convert(chain(), {"layers.*": ap.FeedbackAlignment()})
+    with pytest.raises(ap.RuleError, match="holds a converted part"):
+        ap.convert(model, ap.AEP(), stack="layers")
+    stacked = ap.convert(chain(), ap.AEP(), stack="layers")
+    with pytest.raises(ap.RuleError, match="falsify"):
+        ap.convert(stacked, {"layers.*": ap.FeedbackAlignment()})
+    with pytest.raises(ap.ConfigError, match="takes an estimator"):
+        ap.convert(chain(), ap.FeedbackAlignment(), stack="layers")

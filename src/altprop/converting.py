@@ -14,6 +14,9 @@ import torch
 from torch import nn
 
 from altprop.channel import Channel, Switch
+from altprop.equilibrium.estimators.estimator import AbstractEstimator
+from altprop.equilibrium.module import STACK
+from altprop.equilibrium.stack import convert_stack, revert_stack
 from altprop.errors import ConfigError, RuleError
 from altprop.feedback import generator_for
 from altprop.places import Conversion, Place, Places, Planner, TapRequest
@@ -40,6 +43,7 @@ def convert(
     *,
     output: str | None = None,
     seed: int = 0,
+    stack: str | None = None,
 ) -> M:
     """Let a learning rule decide what `.backward()` writes, in place, and return the model.
 
@@ -52,11 +56,19 @@ def convert(
     to rules: `*` matches any text, a pattern also matches everything below what it names, the
     first pattern that matches a place counts, the rest stay on backprop. `output`, the path of
     the linear map that makes the logits: where broadcast rules take their error. `seed`, from
-    which, with the module's path, every feedback matrix is drawn.
+    which, with the module's path, every feedback matrix is drawn. `stack`, with an estimator such
+    as `AEP()` for a rule: the list of blocks that become one layered equilibrium, as in
+    `convert_stack`.
 
     **Raises:** `RuleError`, one for everything that cannot be converted, with paths and what to
     write instead; `ConfigError` for arguments of a wrong kind. The model is then untouched.
     """
+    if stack is not None:
+        if not isinstance(rule, AbstractEstimator):
+            raise ConfigError(
+                f"stack={stack!r} takes an estimator such as AEP() for all its blocks, not {rule!r}"
+            )
+        return convert_stack(model, rule, stack)
     mapping = {"*": rule} if isinstance(rule, AbstractRule) else rule
     if not isinstance(mapping, Mapping) or not mapping:
         hint = f": write {rule.__name__}()" if isinstance(rule, type) else ""
@@ -237,8 +249,11 @@ def revert(model: M) -> M:
     **Raises:** `RuleError` if neither the model nor any part of it was converted.
     """
     found = list(conversions(model))
-    if not found:
+    stacks = [module for module in model.modules() if STACK in module.__dict__]
+    if not found and not stacks:
         raise RuleError(f"this {type(model).__name__} was not converted: nothing to revert")
+    for module in stacks:
+        revert_stack(module)
     for _, root, record in found:
         for module in root.modules():
             if isinstance(module, Role):
@@ -260,8 +275,10 @@ def rules_off(model: nn.Module) -> Iterator[None]:
 
     It must cover the forward pass, and the backward pass too under activation checkpointing.
     """
-    switches = {id(r.switch): r.switch for _, _, r in conversions(model)}
+    switches: dict[int, Any] = {id(r.switch): r.switch for _, _, r in conversions(model)}
     for module in model.modules():
+        if STACK in module.__dict__:
+            switches[id(module)] = module.__dict__[STACK]
         own = module.__dict__.get("_switch")
         if isinstance(own, Switch):
             switches[id(own)] = own

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from altprop.converting import conversions, learned_feedback
+from altprop.equilibrium.stack import StackRow, explain_stack
 from altprop.errors import RuleError
 from altprop.rule import AbstractBroadcast, AbstractTransport
 from altprop.sites import MapTap, OutputTap, Role, TransportSite
@@ -60,6 +61,10 @@ class Table:
         return "\n".join([*text, *(f"note: {note}" for note in self.notes)])
 
 
+def _stack_row(row: StackRow) -> Row:
+    return Row(row.name, row.rule, row.signal, None, "", None, transports=True)
+
+
 def explain(model: nn.Module) -> Table:
     """Return, for each parameter, the rule and the signal that reaches it.
 
@@ -69,6 +74,9 @@ def explain(model: nn.Module) -> Table:
     **Raises:** `RuleError` if neither the model nor any part of it was converted.
     """
     found = list(conversions(model))
+    stacked = explain_stack(model)
+    if not found and stacked:
+        return Table(tuple(_stack_row(row) for row in stacked), ())
     if not found:
         raise RuleError(f"this {type(model).__name__} was not converted: call convert(model, rule)")
     rows: dict[str, Row] = {}
@@ -99,6 +107,9 @@ def explain(model: nn.Module) -> Table:
                 )  # fmt: skip
             elif first == row.parameter:
                 rows[first] = row
+    for stack_row in stacked:
+        if stack_row.level is not None:
+            rows[stack_row.name] = _stack_row(stack_row)
     notes = []
     learned = [name for name, _, _ in learned_feedback(model)]
     if learned:

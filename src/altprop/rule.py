@@ -82,7 +82,11 @@ class AbstractRule(ABC):
     def plan(self, scope: Scope) -> None:
         """Ask `scope` for the changes that put this rule into a model."""
         name = type(self).__name__
-        scope.refuse("", f"{name} is no rule for linear maps or blocks: give it to an Equilibrium")
+        scope.refuse(
+            "",
+            f"{name} is no rule for linear maps or blocks: give it to an Equilibrium, or name the "
+            f"stack of blocks that it is for: convert(model, {name}(), stack='blocks')",
+        )
 
 
 class AbstractTransport(AbstractRule):

@@ -189,7 +189,8 @@ def _arnoldi(
         basis = torch.cat([basis, (w / per_sample(sample_norm(w), w)).unsqueeze(1)], 1)
     if m == n:
         H[:, m, m - 1] = 0  # the whole space; what is left is round-off
-    return _ritz(H, m)
+    found = _ritz(H, m)
+    return Spectrum(found.values.to(like.dtype.to_complex()), found.residuals.to(like.dtype))
 
 
 def _orthogonal(w: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:

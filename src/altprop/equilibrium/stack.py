@@ -58,6 +58,12 @@ def convert_stack(
     taken = [path for path, block in blocks if "forward" in block.__dict__]
     if taken:
         raise RuleError(f"{', '.join(taken)}: somebody has replaced forward there already")
+    for path, block in blocks:
+        if any(key.startswith("_altprop") for m in block.modules() for key in m.__dict__):
+            raise RuleError(
+                f"{path} holds a converted part, whose rule would falsify the adjoint: call "
+                "revert(model) first"
+            )
     layers = [block for _, block in blocks]
     # a block may come twice in the chain, but its parameters only once
     layered = Layered(dict.fromkeys(layers), "sweep" if solver is None else "synchronous")
@@ -66,6 +72,7 @@ def convert_stack(
     model.__dict__[STACK] = record  # past nn.Module, which would register the blocks twice
     for block in dict.fromkeys(layers):
         block.__dict__["forward"] = _Level(record, block)
+        block.__dict__["opaque_to_rules"] = True
     return model
 
 
@@ -79,13 +86,15 @@ def revert_stack(model: M) -> M:
         raise RuleError(f"this {type(model).__name__} has no converted stack: nothing to revert")
     for block in record.blocks:
         block.__dict__.pop("forward", None)
+        block.__dict__.pop("opaque_to_rules", None)
     return model
 
 
 class StackRow(NamedTuple):
-    """What a parameter receives: its `name`, by which `rule`, and the `signal` in words."""
+    """What a parameter receives: at which level if any, by which rule, and the signal in words."""
 
     name: str
+    level: int | None
     rule: str
     signal: str
 
@@ -105,15 +114,14 @@ def explain_stack(model: nn.Module) -> list[StackRow]:
     rows = []
     for name, p in model.named_parameters():
         if not p.requires_grad:
-            rows.append(StackRow(name, "-", "frozen"))
+            rows.append(StackRow(name, None, "-", "frozen"))
         elif id(p) in level_of:
             level = level_of[id(p)]
             signal = f"adjoint state of level {level} of {depth} of the layered equilibrium"
-            rows.append(StackRow(name, rule, signal))
+            rows.append(StackRow(name, level, rule, signal))
         else:
-            rows.append(
-                StackRow(name, "Backprop", "autograd; below the stack, from its adjoint state")
-            )
+            signal = "autograd; below the stack, from its adjoint state"
+            rows.append(StackRow(name, None, "Backprop", signal))
     return rows
 
 
@@ -128,15 +136,6 @@ class Stack:
     on: bool = True
     busy: bool = field(default=False, init=False)
     _run: _Run | None = field(default=None, init=False)
-
-    @contextmanager
-    def off(self) -> Iterator[None]:
-        """Give exact gradients inside: the blocks are called as they are."""
-        before, self.on = self.on, False
-        try:
-            yield
-        finally:
-            self.on = before
 
     def call(self, block: nn.Module, h: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Answer a call of `block` in the model's forward pass."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -270,7 +271,6 @@ def generate(
     return torch.cat([ids, *tokens], dim=1)
 
 
-@torch.no_grad()
 def stream(
     model: LanguageModel,
     ids: Tensor,
@@ -301,6 +301,14 @@ def stream(
         raise DataError("the prompt is empty: give at least one character to continue")
     if top_k is not None and top_k < 1:
         raise ConfigError(f"top_k is {top_k}, expected at least 1, or none for all tokens")
+    pick = partial(_pick, temperature=temperature, top_k=top_k, generator=generator)
+    return _stream(model, ids, count, pick)
+
+
+@torch.no_grad()
+def _stream(
+    model: LanguageModel, ids: Tensor, count: int, pick: Callable[[Tensor], Tensor]
+) -> Iterator[Tensor]:
     context = model.config.context
     cache, unread = None, ids
     for _ in range(count):
@@ -308,7 +316,7 @@ def stream(
             logits, cache = model.extend(unread, cache)
         else:
             logits = model(ids[:, -context:])[0][:, -1]
-        unread = _pick(logits, temperature, top_k, generator)
+        unread = pick(logits)
         ids = torch.cat([ids, unread], dim=1)
         yield unread
 

@@ -35,7 +35,6 @@ from altprop.equilibrium.estimators.phases import (
 from altprop.equilibrium.solvers.solver import AbstractSolver, per_sample, sample_norm
 from altprop.errors import ConfigError
 
-
 # The linear start is solved this much below the tolerance, so that curvature and round-off do not
 # carry the phases' first residual over it: on a trained gated block 10 evaluations instead of 19.
 _HEADROOM = 0.7
