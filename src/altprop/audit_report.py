@@ -40,7 +40,9 @@ class Measured:
 
     `evaluations`: of the force, its JVPs and VJPs, free phase and backward pass together.
     `free_residual`: the worst `‖F‖/‖z‖`. `adjoint_residual`: the worst, relative to the nudge.
-    `beta`: the mean nudge. `response`: the largest `‖z^β − z*‖/‖z*‖`. `failures`: in words.
+    `beta`: the mean nudge. `response`: the largest `‖z^β − z*‖/‖z*‖`.
+    `nudged_residual`: the worst of any nudged phase. `antisymmetry`: the largest `‖Jv − Jᵀv‖/‖Jv‖`.
+    `failures`: in words.
     """
 
     evaluations: int | None = None
@@ -48,6 +50,8 @@ class Measured:
     adjoint_residual: float | None = None
     beta: float | None = None
     response: float | None = None
+    nudged_residual: float | None = None
+    antisymmetry: float | None = None
     failures: tuple[str, ...] = ()
 
 
@@ -353,7 +357,9 @@ def _cost_dict(measured: Sequence[Measured], cost: Cost) -> dict[str, Any]:
         "residuals": {
             "free": max(known("free_residual"), default=None),
             "adjoint": max(known("adjoint_residual"), default=None),
+            "nudged": max(known("nudged_residual"), default=None),
         },
+        "antisymmetry": max(known("antisymmetry"), default=None),
         "beta": average("beta"),
         "response": max(known("response"), default=None),
         "failures": list(dict.fromkeys(f for m in measured for f in m.failures)),

@@ -426,6 +426,8 @@ def _measured(certificates: Sequence[Certificate]) -> Measured:
         adjoint_residual=worst("adjoint_residual"),
         beta=float(torch.cat(betas).mean()) if betas else None,
         response=worst("response"),
+        nudged_residual=worst("nudged_residuals"),
+        antisymmetry=worst("antisymmetry"),
         failures=tuple(dict.fromkeys(failed)),
     )
 

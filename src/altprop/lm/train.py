@@ -290,7 +290,7 @@ def summary(seen: list[Certificate]) -> dict[str, float]:
         "free_evaluations": float(sum(c.free_evaluations for c in seen)),
         "adjoint_evaluations": float(sum(c.adjoint_evaluations for c in seen)),
     }
-    for name in ("adjoint_residual", "response", "beta"):
+    for name in ("adjoint_residual", "nudged_residuals", "antisymmetry", "response", "beta"):
         values = [getattr(c, name) for c in seen if getattr(c, name) is not None]
         if values:
             out[name] = max(float(v.max()) for v in values)
