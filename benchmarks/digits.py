@@ -31,9 +31,11 @@ ARMS: dict[str, ap.AbstractRule | None] = {
     "Kolen-Pollack": ap.KolenPollack(std=0.06),
     "weight mirror": ap.WeightMirror(std=0.06),
     "aligned feedback": ap.AlignedFeedback(std=0.06),
-    "DFA, matmul, hybrid": ap.DirectFeedback(std=0.3),
-    "DFA, block": ap.DirectFeedback(granularity="block", std=0.3),
-    "DFA, block, calibrated": ap.DirectFeedback(granularity="block", std=0.3, calibrate_every=10),
+    "DFA, matmul, hybrid": ap.DirectFeedback(feedback="independent", std=0.3),
+    "DFA, block": ap.DirectFeedback("block", feedback="independent", std=0.3),
+    "DFA, block, calibrated": ap.DirectFeedback(
+        "block", feedback="independent", std=0.3, calibrate_every=10
+    ),
     "block-wise DFA": ap.BlockDirectFeedback(std=0.06),
     "GrAPE": ap.GrAPE(std=0.3),
     "GrAPE, calibrated": ap.GrAPE(std=0.3, calibrate_every=10),

@@ -120,6 +120,7 @@ def model_step(rounds: int = 30) -> dict[str, float]:
     rules = {
         "backprop": None,
         "DirectFeedback, block": ap.DirectFeedback(granularity="block"),
+        "DirectFeedback, block, independent": ap.DirectFeedback("block", feedback="independent"),
         "DirectFeedback, matmul": ap.DirectFeedback(),
         "FeedbackAlignment": ap.FeedbackAlignment(),
     }

@@ -28,7 +28,12 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "altprop.feedback": ("altprop.errors",),
     "altprop.rules.*": ("altprop.errors", "altprop.assign", "altprop.feedback", "altprop.rule"),
     "altprop.equilibrium.solvers.solver": ("altprop.errors",),
-    "altprop.equilibrium.solvers.*": ("altprop.errors", "altprop.equilibrium.solvers.solver"),
+    "altprop.equilibrium.solvers.fallback": ("altprop.errors", "altprop.equilibrium.solvers.*"),
+    "altprop.equilibrium.solvers.*": (
+        "altprop.errors",
+        "altprop.equilibrium.solvers.solver",
+        "altprop.equilibrium.solvers.krylov",
+    ),
     "altprop.equilibrium.estimators.*": (
         "altprop.errors",
         "altprop.assign",
@@ -36,6 +41,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "altprop.equilibrium.solvers.solver",
         "altprop.equilibrium.estimators.estimator",
         "altprop.equilibrium.estimators.phases",
+        "altprop.equilibrium.estimators.correction",
+        "altprop.equilibrium.estimators.nudge",
     ),
     "altprop.equilibrium.*": (
         "altprop.errors",

@@ -58,7 +58,7 @@ def test_rule_learns_digits(make: type[nn.Module], rule: ap.AbstractRule, output
     x, y = digits()
     model = ap.convert(make(), rule, output=output)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    for _ in range(300):
+    for _ in range(150):
         rows = torch.randint(1300, (64,))
         optimizer.zero_grad()
         F.cross_entropy(model(x[rows]), y[rows]).backward()
@@ -66,4 +66,4 @@ def test_rule_learns_digits(make: type[nn.Module], rule: ap.AbstractRule, output
     model.eval()
     with torch.no_grad():
         accuracy = float((model(x[1300:]).argmax(-1) == y[1300:]).float().mean())
-    assert accuracy > 0.6, accuracy  # guessing gives 0.10
+    assert accuracy > 0.45, accuracy  # guessing gives 0.10

@@ -88,7 +88,7 @@ def test_hybrid_maps_send_the_exact_cotangent_and_pure_ones_a_zero(pass_through:
 
 @pytest.mark.parametrize("error", ["logits", "head_input"])
 def test_block_taps_keep_ordinary_autograd_inside(error: str) -> None:
-    rule = ap.DirectFeedback(granularity="block", error=error, std=0.5)
+    rule = ap.DirectFeedback("block", error, "independent", std=0.5)
     model = ap.convert(Chain(tanh=True), rule, output="head")
     e, inputs, outputs = trained(model)
     if error == "head_input":
@@ -110,7 +110,7 @@ def test_block_direct_feedback_projects_each_blocks_own_error() -> None:
 @pytest.mark.parametrize("granularity", ["matmul", "block"])
 def test_the_exact_jacobian_as_feedback_is_backprop(granularity: str) -> None:
     model, plain = Chain(tanh=False), Chain(tanh=False)
-    ap.convert(model, ap.DirectFeedback(granularity=granularity), output="head")
+    ap.convert(model, ap.DirectFeedback(granularity, feedback="independent"), output="head")
     jacobian = model.head.weight.detach()
     for block in reversed(model.blocks):
         (block if granularity == "block" else block[0]).B_dfa.copy_(jacobian.T)
@@ -128,7 +128,8 @@ def test_an_error_without_tokens_is_repeated_over_them() -> None:
                 x = block(x)
             return self.head(x.mean(1))
 
-    model = ap.convert(Pooled(tanh=False), ap.DirectFeedback(granularity="block"), output="head")
+    rule = ap.DirectFeedback("block", feedback="independent")
+    model = ap.convert(Pooled(tanh=False), rule, output="head")
     x, _ = data()
     logits = model(x)
     logits.retain_grad()
@@ -148,6 +149,13 @@ def test_calibration_is_backprop_on_every_nth_pass_and_the_rule_on_the_others() 
         pairs = zip(model.parameters(), plain.parameters(), strict=True)
         same.append(all(torch.allclose(a.grad, b.grad, atol=1e-14) for a, b in pairs))
     assert same == [False, False, True, False, False, True]
+
+
+def test_a_rule_per_block_measures_before_any_block_collects() -> None:
+    rules = {"blocks.0": ap.GrAPE(), "blocks.1": ap.GrAPE(probes=2)}
+    model = ap.convert(Chain(tanh=True), rules, output="head")
+    trained(model)
+    assert all(block.B_dfa.grad.abs().max() > 0 for block in model.blocks)
 
 
 @pytest.mark.parametrize("normalize", ["hidden", "output", "none"])

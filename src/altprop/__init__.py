@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0.dev0"
 
 if TYPE_CHECKING:  # what the table below means, for type checkers and editors
+    from altprop.agreement import Agreement as Agreement, compare as compare
     from altprop.audit_report import AuditReport as AuditReport
     from altprop.auditing import (
         AbstractArm as AbstractArm,
@@ -38,29 +39,35 @@ if TYPE_CHECKING:  # what the table below means, for type checkers and editors
         Extension as Extension,
         GatedBlock as GatedBlock,
     )
-    from altprop.equilibrium.function import from_function as from_function
-    from altprop.equilibrium.hopfield import HopfieldMemory as HopfieldMemory
-    from altprop.equilibrium.layered import Layered as Layered
-    from altprop.equilibrium.thick import ThickBlock as ThickBlock
     from altprop.equilibrium.estimators.aep import AEP as AEP
     from altprop.equilibrium.estimators.bptt import BPTT as BPTT
+    from altprop.equilibrium.estimators.dyadic import DyadicEP as DyadicEP
     from altprop.equilibrium.estimators.ep import EP as EP
     from altprop.equilibrium.estimators.estimator import (
         AbstractEstimator as AbstractEstimator,
         Certificate as Certificate,
     )
+    from altprop.equilibrium.estimators.holomorphic import HolomorphicEP as HolomorphicEP
     from altprop.equilibrium.estimators.implicit import Implicit as Implicit
+    from altprop.equilibrium.estimators.one_step import OneStep as OneStep
     from altprop.equilibrium.estimators.published import (
         PublishedAEP as PublishedAEP,
         PublishedEP as PublishedEP,
     )
+    from altprop.equilibrium.function import from_function as from_function
+    from altprop.equilibrium.hopfield import HopfieldMemory as HopfieldMemory
+    from altprop.equilibrium.layered import Layered as Layered
     from altprop.equilibrium.module import (
         Equilibrium as Equilibrium,
         equilibria as equilibria,
         using as using,
     )
+    from altprop.equilibrium.solvers.adaptive import Adaptive as Adaptive, Moment as Moment
     from altprop.equilibrium.solvers.anderson import Anderson as Anderson
     from altprop.equilibrium.solvers.euler import Euler as Euler
+    from altprop.equilibrium.solvers.fallback import Fallback as Fallback
+    from altprop.equilibrium.solvers.gmres import GMRES as GMRES
+    from altprop.equilibrium.solvers.newton import NewtonKrylov as NewtonKrylov
     from altprop.equilibrium.solvers.solver import (
         AbstractSolver as AbstractSolver,
         Result as Result,
@@ -81,6 +88,7 @@ if TYPE_CHECKING:  # what the table below means, for type checkers and editors
         explain_stack as explain_stack,
         revert_stack as revert_stack,
     )
+    from altprop.equilibrium.thick import ThickBlock as ThickBlock
     from altprop.errors import (
         AltpropError as AltpropError,
         CheckpointError as CheckpointError,
@@ -116,6 +124,7 @@ if TYPE_CHECKING:  # what the table below means, for type checkers and editors
     from altprop.rules.weight_mirror import WeightMirror as WeightMirror
 
 _EXPORTS = {
+    "altprop.agreement": "Agreement compare",
     "altprop.audit_report": "AuditReport",
     "altprop.auditing": (
         "AbstractArm Arm RuleArm Trial audit audit_trials finite_difference_errors"
@@ -125,23 +134,30 @@ _EXPORTS = {
         "AbstractDynamics AbstractLinearisation CausalAttention DampedAttention Extension "
         "GatedBlock"
     ),
+    "altprop.equilibrium.estimators.aep": "AEP",
+    "altprop.equilibrium.estimators.bptt": "BPTT",
+    "altprop.equilibrium.estimators.dyadic": "DyadicEP",
+    "altprop.equilibrium.estimators.ep": "EP",
+    "altprop.equilibrium.estimators.estimator": "AbstractEstimator Certificate",
+    "altprop.equilibrium.estimators.holomorphic": "HolomorphicEP",
+    "altprop.equilibrium.estimators.implicit": "Implicit",
+    "altprop.equilibrium.estimators.one_step": "OneStep",
+    "altprop.equilibrium.estimators.published": "PublishedAEP PublishedEP",
     "altprop.equilibrium.function": "from_function",
     "altprop.equilibrium.hopfield": "HopfieldMemory",
     "altprop.equilibrium.layered": "Layered",
-    "altprop.equilibrium.thick": "ThickBlock",
-    "altprop.equilibrium.spectra": "Spectrum numerical_abscissa spectrum token_spectrum",
-    "altprop.equilibrium.stack": "convert_stack explain_stack revert_stack",
-    "altprop.equilibrium.estimators.aep": "AEP",
-    "altprop.equilibrium.estimators.bptt": "BPTT",
-    "altprop.equilibrium.estimators.ep": "EP",
-    "altprop.equilibrium.estimators.estimator": "AbstractEstimator Certificate",
-    "altprop.equilibrium.estimators.implicit": "Implicit",
-    "altprop.equilibrium.estimators.published": "PublishedAEP PublishedEP",
     "altprop.equilibrium.module": "Equilibrium equilibria using",
+    "altprop.equilibrium.solvers.adaptive": "Adaptive Moment",
     "altprop.equilibrium.solvers.anderson": "Anderson",
     "altprop.equilibrium.solvers.euler": "Euler",
+    "altprop.equilibrium.solvers.fallback": "Fallback",
+    "altprop.equilibrium.solvers.gmres": "GMRES",
+    "altprop.equilibrium.solvers.newton": "NewtonKrylov",
     "altprop.equilibrium.solvers.solver": "AbstractSolver Result Solution",
+    "altprop.equilibrium.spectra": "Spectrum numerical_abscissa spectrum token_spectrum",
     "altprop.equilibrium.stability": "AbstractStabiliser JacobianHinge",
+    "altprop.equilibrium.stack": "convert_stack explain_stack revert_stack",
+    "altprop.equilibrium.thick": "ThickBlock",
     "altprop.errors": (
         "AltpropError CheckpointError ConfigError ConvergenceError DataError RuleError"
     ),

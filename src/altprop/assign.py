@@ -181,10 +181,11 @@ class _AssignTaps(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, error: Tensor, rule: Broadcasts, count: int, *tensors: Tensor | None
+        ctx: Any, error: Tensor, rule: Broadcasts, which: list[int], *tensors: Tensor | None
     ) -> Tensor:
-        taps, rest = tensors[:count], tensors[count:]
-        ctx.rule, ctx.shapes = rule, [tap.shape for tap in taps if tap is not None]
+        taps, rest = tensors[: len(which)], tensors[len(which) :]
+        ctx.rule, ctx.which = rule, which
+        ctx.shapes = [tap.shape for tap in taps if tap is not None]
         ctx.dtypes = [tap.dtype for tap in taps if tap is not None]
         ctx.save_for_backward(*rest)
         return error.view_as(error)
@@ -199,12 +200,15 @@ class _AssignTaps(torch.autograd.Function):
         feedback, estimates = saved[: len(saved) // 2], saved[len(saved) // 2 :]
         rule: Broadcasts = ctx.rule
         count = len(ctx.shapes)
-        to_taps = [
-            rule.cotangent(e, B, shape).to(dtype) if needed else None
-            for B, shape, dtype, needed in zip(
-                feedback, ctx.shapes, ctx.dtypes, ctx.needs_input_grad[3 : 3 + count], strict=False
-            )
-        ]
+        products: dict[Any, Tensor] = {}
+        to_taps: list[Tensor | None] = []
+        for place, shape, dtype, needed in zip(
+            ctx.which, ctx.shapes, ctx.dtypes, ctx.needs_input_grad[3 : 3 + count], strict=True
+        ):
+            key = (place, *shape)
+            if needed and key not in products:
+                products[key] = rule.cotangent(e, feedback[place], shape).to(dtype)
+            to_taps.append(products[key] if needed else None)
         to_feedback: list[Tensor | None] = []
         for B, estimate, needed in zip(
             feedback,
@@ -285,6 +289,7 @@ def assign_map(
 def assign_taps(
     error: Tensor,
     taps: Sequence[Tensor],
+    which: Sequence[int],
     feedback: Sequence[Tensor],
     estimates: Sequence[Tensor | None],
     rule: Broadcasts,
@@ -292,9 +297,10 @@ def assign_taps(
     """Return `error` unchanged, such that its cotangent `e` also reaches every tap as `e Bᵀ`.
 
     **Arguments:** `error` (..., k), the logits or whatever the error is taken at; `taps`, tensors
-    of shape (..., features); `feedback`, one `B` (features, k) per tap, or, with no taps, those
-    whose gradient must be a zero; `estimates`, for each `B` what a learned one moves towards.
+    of shape (..., features); `which`, for each tap the place of its `B` (features, k) in
+    `feedback`; those that no tap uses get a zero gradient; `estimates`, for each `B` what a
+    learned one moves towards.
 
     **Raises:** `RuntimeError` when the result is differentiated twice.
     """
-    return _AssignTaps.apply(error, rule, len(taps), *taps, *feedback, *estimates)
+    return _AssignTaps.apply(error, rule, list(which), *taps, *feedback, *estimates)

@@ -60,6 +60,8 @@ class Channel:
         self.matrix: Tensor | None = None
         self.taps: list[Tensor] = []
         self.feedback: list[Tensor] = []
+        self.which: list[int] = []
+        self.places: dict[int, int] = {}
         self.estimates: list[Tensor | None] = []
         self.measured: Sequence[Tensor] | None = None
 
@@ -69,15 +71,28 @@ class Channel:
         if self.shared:
             self.matrix = getattr(root, self.shared)
 
-    def push(self, tap: Tensor, B: Tensor | None, index: int) -> None:
-        """Collect a tap with its feedback (features, k), or a slice of the shared one."""
-        if B is None:
-            assert self.matrix is not None
-            B = self.matrix[: self.sites[index].rows]
+    def push(self, tap: Tensor, B: Tensor | None, index: int, rows: slice | None = None) -> None:
+        """Collect a tap with its feedback, or with its rows of the shared one (`B` is none).
+
+        **Arguments:** `B` (features, k); `index`, of the tap's site; `rows`, of `B` if the tap is
+        only a part of its site.
+        """
+        count = self.sites[index].rows
+        # taps of one feedback share one product: the error is multiplied once for all of them
+        key = index if B is not None else -count
+        if rows is not None or key not in self.places:
+            B = self.matrix if B is None else B
+            assert B is not None
+            place = len(self.feedback)
+            self.feedback.append(B[:count] if rows is None else B[rows])
+            self.estimates.append(None if self.measured is None else self.measured[index])
+        else:
+            place = self.places[key]
+        if rows is None:
+            self.places[key] = place
         if self.mode == "rule":
             self.taps.append(tap)
-        self.feedback.append(B)
-        self.estimates.append(None if self.measured is None else self.measured[index])
+            self.which.append(place)
 
     def join(self, error: Tensor) -> Tensor:
         """Return the error's tensor, from which the cotangent now also reaches every tap."""
@@ -94,8 +109,8 @@ class Channel:
         for tap in self.taps:
             spread_error(error.detach(), tap.shape)  # raises if the shapes do not fit
         self.joined = True
-        joined = assign_taps(error, self.taps, self.feedback, self.estimates, self.rule)
-        self.taps, self.feedback, self.estimates = [], [], []
+        joined = assign_taps(error, self.taps, self.which, self.feedback, self.estimates, self.rule)
+        self.taps, self.which, self.feedback, self.estimates = [], [], [], []
         return joined
 
     def finish(self) -> None:

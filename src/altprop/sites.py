@@ -94,9 +94,8 @@ class MapTap:
             channel.outside(self.site.path)
         y, tap = assign_map(x, W, b, send=channel.rule.sends, exact=channel.mode == "exact")
         if channel.mode != "idle":
-            B = getattr(module, self.name) if self.name else channel.matrix
-            assert B is not None
-            channel.push(tap, B[: self.site.rows] if rows is None else B[rows], self.index)
+            B = getattr(module, self.name) if self.name else None
+            channel.push(tap, B, self.index, rows)
         return y
 
 
@@ -239,13 +238,16 @@ class RootRole(Role):
         """Decide whether this pass is a calibration; if not, let learned feedback be measured."""
         root = cast(nn.Module, self)
         step = _count(root)
-        for channel in self._altprop_channels:
+        plans = []
+        for channel in self._altprop_channels:  # all are measured before any starts to collect
             period = channel.rule.period
             exact = period > 0 and step % period == period - 1
             measured = None
             if channel.rule.learned and not exact:
                 probe = JacobianProbe(channel, root, args, kwargs)
                 measured = channel.rule.estimates(probe, channel.seed, step)
+            plans.append((channel, exact, measured))
+        for channel, exact, measured in plans:
             channel.begin(root, exact)
             channel.measured = measured
 

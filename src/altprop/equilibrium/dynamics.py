@@ -19,6 +19,7 @@ import torch.nn.functional as nnf
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from altprop.equilibrium.analytic import apply_norm, causal_attention, feed_forward
 from altprop.equilibrium.linearised import (
     LinearisedAttention,
     LinearisedFeedForward,
@@ -125,6 +126,21 @@ class AbstractDynamics(nn.Module, ABC):
         x = x.detach()
         return AutogradLinearisation(lambda state: self(state, x), z)
 
+    def analytic(self, z: Tensor, x: Tensor) -> Tensor:
+        """Return the force continued analytically to a complex state `z`, under a real input `x`.
+
+        Only `HolomorphicEP` asks for it. On real states it must equal the force, and complex
+        conjugates nowhere enter it; `altprop.equilibrium.analytic` has the parts.
+
+        **Raises:** `RuleError` where a dynamics has none, which is the default.
+        """
+        raise RuleError(
+            f"{type(self).__name__} has no analytic force: HolomorphicEP relaxes complex states, "
+            "on which torch defines no softmax, layer norm, GELU or fused attention, and relu has "
+            "no continuation at all; give the dynamics a method analytic(z, x) made of the parts "
+            "in altprop.equilibrium.analytic, or write estimator=AEP()"
+        )
+
 
 class Driven:
     """A dynamics under one input: all that one call of an `Equilibrium` needs of it.
@@ -170,6 +186,18 @@ class Driven:
         if self._args or self._kwargs or self._draws is not None:
             return AutogradLinearisation(self.force, z)
         return self._dynamics.linearise(z, self.x)
+
+    def analytic(self, z: Tensor) -> Tensor:
+        """Return the force continued analytically to a complex state `z`, `(B, ...)`.
+
+        **Raises:** `RuleError` for a dynamics that has none, or under further arguments.
+        """
+        if self._args or self._kwargs or (self._dynamics.draws and self._dynamics.training):
+            raise RuleError(
+                f"{type(self._dynamics).__name__} has an analytic force under its input alone, not "
+                "with further arguments or random draws: write estimator=AEP()"
+            )
+        return self._dynamics.analytic(z, self.x)
 
     def read(self, z: Tensor) -> Tensor:
         """Return what the module gives out, from a state `(B, ...)`; differentiable."""
@@ -283,6 +311,13 @@ class CausalAttention(nn.Module):
     def _merge(self, mixed: Tensor) -> Tensor:
         return nnf.linear(mixed.transpose(1, 2).flatten(2), self.W_O)
 
+    def analytic(self, z: Tensor) -> Tensor:
+        """Return the attention's output at a complex state, `(B, T, C)`."""
+        norms = None
+        if self.norm_q is not None and self.norm_k is not None:
+            norms = (self.norm_q, self.norm_k)
+        return causal_attention(z, self.W_Q, self.W_K, self.W_V, self.W_O, self.heads, norms)
+
     def extra_repr(self) -> str:
         return f"d_model={self.W_Q.shape[0]}, heads={self.heads}"
 
@@ -347,6 +382,10 @@ class DampedAttention(AbstractAttentive):
             self.attention.linearise(z), self.scale, 1 + self.scale * self.damping
         )
 
+    def analytic(self, z: Tensor, x: Tensor) -> Tensor:
+        attended = self.scale * self.attention.analytic(z)
+        return x - (1 + self.scale * self.damping) * z + attended
+
     def extra_repr(self) -> str:
         return f"scale={self.scale}, damping={self.damping}"
 
@@ -387,6 +426,11 @@ class GatedBlock(AbstractAttentive):
 
     def linearise(self, z: Tensor, x: Tensor) -> AbstractLinearisation:
         return _LinearisedGate(self, z, x)
+
+    def analytic(self, z: Tensor, x: Tensor) -> Tensor:
+        w = x + self.alpha * (z - x)
+        u = x + self.attention.analytic(apply_norm(self.norm1, w))
+        return u + feed_forward(apply_norm(self.norm2, u), self.up, self.down) - z
 
 
 class _LinearisedDamping(AbstractLinearisation):

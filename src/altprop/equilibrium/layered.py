@@ -136,6 +136,12 @@ class DrivenLayers(Driven):
         self._outs.append(out)
         return whole
 
+    def analytic(self, z: Tensor) -> Tensor:
+        raise RuleError(
+            "a stack of layers has no analytic force: HolomorphicEP relaxes complex states, on "
+            "which ordinary modules are not defined; write estimator=AEP()"
+        )
+
     def start(self) -> Tensor:
         return self.settled()
 

@@ -33,6 +33,7 @@ from altprop.equilibrium.solvers.solver import (
     Solution,
     conclude,
     relative_residual,
+    with_limits,
 )
 from altprop.errors import ConfigError, ConvergenceError, RuleError
 
@@ -151,15 +152,16 @@ class Equilibrium(nn.Module):
             tol: float,
             max_steps: int,
             scale: Tensor,
+            solver: AbstractSolver | None = None,
             inverse: Force | None = None,
         ) -> Solution:
             with torch.autocast(x.device.type, enabled=False):
-                if inverse is not None:
+                if inverse is not None and solver is None:
                     return defect_correction(
                         force, inverse, start, tol=tol, max_steps=max_steps, scale=scale
                     )
-                solver = replace(self.solver, tol=tol, max_steps=max_steps)
-                return _persist(solver, force, start, driven.step, scale)
+                own = with_limits(solver or self.solver, tol, max_steps)
+                return _persist(own, force, start, driven.step, scale)
 
         held = tuple(self.dynamics.parameters())
 
@@ -171,14 +173,18 @@ class Equilibrium(nn.Module):
                     "that of another system: load them with load_state_dict, or use BPTT()"
                 )
 
-            def linearise() -> Any:
+            def linearise(at: Tensor | None = None) -> Any:
                 with torch.autocast(x.device.type, enabled=False):
-                    return driven.linearise(z)
+                    return driven.linearise(z if at is None else at)
+
+            def analytic(at: Tensor) -> Tensor:
+                with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+                    return driven.analytic(at)
 
             if driven.coarse:
                 still = quiet(z)
             seen = _read_cost(cost, driven)
-            return Problem(z, still, driven.step, quiet, linearise, solve, seen)
+            return Problem(z, still, driven.step, quiet, linearise, solve, seen, analytic)
 
         def free_phase() -> Solution:
             state = driven.settled()

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
 
+from altprop.equilibrium.analytic import apply_norm, feed_forward
 from altprop.equilibrium.dynamics import AbstractAttentive, AbstractLinearisation, CausalAttention
 from altprop.equilibrium.linearised import LinearisedFeedForward, linearise_norm
 from altprop.errors import ConfigError
@@ -75,6 +76,11 @@ class ThickBlock(AbstractAttentive):
 
     def linearise(self, z: Tensor, x: Tensor) -> AbstractLinearisation:
         return _LinearisedThick(self, z)
+
+    def analytic(self, z: Tensor, x: Tensor) -> Tensor:
+        body = self.attention.analytic(apply_norm(self.norm1, z))
+        body = body + feed_forward(apply_norm(self.norm2, z), self.up, self.down)
+        return x - (1 + self.damping) * z + self.scale * body
 
     def extra_repr(self) -> str:
         scale = self.scale if isinstance(self.scale, float | int) else "per channel"

@@ -14,8 +14,9 @@ import torch
 from rich.console import Console
 
 import altprop
-from altprop import AuditReport, ConfigError, Trial, audit_trials
+from altprop import AbstractRule, AuditReport, ConfigError, Trial, audit_trials
 from altprop.errors import unknown
+from altprop.lm.audit_gpt import audit_gpt
 from altprop.lm.reference import (
     REFERENCE,
     RELAXATION,
@@ -26,6 +27,7 @@ from altprop.lm.reference import (
     make_trial,
     relax,
 )
+from altprop.lm.settings import TrainConfig
 from altprop.lm.text import Corpus, describe, load_corpus
 
 FINITE_DIFFERENCES = 1e-6  # the relative error up to which the reference counts as confirmed
@@ -45,14 +47,22 @@ def audit(
     heads: int = 4,
     scale: float = 1.0,
     damping: float = 1.0,
+    model: str = "equilibrium",
+    rules: tuple[AbstractRule, ...] = (),
+    layers: int = 4,
+    steps: int = 0,
     json: Path | None = None,
     png: Path | None = None,
-) -> AuditReport:
-    """Compare the gradients of equilibrium estimators with an exact one.
+) -> AuditReport | None:
+    """Compare the gradients of learning rules with an exact one.
 
-    The problem is the field's: damped attention F = -(z - x) + scale (Attn(z) - damping z) on
-    windows of text, under a fixed random embedding and head; the reference is backpropagation
-    through 120 Euler steps of its relaxation. One seed draws weights, embedding, head and batch.
+    With `--model gpt` the `--rules` are compared with backprop on a GPT, layer by layer, at its
+    initialisation and, with `--steps N`, while each rule trains a GPT of its own.
+
+    Otherwise the problem is the field's: damped attention, with the force
+    F = -(z - x) + scale (Attn(z) - damping z), on windows of text, under a fixed random embedding
+    and head; the reference is backpropagation through 120 Euler steps of its relaxation. One seed
+    draws weights, embedding, head and batch.
 
     Args:
         data: Name of a corpus, a UTF-8 text file, a folder of them, or a prepared folder.
@@ -67,12 +77,44 @@ def audit(
         heads: Attention heads; they must divide the width.
         scale: Weight of the attention and its damping in the force.
         damping: Weight of the damping beside the attention.
+        model: `equilibrium`, or `gpt`.
+        rules: Of the gpt, such as FeedbackAlignment,SignSymmetry.
+        layers: Of the gpt, the number of blocks.
+        steps: Of the gpt, how long each rule trains; 0: at the initialisation only.
         json: File to write the figures to, as JSON.
-        png: File to write a bar chart to; needs matplotlib.
+        png: File to write a picture to; needs matplotlib.
 
     Returns:
-        The report that was printed.
+        The report that was printed; nothing of a gpt.
     """
+    if model not in ("equilibrium", "gpt"):
+        raise unknown("model", model, ("equilibrium", "gpt"))
+    if model == "gpt":
+        _refuse_others(
+            "gpt",
+            seeds=seeds != 3,
+            rows=rows is not None,
+            repeats=repeats != 3,
+            phase_steps=phase_steps != 100,
+            scale=scale != 1,
+            damping=damping != 1,
+        )
+        if not rules:
+            raise ConfigError(
+                "--model gpt needs rules: write --rules FeedbackAlignment,SignSymmetry"
+            )
+        config = TrainConfig(
+            data=data, model="gpt", layers=layers, d_model=d_model, heads=heads, context=context,
+            batch=batch, seed=seed, steps=max(1, steps), warmup=min(100, steps // 10),
+            stabiliser=None,
+        )  # fmt: skip
+        table, checks = audit_gpt(rules, config, json, png)
+        console = Console(width=None if sys.stdout.isatty() else 100, highlight=False)
+        console.print(table)
+        for line in [*checks, *(f"wrote {path}" for path in (json, png) if path)]:
+            console.print(line, markup=False)
+        return None
+    _refuse_others("equilibrium", rules=bool(rules), layers=layers != 4, steps=steps != 0)
     for path in (json, png):
         if path is not None:
             AuditReport.check_target(path, plot=path is png)
@@ -143,6 +185,13 @@ def audit(
     if png is not None:
         console.print(f"wrote {report.plot(png)}", highlight=False)
     return report
+
+
+def _refuse_others(model: str, **given: bool) -> None:
+    """Refuse options that belong to the audit of the other model, rather than ignore them."""
+    names = [f"--{name}" for name, is_given in given.items() if is_given]
+    if names:
+        raise ConfigError(f"the audit of model {model} has no {', '.join(names)}: leave that out")
 
 
 def _seeds(count: int) -> str:

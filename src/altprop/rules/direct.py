@@ -27,7 +27,8 @@ class DirectFeedback(AbstractBroadcast):
     `"sublayer"`, after attention and after the feed-forward part, the residual path cut there too
     (Launay's micro); `"block"`, each block's output, with ordinary autograd inside (macro).
     `error`: the gradient at the `"logits"`, or at the `"head_input"`, which still transports the
-    head's transpose. `feedback`: one matrix `"shared"` by slicing, or `"independent"` ones.
+    head's transpose. `feedback`: one matrix `"shared"` by slicing, so that the error is multiplied
+    once for all taps of one width, or `"independent"` ones.
     `pass_through`, for `"matmul"` only (inert otherwise): `"hybrid"` maps send the exact `g W` on,
     `"pure"` ones nothing. `features`, the width of a tapped block where it is not that of its last
     linear map. `calibrate_every=n` makes every n-th recorded forward pass one of exact backprop.
@@ -37,7 +38,7 @@ class DirectFeedback(AbstractBroadcast):
 
     granularity: str = "matmul"
     error: str = "logits"
-    feedback: str = "independent"
+    feedback: str = "shared"
     pass_through: str = "hybrid"
     calibrate_every: int = 0
     features: int | None = None

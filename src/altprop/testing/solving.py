@@ -16,8 +16,9 @@ from altprop.equilibrium.solvers.solver import (
     Solution,
     relative_residual,
     sample_norm,
+    with_limits,
 )
-from altprop.errors import ConfigError
+from altprop.errors import ConfigError, RuleError
 from altprop.testing.contract import check_value, close, randn, require
 
 LIMIT = 5000  # steps that any of the systems below may take, with room for small Euler steps
@@ -26,9 +27,10 @@ LIMIT = 5000  # steps that any of the systems below may take, with room for smal
 def check_solver(solver: AbstractSolver) -> None:
     """Check that `solver` keeps the contract of `AbstractSolver`.
 
-    The systems are a contraction, one that rotates (eigenvalues `−1 ± 1.5i`, so a relaxation needs
-    a step below 0.6) and a linear one with real eigenvalues; all have a known answer. `tol` and
-    `max_steps` of the given value are replaced, everything else is used as it is.
+    The systems are a contraction (which a solver of linear forces must refuse), one that rotates
+    (eigenvalues `−1 ± 1.5i`, so a relaxation needs a step below 0.6) and a linear one with real
+    eigenvalues; all have a known answer. `tol` and `max_steps` of the given value are replaced,
+    everything else is used as it is.
 
     **Raises:** `AssertionError`, naming the promise that is broken.
     """
@@ -42,14 +44,20 @@ def check_solver(solver: AbstractSolver) -> None:
         require(False, f"{name}={value} is accepted, expected a ConfigError")
     for dtype, tol in ((torch.float64, 1e-8), (torch.float32, 1e-5)):
         for system in (_contraction(dtype), _rotation(dtype), _damping(dtype)):
-            _check_solution(with_limits(solver, tol, LIMIT), system, tol)
+            if system.linear or not solver.linear:
+                _check_solution(with_limits(solver, tol, LIMIT), system, tol)
+            else:
+                _check_refusal(solver, system)
     _check_independence(solver)
     _check_limits(solver)
 
 
 @dataclass(frozen=True)
 class _System:
-    """A force with a known root; `step` is its natural step, `slack` bounds `‖J⁻¹‖`."""
+    """A force with a known root; `step` is its natural step, `slack` bounds `‖J⁻¹‖`.
+
+    `linear`: whether the force is.
+    """
 
     name: str
     force: Force
@@ -57,11 +65,7 @@ class _System:
     root: Tensor
     step: float
     slack: float
-
-
-def with_limits(solver: AbstractSolver, tol: float, max_steps: int) -> AbstractSolver:
-    """Return `solver` with another tolerance and limit."""
-    return replace(solver, tol=tol, max_steps=max_steps)  # type: ignore[type-var]
+    linear: bool = True
 
 
 def _contraction(dtype: torch.dtype) -> _System:
@@ -73,7 +77,7 @@ def _contraction(dtype: torch.dtype) -> _System:
     b = root - 0.6 * torch.tanh(root @ q)
     start = randn(root.shape, generator, like)
     return _System(
-        "a contraction", lambda z: 0.6 * torch.tanh(z @ q) + b - z, start, root, 1.0, 2.5
+        "a contraction", lambda z: 0.6 * torch.tanh(z @ q) + b - z, start, root, 1.0, 2.5, False
     )
 
 
@@ -151,6 +155,14 @@ def _check_solution(solver: AbstractSolver, system: _System, tol: float) -> None
             bool((error <= 1.1 * allowed + eps * size).all()),
             f"value is {error} from the known root {where}, allowed {allowed}",
         )
+
+
+def _check_refusal(solver: AbstractSolver, system: _System) -> None:
+    try:
+        with_limits(solver, 1e-8, LIMIT).solve(system.force, system.start, step=system.step)
+    except RuleError:
+        return
+    require(False, f"a solver of linear forces takes {system.name}, expected a RuleError")
 
 
 def _check_independence(solver: AbstractSolver) -> None:

@@ -1,4 +1,4 @@
-"""Equilibrium propagation on a vector field: contrast two nudged equilibria.
+"""Equilibrium propagation on a vector field: contrast nudged equilibria.
 
 Reference: Scellier et al., "Generalization of Equilibrium Propagation to Vector Field Dynamics",
 arXiv 1808.04873; centred nudges after Laborieux et al., arXiv 2006.03824.
@@ -17,9 +17,17 @@ from altprop.equilibrium.estimators.estimator import (
     Problem,
     check_counts,
     check_fields,
+    check_own_solver,
 )
-from altprop.equilibrium.estimators.phases import contrast, phase, response_beta
-from altprop.equilibrium.solvers.solver import sample_norm
+from altprop.equilibrium.estimators.nudge import Nudge, check_nudge, nudge_at
+from altprop.equilibrium.estimators.phases import (
+    Phases,
+    Sides,
+    check_sides,
+    contrast,
+    response_beta,
+)
+from altprop.equilibrium.solvers.solver import AbstractSolver, sample_norm
 
 
 @dataclass(frozen=True)
@@ -31,35 +39,47 @@ class EP(AbstractEstimator):
 
     **Arguments:** `beta`, the nudge for a cotangent of unit norm per sample (`None`: chosen so that
     the state moves by `response` relative to its norm); `response`; `tol`, the residual of a
-    nudged phase relative to the nudge; `max_steps`, the limit of evaluations per phase.
+    nudged phase relative to the nudge; `max_steps`, the limit of evaluations per phase; `sides`,
+    2 for the centred pair, whose own bias is of order `β²`, or 1 for the positive nudge against the
+    free state, at half the cost and of order `β`; `nudge`, `"linear"` (the constant cotangent) or
+    `"cost"` (`∇C` at the nudged state, as a physical system would: call the module with `cost=`;
+    both agree to first order); `solver`, of the phases (`None`: the module's own).
     """
 
     beta: float | None = None
     response: float = 1e-3
     tol: float = 1e-3
     max_steps: int = 100
+    sides: Sides = 2
+    nudge: Nudge = "linear"
+    solver: AbstractSolver | None = None
 
     def __post_init__(self) -> None:
         check_fields("EP", beta=self.beta, response=self.response, tol=self.tol)
         check_counts("EP", max_steps=self.max_steps)
+        check_sides("EP", self.sides)
+        check_nudge("EP", self.nudge)
+        check_own_solver("EP", self.solver)
 
     def adjoint(self, problem: Problem, cotangent: Tensor) -> Adjoint:
-        evaluations = 0
+        nudge = nudge_at("EP", self.nudge, problem, cotangent)
         guess = problem.step * cotangent  # what one step of the linear phase would give
         if self.beta is None:
             beta = response_beta(problem, guess, self.response)
         else:
             beta = torch.full_like(sample_norm(cotangent), self.beta)
-        start = -guess
-        while True:
-            plus = phase(problem, cotangent, beta, start, None, self.tol, self.max_steps)
-            evaluations += plus.evaluations
+        phases = Phases(problem, nudge, beta, self.tol, self.max_steps, self.solver)
+        plus = phases.run(1.0, -guess)
+        earlier = 0
+        for _ in range(3):
             wanted = response_beta(problem, plus.value, self.response)
-            ratio = wanted / beta
+            ratio = wanted / phases.beta
             if self.beta is not None or not bool(((ratio < 0.25) | (ratio > 4)).any()):
                 break
             # The response was not what the guess said: take the measured one, from this state.
-            beta, start = wanted, plus.value
-        minus = phase(problem, -cotangent, beta, -plus.value, None, self.tol, self.max_steps)
-        evaluations += minus.evaluations
-        return replace(contrast(plus, minus, beta, problem), evaluations=evaluations)
+            earlier += plus.evaluations
+            phases = replace(phases, beta=wanted)
+            plus = phases.run(1.0, plus.value)
+        minus = phases.run(-1.0, -plus.value) if self.sides == 2 else None
+        out = contrast(plus, minus, phases.beta, problem)
+        return replace(out, evaluations=out.evaluations + earlier)

@@ -49,7 +49,10 @@ class Certificate:
     `free_residual`: `‖F‖/‖z‖` per sample at the state that is recorded, `(B,)`. `free_evaluations`:
     force evaluations of the free phase, the recorded one included. `result`: its outcome. `state`,
     `input`: `z*` and `x`, detached, `(B, ...)`. `adjoint_residual`: of the linear or nudged phases
-    relative to the nudge, `(B,)`. `adjoint_remainder`: that residual as a vector, `(B, ...)`.
+    relative to the nudge, the worst of them, `(B,)`. `adjoint_remainder`: the adjoint equation's
+    residual as a vector, `(B, ...)`. `nudged_residuals`: each nudged phase's own, `(phases, B)`;
+    None for an estimator without any. `antisymmetry`: `‖Jv − Jᵀv‖/‖Jv‖`, `(B,)`, along the adjoint,
+    where the estimator has both products anyway: how wrong naive EP would be here.
     `adjoint_evaluations`: force, JVP and VJP products in the backward pass. `beta`: the nudge per
     sample for a cotangent of unit norm, `(B,)`. `response`: `‖z^β − z*‖ / ‖z*‖`, `(B,)`.
     """
@@ -65,19 +68,26 @@ class Certificate:
     adjoint_evaluations: int = 0
     beta: Tensor | None = None
     response: Tensor | None = None
+    nudged_residuals: Tensor | None = None
+    antisymmetry: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Adjoint:
-    """What an estimator returns: `value` is `a`, `(B, ...)`; the rest certifies it."""
+    """What an estimator returns: `value` is `a`, `(B, ...)`; the rest certifies it.
+
+    The fields are those of `Certificate`. `residual` is None where nothing was measured.
+    """
 
     value: Tensor
-    residual: Tensor
+    residual: Tensor | None
     remainder: Tensor
     evaluations: int
     result: Result
     beta: Tensor | None = None
     response: Tensor | None = None
+    nudged_residuals: Tensor | None = None
+    antisymmetry: Tensor | None = None
 
 
 Solve = Callable[..., Solution]
@@ -89,18 +99,22 @@ class Problem:
     """What an estimator receives in the backward pass.
 
     `state`: `z*`, `(B, ...)`. `still`: `F(z*)`, what the free phase left. `step`: the dynamics'
-    `ε`. `force`: `F(·; x)` without recording. `linearise()`: the Jacobian's products at `z*`.
-    `solve(force, start, tol=…, max_steps=…, scale=…)`: drive a force to zero by the module's
-    solver. `cost`: `C(z)` where the caller gave it.
+    `ε`. `force`: `F(·; x)` without recording. `linearise()`: the Jacobian's products at `z*`, or
+    at the state it is given. `solve(force, start, tol=…, max_steps=…, scale=…, solver=None,
+    inverse=None)`: drive a force to zero by `solver` if there is one, else by the `inverse` of
+    minus its linear part if there is one, else by the module's own solver. `cost`: `C(z)` where
+    the caller gave it. `analytic`: `F(·; x)` continued to complex states; a `RuleError` says where
+    there is none.
     """
 
     state: Tensor
     still: Tensor
     step: float
     force: Force
-    linearise: Callable[[], Products]
+    linearise: Callable[..., Products]
     solve: Solve
     cost: Cost | None = None
+    analytic: Force | None = None
 
 
 @dataclass
@@ -163,8 +177,11 @@ class AbstractEstimator(AbstractRule):
             certificate.adjoint_remainder = adjoint.remainder
             certificate.adjoint_evaluations += adjoint.evaluations
             certificate.beta, certificate.response = adjoint.beta, adjoint.response
+            certificate.nudged_residuals = adjoint.nudged_residuals
+            certificate.antisymmetry = adjoint.antisymmetry
             site.finish(certificate)  # a recomputation (checkpointing) has put its own in place
-            site.settle(adjoint.result, adjoint.residual, self.tolerance(), "adjoint")
+            if adjoint.residual is not None:
+                site.settle(adjoint.result, adjoint.residual, self.tolerance(), "adjoint")
             return adjoint.value
 
         return assign_adjoint(force, value, pull)
@@ -192,7 +209,12 @@ class AbstractEstimator(AbstractRule):
 
 
 def solve_adjoint(
-    problem: Problem, products: Products, cotangent: Tensor, tol: float, max_steps: int
+    problem: Problem,
+    products: Products,
+    cotangent: Tensor,
+    tol: float,
+    max_steps: int,
+    solver: AbstractSolver | None = None,
 ) -> Solution:
     """Solve `Jᵀ a + g = 0` by VJPs; the solution's force is the remaining residual."""
     return problem.solve(
@@ -201,6 +223,7 @@ def solve_adjoint(
         tol=tol,
         max_steps=max_steps,
         scale=torch.ones_like(sample_norm(cotangent)),  # unit or zero by contract
+        solver=solver,
         inverse=products.inverse(transposed=True),
     )
 
@@ -219,3 +242,12 @@ def check_counts(name: str, **fields: int) -> None:
             raise ConfigError(
                 f"{name}: {field_name} is {value!r}, expected a whole number, at least 1"
             )
+
+
+def check_own_solver(name: str, solver: AbstractSolver | None) -> None:
+    """Refuse what is no solver where an estimator may have its own."""
+    if solver is not None and not isinstance(solver, AbstractSolver):
+        raise ConfigError(
+            f"{name}: solver is {solver!r}, expected a solver such as GMRES(), or None for the "
+            "module's own"
+        )

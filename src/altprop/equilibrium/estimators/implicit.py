@@ -15,26 +15,33 @@ from altprop.equilibrium.estimators.estimator import (
     Problem,
     check_counts,
     check_fields,
+    check_own_solver,
     solve_adjoint,
 )
+from altprop.equilibrium.solvers.solver import AbstractSolver
 
 
 @dataclass(frozen=True)
 class Implicit(AbstractEstimator):
     """Solve the adjoint equation `Jᵀ a = −g` to a tolerance: exact, but it transports `Jᵀ`.
 
-    **Arguments:** `tol`, the residual `‖Jᵀa + g‖ / ‖g‖` per sample; `max_steps`, the limit of VJPs.
+    **Arguments:** `tol`, the residual `‖Jᵀa + g‖ / ‖g‖` per sample; `max_steps`, the limit of VJPs;
+    `solver`, of this linear problem (`None`: the module's own), such as `GMRES()`.
     """
 
     tol: float = 1e-3
     max_steps: int = 100
+    solver: AbstractSolver | None = None
 
     def __post_init__(self) -> None:
         check_fields("Implicit", tol=self.tol)
         check_counts("Implicit", max_steps=self.max_steps)
+        check_own_solver("Implicit", self.solver)
 
     def adjoint(self, problem: Problem, cotangent: Tensor) -> Adjoint:
-        solution = solve_adjoint(problem, problem.linearise(), cotangent, self.tol, self.max_steps)
+        solution = solve_adjoint(
+            problem, problem.linearise(), cotangent, self.tol, self.max_steps, self.solver
+        )
         return Adjoint(
             value=solution.value,
             residual=solution.residual,

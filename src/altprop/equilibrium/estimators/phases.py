@@ -1,22 +1,80 @@
-"""The two nudged phases that every contrastive estimator shares.
+"""The nudged phases that every contrastive estimator shares.
 
 In units of the nudge, `z^{±β} = z* + β u±`, a phase solves `ψ±(u) = 0` with
-`ψ±(u) = (F(z* + βu) − F(z*))/β − (correction of u) ∓ g`, and the adjoint is `a = (u⁻ − u⁺)/2`.
-Working with `u` keeps a small nudge from drowning in `z*`; subtracting `F(z*)` keeps the free
-phase's own residual out of it. Residuals are relative to the nudge, never to the state.
+`ψ±(u) = (F(z* + βu) − F(z*))/β − (correction of u) ∓ g`, and the adjoint is `a = (u⁻ − u⁺)/2`, or
+`−u⁺` where there is one phase only. Working with `u` keeps a small nudge from drowning in `z*`;
+subtracting `F(z*)` keeps the free phase's own residual out of it. Residuals are relative to the
+nudge, never to the state.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from altprop.equilibrium.estimators.estimator import Adjoint, Problem
-from altprop.equilibrium.solvers.solver import Result, Solution, per_sample, sample_norm
+from altprop.equilibrium.estimators.nudge import Map
+from altprop.equilibrium.solvers.solver import (
+    AbstractSolver,
+    Result,
+    Solution,
+    per_sample,
+    sample_norm,
+)
+from altprop.errors import ConfigError
 
-Map = Callable[[Tensor], Tensor]
+Sides = Literal[1, 2]
+
+
+@dataclass(frozen=True)
+class Phases:
+    """The nudged phases of one problem.
+
+    `nudge`: from a state to the nudge there (at `z*`, the cotangent). `beta`: `(B,)`. `tol`,
+    `max_steps`: of one phase. `solver`: None for the module's own. `inverse`: of minus the phases'
+    linear part, where the dynamics has it.
+    """
+
+    problem: Problem
+    nudge: Map
+    beta: Tensor
+    tol: float
+    max_steps: int
+    solver: AbstractSolver | None = None
+    inverse: Map | None = None
+
+    def drive(self, sign: float, u: Tensor) -> Tensor:
+        """Return `(F(z* + βu) − F(z*))/β ∓ g` at the displacement `u`, `(B, ...)`."""
+        size = per_sample(self.beta, u)
+        z = self.problem.state + size * u
+        return (self.problem.force(z) - self.problem.still) / size - sign * self.nudge(z)
+
+    def run(self, sign: float, start: Tensor, correction: Map | None = None) -> Solution:
+        """Solve the phase of that sign from `u = start`; `value` is the last state evaluated.
+
+        **Arguments:** `correction`, what is subtracted from the force, a linear map of `u`.
+        """
+
+        def residual(u: Tensor) -> Tensor:
+            drive = self.drive(sign, u)
+            return drive if correction is None else drive - correction(u)
+
+        return self.solve(residual, start, torch.ones_like(self.beta))
+
+    def solve(self, residual: Map, start: Tensor, scale: Tensor) -> Solution:
+        """Drive any force of displacements to zero, to this object's tolerance times `scale`."""
+        return self.problem.solve(
+            residual,
+            start,
+            tol=self.tol,
+            max_steps=self.max_steps,
+            scale=scale,
+            solver=self.solver,
+            inverse=self.inverse,
+        )
 
 
 def response_beta(problem: Problem, adjoint: Tensor, response: float) -> Tensor:
@@ -27,55 +85,45 @@ def response_beta(problem: Problem, adjoint: Tensor, response: float) -> Tensor:
     return torch.where(size > 0, beta, torch.full_like(beta, response))
 
 
-def phase(
-    problem: Problem,
-    nudge: Tensor,
-    beta: Tensor,
-    start: Tensor,
-    correction: Map | None,
-    tol: float,
-    max_steps: int,
-    inverse: Map | None = None,
-) -> Solution:
-    """Solve one nudged phase from `u = start`, `(B, ...)`; `value` is the last state evaluated.
+def contrast(plus: Solution, minus: Solution | None, beta: Tensor, problem: Problem) -> Adjoint:
+    """Return the adjoint read off the phases' states, with its certificate.
 
-    **Arguments:** `nudge`, `±g`; `beta`, `(B,)`; `correction`, what is subtracted from the force, a
-    linear map of `u`; `inverse`, of minus the phase's linear part, where the dynamics has it.
+    With `minus=None` it is read off one side, whose bias is of order `β` instead of `β²`. The last
+    force of each phase is known, so one nonlinear update of either state is free, and is made even
+    where the phase's start was within the tolerance already. The certificate is the residual before
+    that update.
     """
-    size = per_sample(beta, start)
-
-    def residual(u: Tensor) -> Tensor:
-        moved = (problem.force(problem.state + size * u) - problem.still) / size - nudge
-        return moved if correction is None else moved - correction(u)
-
-    scale = torch.ones_like(beta)
-    return problem.solve(
-        residual, start, tol=tol, max_steps=max_steps, scale=scale, inverse=inverse
-    )
-
-
-def contrast(plus: Solution, minus: Solution, beta: Tensor, problem: Problem) -> Adjoint:
-    """Return the adjoint read off the two phases' states, with its certificate.
-
-    The last force of each phase is known, so one nonlinear update of either state is free, and is
-    made even where the phase's start was within the tolerance already. The certificate is the
-    residual before that update.
-    """
-    worst = torch.maximum(plus.residual, minus.residual)
-    size = torch.maximum(sample_norm(plus.value), sample_norm(minus.value))
-    tiny = torch.finfo(size.dtype).tiny
+    sides = [plus] if minus is None else [plus, minus]
+    residuals = torch.stack([side.residual for side in sides])
+    size = torch.stack([sample_norm(side.value) for side in sides]).amax(0)
+    if minus is None:
+        value, remainder = -plus.value, -plus.force
+    else:
+        value, remainder = (minus.value - plus.value) / 2, (minus.force - plus.force) / 2
     return Adjoint(
-        value=(minus.value - plus.value + problem.step * (minus.force - plus.force)) / 2,
-        residual=worst,
-        remainder=(minus.force - plus.force) / 2,
-        evaluations=0,
-        result=worse(plus.result, minus.result),
+        value=value + problem.step * remainder,
+        residual=residuals.amax(0),
+        remainder=remainder,
+        evaluations=sum(side.evaluations for side in sides),
+        result=worst(*(side.result for side in sides)),
         beta=beta,
-        response=beta * size / sample_norm(problem.state).clamp_min(tiny),
+        response=displacement(beta, size, problem),
+        nudged_residuals=residuals,
     )
 
 
-def worse(first: Result, second: Result) -> Result:
-    """Return the worse of two outcomes."""
+def displacement(beta: Tensor, size: Tensor, problem: Problem) -> Tensor:
+    """Return `‖z^β − z*‖ / ‖z*‖`, `(B,)`, of displacements of norm `size` in units of `β`."""
+    return beta * size / sample_norm(problem.state).clamp_min(torch.finfo(size.dtype).tiny)
+
+
+def worst(*results: Result) -> Result:
+    """Return the worst of several outcomes."""
     order = (Result.CONVERGED, Result.FIXED_TIME, Result.MAX_STEPS, Result.NON_FINITE)
-    return max(first, second, key=order.index)
+    return max(results, key=order.index)
+
+
+def check_sides(name: str, sides: int) -> None:
+    """Refuse anything but one side or two."""
+    if sides not in (1, 2):
+        raise ConfigError(f"{name}: sides is {sides!r}, expected 1 (one-sided) or 2 (centred)")

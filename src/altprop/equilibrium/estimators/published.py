@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -22,10 +21,9 @@ from altprop.equilibrium.estimators.estimator import (
     check_counts,
     check_fields,
 )
-from altprop.equilibrium.solvers.solver import conclude, sample_norm
-from altprop.errors import ConfigError, RuleError
+from altprop.equilibrium.estimators.nudge import Map, Nudge, check_nudge, cost_gradient
+from altprop.equilibrium.solvers.solver import conclude, per_sample, sample_norm
 
-Nudge = Literal["cost", "linear"]
 # (displacement from z*, driving force) ↦ what is subtracted from the driving force
 Correct = Callable[[Tensor, Tensor], Tensor]
 
@@ -48,9 +46,9 @@ class PublishedEP(AbstractEstimator):
         _check("PublishedEP", self.step, self.steps, self.beta, self.nudge)
 
     def pull(self, problem: Problem, cotangent: Tensor) -> Adjoint:
-        gradient, scale = _cost_gradient("PublishedEP", self.nudge, problem, cotangent)
+        gradient, scale = _nudge("PublishedEP", self.nudge, problem, cotangent)
         adjoint = _relax(problem, gradient, None, self.step, self.steps, self.beta)
-        return replace(adjoint, value=adjoint.value * scale)
+        return replace(adjoint, value=adjoint.value * per_sample(scale, cotangent))
 
     def adjoint(self, problem: Problem, cotangent: Tensor) -> Adjoint:
         return self.pull(problem, cotangent)
@@ -83,11 +81,11 @@ class PublishedAEP(AbstractEstimator):
                 out = out * (drive.norm() / size).clamp_max(1.0)
             return out
 
-        gradient, scale = _cost_gradient("PublishedAEP", self.nudge, problem, cotangent)
+        gradient, scale = _nudge("PublishedAEP", self.nudge, problem, cotangent)
         adjoint = _relax(problem, gradient, correct, self.step, self.steps, self.beta)
         return replace(
             adjoint,
-            value=adjoint.value * scale,
+            value=adjoint.value * per_sample(scale, cotangent),
             evaluations=3 * adjoint.evaluations + 1,  # a force, a JVP and a VJP each, and J itself
         )
 
@@ -98,44 +96,19 @@ class PublishedAEP(AbstractEstimator):
 def _check(name: str, step: float, steps: int, beta: float, nudge: str) -> None:
     check_fields(name, step=step, beta=beta)
     check_counts(name, steps=steps)
-    if nudge not in ("cost", "linear"):
-        raise ConfigError(f"{name}: nudge is {nudge!r}, expected 'cost' or 'linear'")
+    check_nudge(name, nudge)
 
 
-def _cost_gradient(
-    name: str, nudge: str, problem: Problem, cotangent: Tensor
-) -> tuple[Callable[[Tensor], Tensor], float]:
-    """Return `z ↦ ∇C(z)` and the number by which the loss is a multiple of the cost."""
+def _nudge(name: str, nudge: Nudge, problem: Problem, cotangent: Tensor) -> tuple[Map, Tensor]:
+    """Return `z ↦ ∇C(z)` in the caller's units, and the factor of the result, `(B,)`."""
     if nudge == "linear":
-        return lambda z: cotangent, 1.0
-    cost = problem.cost
-    if cost is None:
-        raise RuleError(
-            f"{name}(nudge='cost') needs the cost as a function of the state: call the module as "
-            "block(x, cost=lambda z: loss_fn(head(z), y)), or write nudge='linear'"
-        )
-
-    def gradient(z: Tensor) -> Tensor:
-        with torch.enable_grad():
-            leaf = z.detach().requires_grad_()
-            (out,) = torch.autograd.grad(cost(leaf), leaf)
-        return out
-
-    # The loss may be the cost times a number (accumulation, a loss scale): carry that over.
-    own = gradient(problem.state)
-    size = float(own.norm())
-    scale = float((own / size * cotangent).sum()) / size if size > 0 else 0.0
-    if float((cotangent - scale * own).norm()) > 0.05 * float(cotangent.norm()):
-        raise RuleError(
-            "the cost given to the module is not the loss that was differentiated (their "
-            "gradients at the free state differ): pass that same loss as cost="
-        )
-    return gradient, scale
+        return lambda z: cotangent, torch.ones_like(sample_norm(cotangent))
+    return cost_gradient(name, problem, cotangent)
 
 
 def _relax(
     problem: Problem,
-    gradient: Callable[[Tensor], Tensor],
+    gradient: Map,
     correct: Correct | None,
     step: float,
     steps: int,

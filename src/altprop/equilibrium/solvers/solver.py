@@ -10,9 +10,9 @@ import enum
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -55,9 +55,11 @@ class AbstractSolver(ABC):
 
     `tol`: the largest accepted residual per sample, relative to the scale of the solve; 0 asks for
     exactly `max_steps` steps, which then cannot fail to converge but only to stay finite.
-    `max_steps`: the limit of force evaluations (at least 1).
+    `max_steps`: the limit of force evaluations (at least 1). `linear`: whether it solves linear
+    forces only, and refuses others with a `RuleError`.
     """
 
+    linear: ClassVar[bool] = False
     tol: float
     max_steps: int
 
@@ -98,6 +100,11 @@ def is_count(value: Any) -> bool:
     return isinstance(value, Integral) and int(value) >= 1
 
 
+def with_limits(solver: AbstractSolver, tol: float, max_steps: int) -> AbstractSolver:
+    """Return a solver like this one with another tolerance and limit."""
+    return replace(solver, tol=tol, max_steps=max_steps)  # type: ignore[type-var]
+
+
 def check_solver_fields(solver: AbstractSolver) -> None:
     """Refuse limits that no solve can honour."""
     name = type(solver).__name__
@@ -122,7 +129,10 @@ def per_sample(s: Tensor, z: Tensor) -> Tensor:
 def relative_residual(force: Tensor, state: Tensor, scale: Tensor | None) -> Tensor:
     """Return `‖F‖ / scale` per sample, `(B,)`; the scale is `max(‖z‖, tiny)` unless given."""
     size = sample_norm(state) if scale is None else scale
-    return sample_norm(force) / size.clamp_min(torch.finfo(force.dtype).tiny)
+    norm, limits = sample_norm(force), torch.finfo(force.dtype)
+    ratio = (norm / size.clamp_min(limits.tiny)).clamp_max(limits.max)
+    # a state at 0 is far from converged, which is not the same as lost
+    return torch.where(torch.isfinite(norm), ratio, norm)
 
 
 def conclude(residual: Tensor, tol: float) -> Result:

@@ -1,0 +1,140 @@
+"""Holomorphic equilibrium propagation: nudges on a circle in the complex plane.
+
+Reference: Laborieux and Zenke, "Holomorphic Equilibrium Propagation Computes Exact Gradients
+Through Finite Size Oscillations", NeurIPS 2022 (arXiv 2209.00530). The state is an analytic
+function of the nudge, so by Cauchy's formula the mean of `(z^β − z*)/β` over `N` points of a circle
+is its derivative at 0 up to the order `β^N`. With the correction `(J − Jᵀ)(z − z*)` of asymmetric
+equilibrium propagation (arXiv 2602.03670) that derivative is the exact adjoint for any `J`.
+"""
+
+from __future__ import annotations
+
+import cmath
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from altprop.equilibrium.estimators.correction import Antisymmetric
+from altprop.equilibrium.estimators.estimator import (
+    AbstractEstimator,
+    Adjoint,
+    Problem,
+    check_counts,
+    check_fields,
+    check_own_solver,
+    solve_adjoint,
+)
+from altprop.equilibrium.estimators.phases import displacement, response_beta, worst
+from altprop.equilibrium.solvers.solver import (
+    AbstractSolver,
+    Solution,
+    per_sample,
+    sample_norm,
+)
+from altprop.errors import ConfigError, RuleError
+
+
+@dataclass(frozen=True)
+class HolomorphicEP(AbstractEstimator):
+    """Average `−(z^β − z*)/β` over `points` nudges on a circle: no bias up to `radius^points`.
+
+    So the nudge may be large, and round-off small: use it where the nudge cannot be small. A finite
+    radius must stay within the disc on which the state is analytic: softmax, layer norm and GELU
+    have singularities in the complex plane, and past the nearest one the mean is wrong or a phase
+    has no solution. Conjugate nudges have conjugate states, so `points/2 + 1` phases are solved.
+    The dynamics needs an analytic force; `points=2` is `AEP`'s centred pair, `points=1` its one
+    side.
+
+    **Arguments:** `points`, `N`; `radius`, the size of the nudge for a cotangent of unit norm per
+    sample (`None`: chosen so that the state moves by `response` relative to its norm); `response`;
+    `tol`, the residual of a nudged phase relative to the nudge; `max_steps`, the limit of
+    evaluations per phase; `solver`, of the phases and of the linear problem that they start from
+    (`None`: the module's own). Solvers see a complex state as pairs of real numbers.
+
+    **Raises:** `RuleError` where the dynamics has no analytic force.
+    """
+
+    points: int = 8
+    radius: float | None = None
+    response: float = 1e-2
+    tol: float = 1e-3
+    max_steps: int = 100
+    solver: AbstractSolver | None = None
+
+    def __post_init__(self) -> None:
+        check_counts("HolomorphicEP", points=self.points, max_steps=self.max_steps)
+        check_fields("HolomorphicEP", radius=self.radius, response=self.response, tol=self.tol)
+        check_own_solver("HolomorphicEP", self.solver)
+        if self.points > 2 and self.points % 2:
+            raise ConfigError(
+                f"HolomorphicEP: points is {self.points}, expected 1 or an even number"
+            )
+
+    def adjoint(self, problem: Problem, cotangent: Tensor) -> Adjoint:
+        analytic = problem.analytic
+        if analytic is None:
+            raise RuleError("HolomorphicEP needs a problem with an analytic force")
+        correction = Antisymmetric(problem.linearise())
+        linear = solve_adjoint(
+            problem, correction.linear, cotangent, self.tol, self.max_steps, self.solver
+        )
+        if self.radius is None:
+            radius = response_beta(problem, linear.value, self.response)
+        else:
+            radius = torch.full_like(sample_norm(cotangent), self.radius)
+        still = analytic(torch.complex(problem.state, torch.zeros_like(problem.state)))
+
+        def phase(nudge: complex, start: Tensor) -> Solution:
+            beta = per_sample(radius, cotangent) * nudge
+
+            def residual(pair: Tensor) -> Tensor:
+                u = torch.view_as_complex(pair)
+                moved = (analytic(problem.state + beta * u) - still) / beta - cotangent
+                # a real nudge has a real state; the real part last, for the certificate
+                across = correction(u.imag) if nudge.imag else torch.zeros_like(u.imag)
+                return torch.view_as_real(moved - torch.complex(correction(u.real), across))
+
+            return problem.solve(
+                residual,
+                start,
+                tol=self.tol,
+                max_steps=self.max_steps,
+                scale=torch.ones_like(radius),
+                solver=self.solver,
+            )
+
+        # every phase is the linear solution up to the order of the nudge, so each starts from the
+        # neighbour's end
+        at = torch.view_as_real(
+            torch.complex(-linear.value, torch.zeros_like(linear.value))
+        ).contiguous()
+        value = remainder = torch.zeros_like(cotangent)
+        solutions = []
+        for k in range(self.points // 2 + 1):
+            real = 2 * k % self.points == 0
+            nudge = complex(1 - 2 * (k > 0)) if real else cmath.exp(2j * cmath.pi * k / self.points)
+            solution = phase(nudge, at)
+            solutions.append(solution)
+            at = solution.value
+            # the mean over a conjugate pair is the real part, and the other half need no solve
+            weight = (1 if real else 2) / self.points
+            value = value - weight * solution.value[..., 0]
+            remainder = remainder - weight * solution.force[..., 0]
+        residuals = torch.stack([s.residual for s in solutions])
+        moved = torch.stack([sample_norm(s.value) for s in solutions]).amax(0)
+        return Adjoint(
+            value=value + problem.step * remainder,
+            residual=residuals.amax(0),
+            remainder=remainder,
+            # a complex force is counted as one evaluation
+            evaluations=linear.evaluations
+            + 2
+            + sum(s.evaluations for s in solutions)
+            + correction.evaluations,
+            result=worst(*(s.result for s in solutions)),
+            beta=radius,
+            response=displacement(radius, moved, problem),
+            nudged_residuals=residuals,
+            antisymmetry=correction.measure(),
+        )
