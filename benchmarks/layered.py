@@ -101,6 +101,7 @@ def main() -> None:
     parser.add_argument("--eval-windows", type=int, default=160)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
+    torch.set_num_threads(1)
     ids, held_out, vocabulary = read(options.text)
     torch.manual_seed(options.seed)
     config = ModelConfig(
