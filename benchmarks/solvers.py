@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -26,23 +26,19 @@ SOLVERS: dict[str, ap.AbstractSolver] = {
     "Adaptive": ap.Adaptive(tol=TOL, max_steps=LIMIT),
     "Anderson": ap.Anderson(tol=TOL, max_steps=LIMIT),
     "NewtonKrylov": ap.NewtonKrylov(tol=TOL, max_steps=LIMIT),
-    "Fallback": ap.Fallback(tol=TOL, max_steps=LIMIT),
+    "Fallback": ap.Fallback(tol=TOL, max_steps=5 * LIMIT),  # it may seek from other starts too
 }
 
 
 @dataclass(frozen=True)
 class Case:
-    """A seeded system: its force on states `(B, n)`, where to start, and its natural step.
-
-    `within_reach`: whether the fallback chain is expected to solve it from that one start.
-    """
+    """A seeded system: its force on states `(B, n)`, where to start, and its natural step."""
 
     name: str
     force: Callable[[Tensor], Tensor]
     start: Tensor
     step: float = 1.0
     has_fixed_point: bool = True
-    within_reach: bool = True
 
 
 def cases() -> Iterator[Case]:
@@ -62,14 +58,12 @@ def cases() -> Iterator[Case]:
         yield attention(f"damped attention, s = {scale:g}, c = {damping:g}", seed, scale, damping)
     # The damping no longer holds the feedback. That a fixed point exists is known only from many
     # random starts (26 of 100 Newton solves find one for the first sample, 23 for the second).
-    beyond = attention("damped attention, s = 4, c = 0.1: not dissipative", 0, 4.0, 0.1)
-    yield replace(beyond, within_reach=False)
+    yield attention("damped attention, s = 4, c = 0.1: not dissipative", 0, 4.0, 0.1)
     yield Case(
         "no fixed point, F = 1 + z²",
         lambda z: 1 + z * z,
         torch.full((2, 4), 0.5, dtype=torch.float64),
         has_fixed_point=False,
-        within_reach=False,
     )
 
 
@@ -168,7 +162,8 @@ def markdown(rows: list[dict[str, object]]) -> str:
     """Return the table."""
     lines = [
         f"Evaluations of the force to a relative residual of {TOL:g} for every sample; — : not "
-        f"within {LIMIT} evaluations; ∞ : the state ran away. Re μ: the largest real part of the "
+        f"within {LIMIT} evaluations (the chain: {5 * LIMIT}); ∞ : the state ran away. Re μ: the "
+        "largest real part of the "
         "eigenvalues at the point that the fallback chain found.",
         "",
         "| system | " + " | ".join(SOLVERS) + " | Re μ | reachable by relaxation |",

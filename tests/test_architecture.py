@@ -29,6 +29,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "altprop.rules.*": ("altprop.errors", "altprop.assign", "altprop.feedback", "altprop.rule"),
     "altprop.equilibrium.solvers.solver": ("altprop.errors",),
     "altprop.equilibrium.solvers.fallback": ("altprop.errors", "altprop.equilibrium.solvers.*"),
+    "altprop.equilibrium.solvers.scattered": ("altprop.errors", "altprop.equilibrium.solvers.*"),
     "altprop.equilibrium.solvers.*": (
         "altprop.errors",
         "altprop.equilibrium.solvers.solver",

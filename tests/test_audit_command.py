@@ -214,3 +214,47 @@ def test_the_command_line_prints_tables_that_fit_and_refuses_in_one_line(
     assert main(["audit", *small, "--json", "missing/audit.json"]) == 2
     err = capsys.readouterr().err
     assert err.startswith("altprop: error: ") and err.count("\n") == 1
+
+
+GPT = ["--model", "gpt", "--layers", "2", "--d_model", "16", "--heads", "2", "--context", "16"]
+
+
+def test_the_gpt_audit_follows_each_rule_layer_by_layer_while_it_trains(
+    text: str, tmp_path: Path
+) -> None:
+    json_file, png = tmp_path / "rules.json", tmp_path / "rules.png"
+    words = ["audit", "--data", text, *GPT, "--batch", "4", "--steps", "8"]
+    words += ["--rules", "SignSymmetry,DirectFeedback,KolenPollack"]
+    assert main([*words, "--json", str(json_file), "--png", str(png)]) == 0
+    data = json.loads(json_file.read_text())
+    assert data["reference"] == "backprop" and set(data["controls"]) == {"backprop", "frozen"}
+    rows = {row["rule"]: row for row in data["rows"]}
+    assert list(rows) == ["SignSymmetry", "DirectFeedback", "KolenPollack"]
+    for row in rows.values():
+        assert row["steps"] == [0, 2, 4, 6, 8]
+        layers = ["tokens", "positions", "blocks.0", "blocks.1", "norm", "head"]
+        assert list(row["layers"]) == layers
+        assert all(len(found) == 5 for found in row["layers"].values())
+        head = row["layers"]["head"][0]  # what stands above every rule is exact
+        assert head["cosine"] == pytest.approx(1, abs=1e-6)
+    assert rows["DirectFeedback"]["layers"]["tokens"][0]["cosine"] == pytest.approx(1, abs=1e-5)
+    assert rows["SignSymmetry"]["layers"]["tokens"][0]["cosine"] < 0.99
+    assert png.stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        ([*GPT], "--model gpt needs rules"),
+        ([*GPT, "--rules", "SignSymmetry", "--seeds", "5"], "has no --seeds"),
+        (["--rules", "SignSymmetry"], "has no --rules"),
+        (["--model", "gtp"], "did you mean gpt?"),
+        ([*GPT, "--rules", "SignSymmetry,SignSymmetry"], "named twice"),
+    ],
+)
+def test_options_of_the_other_audit_are_refused(
+    words: list[str], part: str, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["audit", "--data", text, *words]) == 2
+    error = capsys.readouterr().err
+    assert part in error and error.count("\n") == 1

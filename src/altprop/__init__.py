@@ -68,6 +68,7 @@ if TYPE_CHECKING:  # what the table below means, for type checkers and editors
     from altprop.equilibrium.solvers.fallback import Fallback as Fallback
     from altprop.equilibrium.solvers.gmres import GMRES as GMRES
     from altprop.equilibrium.solvers.newton import NewtonKrylov as NewtonKrylov
+    from altprop.equilibrium.solvers.scattered import Scattered as Scattered
     from altprop.equilibrium.solvers.solver import (
         AbstractSolver as AbstractSolver,
         Result as Result,
@@ -153,6 +154,7 @@ _EXPORTS = {
     "altprop.equilibrium.solvers.fallback": "Fallback",
     "altprop.equilibrium.solvers.gmres": "GMRES",
     "altprop.equilibrium.solvers.newton": "NewtonKrylov",
+    "altprop.equilibrium.solvers.scattered": "Scattered",
     "altprop.equilibrium.solvers.solver": "AbstractSolver Result Solution",
     "altprop.equilibrium.spectra": "Spectrum numerical_abscissa spectrum token_spectrum",
     "altprop.equilibrium.stability": "AbstractStabiliser JacobianHinge",

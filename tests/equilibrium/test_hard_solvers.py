@@ -204,16 +204,45 @@ HARD = list(BENCHMARK.cases())
 
 
 @pytest.mark.parametrize("case", HARD, ids=lambda c: c.name)
-def test_the_chain_solves_every_hard_case_within_reach_and_says_so_of_the_others(case) -> None:  # type: ignore[no-untyped-def]
-    solution = ap.Fallback(tol=1e-8, max_steps=2000).solve(case.force, case.start, step=case.step)
-    assert bool(solution.result) == case.within_reach
+def test_the_chain_solves_every_case_with_a_fixed_point_and_says_so_of_the_other(case) -> None:  # type: ignore[no-untyped-def]
+    solution = ap.Fallback(tol=1e-8).solve(case.force, case.start, step=case.step)
+    assert bool(solution.result) == case.has_fixed_point
     worst = case.force(solution.value).norm(dim=1) / solution.value.norm(dim=1)
-    assert (float(worst.max()) < 1.01e-8) == case.within_reach
+    assert (float(worst.max()) < 1.01e-8) == case.has_fixed_point
 
 
-@pytest.mark.parametrize("case", [c for c in HARD if c.within_reach], ids=lambda c: c.name)
+def test_scattered_starts_are_the_same_for_every_sample_and_every_run() -> None:
+    case = next(c for c in HARD if "not dissipative" in c.name)
+    solver = ap.Scattered(tol=1e-8)
+    assert ap.NewtonKrylov(tol=1e-8).solve(case.force, case.start, step=case.step).result is (
+        ap.Result.MAX_STEPS
+    )
+    torch.manual_seed(1)
+    first = solver.solve(case.force, case.start, step=case.step)
+    torch.manual_seed(2)
+    again = solver.solve(case.force, case.start, step=case.step)
+    assert first.result is ap.Result.CONVERGED
+    assert torch.equal(first.value, again.value)
+    other = ap.Scattered(tol=1e-8, seed=3).solve(case.force, case.start, step=case.step)
+    assert other.result is ap.Result.CONVERGED
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: ap.Scattered(solver=ap.Anderson), "expected a solver such as NewtonKrylov"),  # type: ignore[arg-type]
+        (lambda: ap.Scattered(starts=0), "starts is 0"),
+        (lambda: ap.Scattered(spread=-1.0), "spread is -1.0"),
+    ],
+)
+def test_scattered_refuses_what_it_cannot_do(make, words: str) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(ap.ConfigError, match=words):
+        make()
+
+
+@pytest.mark.parametrize("case", [c for c in HARD if c.has_fixed_point], ids=lambda c: c.name)
 def test_a_relaxation_stays_only_where_the_spectrum_lets_it(case) -> None:  # type: ignore[no-untyped-def]
-    found = ap.Fallback(tol=1e-8, max_steps=2000).solve(case.force, case.start, step=case.step)
+    found = ap.Fallback(tol=1e-8).solve(case.force, case.start, step=case.step)
     top = BENCHMARK.abscissa(case, found.value)
     if abs(top) < 0.05:
         pytest.skip("too near to criticality for a short relaxation to tell")

@@ -10,13 +10,14 @@ from torch import Tensor
 from altprop.equilibrium.solvers.anderson import Anderson
 from altprop.equilibrium.solvers.euler import Euler
 from altprop.equilibrium.solvers.newton import NewtonKrylov
+from altprop.equilibrium.solvers.scattered import Scattered
 from altprop.equilibrium.solvers.solver import (
     AbstractSolver,
     Force,
     Solution,
+    better_of,
     check_solver_fields,
     conclude,
-    per_sample,
     relative_residual,
     with_limits,
 )
@@ -34,8 +35,8 @@ class Fallback(AbstractSolver):
 
     **Arguments:** `solvers`, in order; each runs with this chain's `tol` and up to its own limit of
     evaluations (the second Anderson starts with an empty memory and smaller steps, which is what a
-    restart is); `tol`, the relative force residual to reach; `max_steps`, the limit of force
-    evaluations of the whole chain.
+    restart is; the last resort seeks from scattered states); `tol`, the relative force residual to
+    reach; `max_steps`, the limit of force evaluations of the whole chain.
     """
 
     solvers: tuple[AbstractSolver, ...] = (
@@ -43,9 +44,10 @@ class Fallback(AbstractSolver):
         Anderson(mixing=0.3),
         NewtonKrylov(),
         Euler(step=0.05, max_steps=600),
+        Scattered(),
     )
     tol: float = 7e-4
-    max_steps: int = 1000
+    max_steps: int = 10_000
 
     def __post_init__(self) -> None:
         check_solver_fields(self)
@@ -76,23 +78,9 @@ class Fallback(AbstractSolver):
             member = with_limits(solver, self.tol, limit)
             at = start if best is None else best.value
             found = member.solve(force, at, step=step, scale=scale)
-            best = found if best is None else _better(best, found)
+            best = found if best is None else better_of(best, found)
             if bool((best.residual <= self.tol).all()):
                 break
         assert best is not None  # there is at least one solver and one evaluation
         residual = relative_residual(best.force, best.value, scale)
         return replace(best, residual=residual, result=conclude(residual, self.tol))
-
-
-def _better(old: Solution, new: Solution) -> Solution:
-    """Return the better state of each sample, and the sum of the evaluations."""
-    # not `new < old`: a state that is lost must lose to any other
-    better = (new.residual < old.residual) | ~torch.isfinite(old.residual)
-    shaped = per_sample(better, old.value)
-    return Solution(
-        value=torch.where(shaped, new.value, old.value),
-        force=torch.where(shaped, new.force, old.force),
-        residual=torch.where(better, new.residual, old.residual),
-        evaluations=old.evaluations + new.evaluations,
-        result=new.result,
-    )

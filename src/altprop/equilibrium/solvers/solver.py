@@ -145,3 +145,17 @@ def conclude(residual: Tensor, tol: float) -> Result:
     if tol == 0:
         return Result.FIXED_TIME
     return Result.CONVERGED if bool((residual <= tol).all()) else Result.MAX_STEPS
+
+
+def better_of(old: Solution, new: Solution) -> Solution:
+    """Return the better state of each sample, and the sum of the evaluations."""
+    # not `new < old`: a state that is lost must lose to any other
+    better = (new.residual < old.residual) | ~torch.isfinite(old.residual)
+    shaped = per_sample(better, old.value)
+    return Solution(
+        value=torch.where(shaped, new.value, old.value),
+        force=torch.where(shaped, new.force, old.force),
+        residual=torch.where(better, new.residual, old.residual),
+        evaluations=old.evaluations + new.evaluations,
+        result=new.result,
+    )
