@@ -11,6 +11,8 @@ from hypothesis import settings
 settings.register_profile("altprop", derandomize=True, deadline=None, max_examples=10)
 settings.load_profile("altprop")
 
+torch.set_num_threads(1)  # the tensors here are tiny: a second thread would only spin
+
 
 @pytest.fixture(autouse=True)
 def _seeded() -> Iterator[None]:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import altprop as ap
 from altprop import (
     AEP,
     Anderson,
@@ -346,3 +347,26 @@ def test_the_ordinary_transformer_learns_generates_and_sees_no_future(tie_head: 
     torch.testing.assert_close(here[:, :10], there[:, :10], rtol=0, atol=1e-5)
     assert float((here - there)[:, 10:].abs().max()) > 0.01
     assert generate(model, ids[:1], 20, temperature=0).shape == (1, 36)
+
+
+@pytest.mark.parametrize("rule", [None, ap.SignSymmetry(), ap.DirectFeedback(granularity="block")])
+def test_a_gpt_beside_its_keys_and_values_writes_what_the_whole_window_says(
+    rule: ap.AbstractRule | None,
+) -> None:
+    torch.manual_seed(0)
+    model = GPT(ModelConfig(11, context=24, d_model=16, heads=2, layers=3)).double()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.3)  # so that attention matters
+    if rule is not None:
+        ap.convert(model, rule, output="head")
+    ids = torch.randint(11, (2, 5))
+    logits, cache = model.extend(ids)
+    torch.testing.assert_close(logits, model(ids)[0][:, -1].detach(), rtol=1e-12, atol=1e-12)
+    new = torch.randint(11, (2, 3))
+    logits, _ = model.extend(new, cache)
+    whole = model(torch.cat([ids, new], 1))[0][:, -1]
+    torch.testing.assert_close(logits, whole.detach(), rtol=1e-12, atol=1e-12)
+    out = generate(model, ids, 30, temperature=0)  # past the context too
+    for t in range(5, 35):
+        window = out[:, max(0, t - 24) : t]
+        assert torch.equal(model(window)[0][:, -1].argmax(-1), out[:, t])

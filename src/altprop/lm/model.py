@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 import torch.nn.functional as nnf
@@ -173,6 +173,20 @@ class GPT(nn.Module):
         logits = self.head(self.norm(h))
         return logits, None if targets is None else cross_entropy(logits, targets)
 
+    def extend(
+        self, ids: Tensor, cache: tuple[int, Any] | None = None
+    ) -> tuple[Tensor, tuple[int, Any]]:
+        """Return the logits after new tokens, `(B, V)`, and the keys and values with these in it.
+
+        **Arguments:** `ids`, int64 `(B, t)`; `cache`, what the last call returned.
+        """
+        length, kept = cache or (0, [None] * len(self.blocks))
+        h, grown = embed(self, ids, length), []
+        for block, pair in zip(self.blocks, kept, strict=True):
+            h, pair = cast(Block, block).extend(h, pair)
+            grown.append(pair)
+        return self.head(self.norm(h[:, -1])), (length + ids.shape[1], grown)
+
 
 class Block(nn.Module):
     """One pre-norm transformer block, `(B, T, C) → (B, T, C)`."""
@@ -187,6 +201,13 @@ class Block(nn.Module):
     def forward(self, h: Tensor) -> Tensor:
         return self.mlp(self.attn(h))
 
+    def extend(
+        self, h: Tensor, cache: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Do as `forward` for new tokens, `(B, t, C)`, beside the attention's cache."""
+        h, cache = self.attn.extend(h, cache)
+        return self.mlp(h), cache
+
 
 class Attention(nn.Module):
     """`h + o_proj(attention(LN h))`, causal, without bias."""
@@ -200,14 +221,32 @@ class Attention(nn.Module):
         )
 
     def forward(self, h: Tensor) -> Tensor:
+        q, k, v = self._project(h)
+        mixed = nnf.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return h + self.o_proj(mixed.transpose(1, 2).reshape(h.shape))
+
+    def extend(
+        self, h: Tensor, cache: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Do as `forward` for new tokens, `(B, t, C)`, that follow those of the cache.
+
+        The cache holds the keys and values of all tokens so far, each `(B, H, T, D)`.
+        """
+        q, k, v = self._project(h)
+        if cache is not None:
+            k, v = (torch.cat(pair, dim=2) for pair in zip(cache, (k, v), strict=True))
+        t, T = h.shape[1], k.shape[2]
+        seen = torch.ones(t, T, dtype=torch.bool, device=h.device).tril(T - t)
+        mixed = nnf.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+        return h + self.o_proj(mixed.transpose(1, 2).reshape(h.shape)), (k, v)
+
+    def _project(self, h: Tensor) -> Iterator[Tensor]:
         B, T, C = h.shape
         x = self.norm(h)
-        q, k, v = (
+        return (
             project(x).view(B, T, self.heads, C // self.heads).transpose(1, 2)
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
-        mixed = nnf.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return h + self.o_proj(mixed.transpose(1, 2).reshape(B, T, C))
 
 
 class FeedForward(nn.Module):
@@ -282,8 +321,8 @@ def stream(
 ) -> Iterator[Tensor]:
     """Continue `ids`, `(B, T)`, by `count` sampled tokens, and yield each, `(B, 1)`, as it comes.
 
-    Each token is read from the last context of tokens, from an equilibrium of the same definition
-    as in training. While the context is not full, a model that is `Extendable` reads the new
+    Each token is read from the last context of tokens, by the same definition of the model as in
+    training. While the context is not full, a model that is `Extendable` reads the new
     token beside a cache of the earlier ones, which is exact. Past it the window slides, which with
     learned absolute positions changes every state, so the window is read anew for each token.
 
