@@ -95,6 +95,7 @@ def test_rules_by_pattern_come_from_the_yaml_file(
     ("words", "part"),
     [
         (["--model", "gpt", "--estimator", "EP"], "model gpt has no estimator"),
+        (["--model", "gpt", "--stabiliser.target", "0.5"], "model gpt has no stabiliser"),
         (["--rule", "SignSymmetry"], "model equilibrium has no rule"),
         (["--model", "gtp"], "did you mean gpt?"),
         ([*SMALL, "--rule", "SignSymetry"], "did you mean SignSymmetry?"),

@@ -106,7 +106,6 @@ def audit(
         config = TrainConfig(
             data=data, model="gpt", layers=layers, d_model=d_model, heads=heads, context=context,
             batch=batch, seed=seed, steps=max(1, steps), warmup=min(100, steps // 10),
-            stabiliser=None,
         )  # fmt: skip
         table, checks = audit_gpt(rules, config, json, png)
         console = Console(width=None if sys.stdout.isatty() else 100, highlight=False)

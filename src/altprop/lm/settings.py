@@ -146,7 +146,14 @@ class TrainConfig:
 
 # what only one of the models has, so that an option of the other is refused and not ignored
 _OWN = {
-    "equilibrium": ("block", "estimator", "solver"),
+    "equilibrium": (
+        "block",
+        "estimator",
+        "solver",
+        "stabiliser",
+        "free_limit",
+        "adjoint_limit",
+    ),
     "gpt": ("layers", "tie_head", "rule", "rules"),
 }
 
