@@ -56,7 +56,8 @@ class ReferenceProblem(nn.Module):
 
     The token embedding, without positions, and the head, `N(0, 1/C)` and without bias or norm, are
     fixed; the four attention matrices are what a gradient is for. The cost goes to the
-    `Equilibrium` too, for estimators that nudge with it. Draws from torch's global generator.
+    `Equilibrium` too, for estimators that nudge with it. Draws from torch's global generator, what
+    is fixed first: one seed gives one embedding and one head whatever the block is.
 
     Source: the setting of Scurria et al., arXiv 2602.03670, with the sizes of nanoGPT's smallest
     recipe.
@@ -70,9 +71,9 @@ class ReferenceProblem(nn.Module):
     def __init__(self, vocabulary: int, sizes: Sizes) -> None:
         super().__init__()
         C = sizes.d_model
-        self.block = Equilibrium(DampedAttention(C, sizes.heads, sizes.scale, sizes.damping))
         self.register_buffer("embedding", sizes.embedding_std * torch.randn(vocabulary, C))
         self.register_buffer("head", C**-0.5 * torch.randn(vocabulary, C))
+        self.block = Equilibrium(DampedAttention(C, sizes.heads, sizes.scale, sizes.damping))
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         def cost(z: Tensor) -> Tensor:
