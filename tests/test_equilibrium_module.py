@@ -223,7 +223,7 @@ def test_aep_costs_three_evaluations_more_than_implicit_differentiation() -> Non
     """
     this = reference_problem(0)
     costs = []
-    for estimator in (ap.Implicit(), ap.AEP()):
+    for estimator in (ap.Implicit(tol=1e-3), ap.AEP(tol=2e-3)):  # its start is solved to half
         block = this.block(estimator, solver=ap.Anderson(tol=1e-2))
         this.cost(block(this.x)).backward()
         costs.append(block.certificate.adjoint_evaluations)

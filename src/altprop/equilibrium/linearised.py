@@ -34,47 +34,47 @@ class LinearisedAttention:
     ) -> None:
         _, T, C = z.shape
         self._w_qkv, self._w_o, self._heads = w_qkv, w_o, heads
-        self._scale = (C // heads) ** -0.5
-        self._q, self._k, self._v = self._split(nnf.linear(z, w_qkv))
+        scale = (C // heads) ** -0.5
+        q, k, self._v = self._split(nnf.linear(z, w_qkv))
         self._norms: tuple[LinearisedRMSNorm, LinearisedRMSNorm] | None = None
         if norms is not None:
-            q, k = linearise_rms_norm(norms[0], self._q), linearise_rms_norm(norms[1], self._k)
-            self._norms, self._q, self._k = (q, k), q.value, k.value
-        scores = self._scale * (self._q @ self._k.transpose(-1, -2))
+            normed = linearise_rms_norm(norms[0], q), linearise_rms_norm(norms[1], k)
+            self._norms, q, k = normed, normed[0].value, normed[1].value
+        # the scale is folded into both, for each product needs it once
+        self._q, self._k = scale * q, scale * k
         future = torch.ones(T, T, dtype=torch.bool, device=z.device).triu_(1)
-        self._p = scores.masked_fill_(future, -math.inf).softmax(-1)
-        self.value = nnf.linear(self._merge(self._p @ self._v), w_o)
+        self._p = (q @ self._k.mT).masked_fill_(future, -math.inf).softmax(-1)
+        self._mixed = self._p @ self._v
+        self.value = nnf.linear(self._merge(self._mixed), w_o)
 
     def jvp(self, dz: Tensor) -> Tensor:
         dq, dk, dv = self._split(nnf.linear(dz, self._w_qkv))
         if self._norms is not None:
             dq, dk = self._norms[0].jvp(dq), self._norms[1].jvp(dk)
-        ds = dq @ self._k.transpose(-1, -2)
-        ds += self._q @ dk.transpose(-1, -2)
-        return nnf.linear(self._merge(self._slope(ds) @ self._v + self._p @ dv), self._w_o)
+        # where P = 0, in the future, what these score changes hold never counts
+        weighted = (dq @ self._k.mT).add_(self._q @ dk.mT).mul_(self._p)
+        total = weighted.sum(-1, keepdim=True)
+        mixed = (weighted @ self._v).addcmul_(total, self._mixed, value=-1)
+        return nnf.linear(self._merge(mixed.add_(self._p @ dv)), self._w_o)
 
     def vjp(self, a: Tensor) -> Tensor:
         (da,) = self._split(a @ self._w_o)
-        ds = self._slope(da @ self._v.transpose(-1, -2))
-        dq, dk, dv = ds @ self._k, ds.transpose(-1, -2) @ self._q, self._p.transpose(-1, -2) @ da
+        mean = (da * self._mixed).sum(-1, keepdim=True)
+        ds = (da @ self._v.mT).sub_(mean).mul_(self._p)
+        dq, dk, dv = ds @ self._k, ds.mT @ self._q, self._p.mT @ da
         if self._norms is not None:
             dq, dk = self._norms[0].vjp(dq), self._norms[1].vjp(dk)
-        return torch.cat([self._merge(d) for d in (dq, dk, dv)], dim=-1) @ self._w_qkv
-
-    def _slope(self, ds: Tensor) -> Tensor:
-        """Return the softmax's (symmetric) derivative applied to raw score changes `ds`.
-
-        Future positions have `P = 0`, so what `ds` holds there never counts.
-        """
-        weighted = self._p * ds
-        weighted -= self._p * weighted.sum(-1, keepdim=True)
-        return weighted.mul_(self._scale)
+        B, H, T, D = dv.shape
+        joint = dv.new_empty(B, T, 3, H, D)
+        for slot, part in enumerate((dq, dk, dv)):
+            joint[:, :, slot] = part.transpose(1, 2)
+        return joint.view(B, T, 3 * H * D) @ self._w_qkv
 
     def _split(self, y: Tensor) -> tuple[Tensor, ...]:
         """Return the `(B, H, T, D)` parts of `(B, T, nC)`."""
         B, T, _ = y.shape
         D = self._w_o.shape[0] // self._heads
-        return y.view(B, T, -1, self._heads, D).permute(2, 0, 3, 1, 4).unbind(0)
+        return y.view(B, T, -1, self._heads, D).permute(2, 0, 3, 1, 4).contiguous().unbind(0)
 
     @staticmethod
     def _merge(y: Tensor) -> Tensor:
@@ -86,20 +86,25 @@ class LinearisedNorm:
     """Layer norm over the last axis, linearised at `x`, `(..., C)`; `value` is its output."""
 
     def __init__(self, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> None:
-        self._weight = weight
-        self.value, mean, self._rstd = torch.native_layer_norm(x, weight.shape, weight, bias, eps)
-        self._unit = (x - mean) * self._rstd
+        self._x, self._weight, self._bias = x, weight, bias
+        self.value, self._mean, self._rstd = torch.native_layer_norm(
+            x, weight.shape, weight, bias, eps
+        )
 
     def jvp(self, dx: Tensor) -> Tensor:
-        return self._project(dx) * self._weight
+        return self._project(dx, None) * self._weight  # the projection is symmetric
 
     def vjp(self, a: Tensor) -> Tensor:
-        return self._project(a * self._weight)
+        return self._project(a, self._weight)
 
-    def _project(self, v: Tensor) -> Tensor:
-        """Return `rstd (v − mean(v) − x̂ mean(x̂ v))`, which is symmetric in `v`."""
-        along = (self._unit * v).mean(-1, keepdim=True)
-        return self._rstd * (v - v.mean(-1, keepdim=True) - self._unit * along)
+    def _project(self, v: Tensor, weight: Tensor | None) -> Tensor:
+        """Return `rstd (u − mean(u) − x̂ mean(x̂ u))` with `u = weight v`, by torch's own kernel."""
+        bias = None if weight is None else self._bias
+        saved = self._weight.shape, self._mean, self._rstd, weight, bias
+        out: Tensor = torch.ops.aten.native_layer_norm_backward(
+            v.contiguous(), self._x, *saved, [True, False, False]
+        )[0]
+        return out
 
 
 class LinearisedRMSNorm:
@@ -144,8 +149,7 @@ class LinearisedFeedForward:
     def __init__(self, x: Tensor, up: Tensor, up_bias: Tensor, down: Tensor) -> None:
         self._up, self._down = up, down
         h = nnf.linear(x, up, up_bias)
-        density = torch.exp(-0.5 * h * h).mul_(h / math.sqrt(2 * math.pi))
-        self._slope = torch.special.ndtr(h).add_(density)  # gelu' = Φ(h) + h φ(h)
+        self._slope = torch.ops.aten.gelu_backward(torch.ones_like(h), h)  # Φ(h) + h φ(h)
 
     def jvp(self, dx: Tensor) -> Tensor:
         return nnf.linear(nnf.linear(dx, self._up).mul_(self._slope), self._down)

@@ -64,7 +64,7 @@ class AEP(AbstractEstimator):
 
     beta: float | None = None
     response: float = 1e-3
-    tol: float = 2e-3
+    tol: float = 5e-3
     max_steps: int = 100
     start: Literal["adjoint", "zero"] = "adjoint"
     linearise: Literal["free", "tracking"] = "free"

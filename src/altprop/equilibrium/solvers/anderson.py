@@ -67,21 +67,21 @@ class Anderson(AbstractSolver):
         step: float,
         scale: Tensor | None = None,
     ) -> Solution:
-        eps = step * self.mixing
         z, f = start, force(start)
         residual = relative_residual(f, z, scale)
         best_z, best_f, best = z, f, residual
-        memory = _Differences(self.memory, self.ridge)
+        memory = _Differences(
+            min(self.memory, max(1, self.max_steps - 2)), self.ridge, step * self.mixing
+        )
         steps = 1
         while steps < self.max_steps:
             # a sample that has blown up keeps its best state; the others go on
             moving = ~(best <= self.tol) & torch.isfinite(residual)
             if not bool(moving.any()):
                 break
-            proposed = z + eps * f + memory.correction(z, f, eps)
-            memory.remember(z, f)
+            proposed = memory.extrapolate(z, f)
             # A finished sample stays where it is; its difference then is zero and weighs nothing.
-            z = torch.where(per_sample(moving, z), proposed, z)
+            z = proposed if bool(moving.all()) else torch.where(per_sample(moving, z), proposed, z)
             f = force(z)
             steps += 1
             residual = relative_residual(f, z, scale)
@@ -101,36 +101,55 @@ class Anderson(AbstractSolver):
 class _Differences:
     """The last differences of states and forces, and the extrapolation that they give.
 
-    With `ΔZ`, `ΔF` of shape `(m, B, n)` the correction is `−(ΔZ + εΔF) γ`, where `γ` minimises
+    With `ΔZ`, `ΔF` of shape `(B, m, n)` the correction is `−(ΔZ + εΔF) γ`, where `γ` minimises
     `‖f − ΔF γ‖` per sample. Columns are scaled to unit norm first: forces shrink by orders of
     magnitude during a solve, and the ridge must not drown the recent ones.
+
+    A new difference takes the place of the oldest, and changes one row and column of the Gram
+    matrix, so a step reads the memory twice and writes two rows of it.
     """
 
-    def __init__(self, memory: int, ridge: float) -> None:
-        self._memory, self._ridge = memory, ridge
-        self._dz: list[Tensor] = []
-        self._df: list[Tensor] = []
+    def __init__(self, memory: int, ridge: float, eps: float) -> None:
+        self._memory, self._ridge, self._eps = memory, ridge, eps
+        self._count = 0
         self._last: tuple[Tensor, Tensor] | None = None
 
-    def remember(self, z: Tensor, f: Tensor) -> None:
-        self._last = (z, f)
-
-    def correction(self, z: Tensor, f: Tensor, eps: float) -> Tensor:
+    def extrapolate(self, z: Tensor, f: Tensor) -> Tensor:
+        """Return the next state from the state `z` and its force `f`, both `(B, ...)`."""
+        proposed = z + self._eps * f
         if self._last is None:
-            return torch.zeros_like(z)
-        self._dz = [*self._dz, z - self._last[0]][-self._memory :]
-        self._df = [*self._df, f - self._last[1]][-self._memory :]
-        flat = torch.stack([d.flatten(1) for d in self._df], dim=1)  # (B, m, n)
-        gram = (flat @ flat.transpose(1, 2)).double()
-        right = (flat @ f.flatten(1).unsqueeze(2)).double()  # (B, m, 1)
+            self._last = (z, f)
+            self._allocate(z)
+            return proposed
+        slot, rows = self._count % self._memory, min(self._count + 1, self._memory)
+        flat = f.flatten(1)
+        df = flat - self._last[1].flatten(1)
+        self._df[:, slot] = df
+        torch.add(
+            z.flatten(1) - self._last[0].flatten(1), df, alpha=self._eps, out=self._dg[:, slot]
+        )
+        self._last, self._count = (z, f), self._count + 1
+        known = self._df[:, :rows].mT
+        column = (df.unsqueeze(1) @ known).squeeze(1).double()  # (B, rows)
+        self._gram[:, slot, :rows] = column
+        self._gram[:, :rows, slot] = column
+        weights = self._weights(rows, (flat.unsqueeze(1) @ known).mT.double()).to(z.dtype)
+        moved = torch.baddbmm(
+            proposed.flatten(1).unsqueeze(1), weights.mT, self._dg[:, :rows], alpha=-1
+        )
+        return moved.reshape(z.shape)
+
+    def _allocate(self, z: Tensor) -> None:
+        B, n = z.flatten(1).shape
+        self._df, self._dg = z.new_empty(B, self._memory, n), z.new_empty(B, self._memory, n)
+        self._gram = z.new_zeros(B, self._memory, self._memory, dtype=torch.float64)
+
+    def _weights(self, rows: int, right: Tensor) -> Tensor:
+        """Return `γ`, `(B, rows, 1)`, from `ΔFᵀf` of that shape."""
+        gram = self._gram[:, :rows, :rows]
         size = gram.diagonal(dim1=1, dim2=2).sqrt()
         unit = torch.where(size > 0, 1 / size, torch.zeros_like(size))
         gram = gram * unit.unsqueeze(1) * unit.unsqueeze(2)
         # a column of a sample that no longer moves is zero: give it a one to stay solvable
-        fill = self._ridge + (size == 0).double()
-        gram.diagonal(dim1=1, dim2=2).add_(fill)
-        gamma = torch.linalg.solve(gram, right * unit.unsqueeze(2)).squeeze(2) * unit
-        out = torch.zeros_like(z)
-        for dz, df, weight in zip(self._dz, self._df, gamma.to(z.dtype).unbind(1), strict=True):
-            out -= per_sample(weight, z) * (dz + eps * df)
-        return out
+        gram.diagonal(dim1=1, dim2=2).add_(self._ridge + (size == 0).double())
+        return torch.linalg.solve(gram, right * unit.unsqueeze(2)) * unit.unsqueeze(2)
