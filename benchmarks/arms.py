@@ -23,7 +23,9 @@ UNIT = "backprop, ordinary block"
 PUBLISHED = "AEP as published"
 UNROLL = 12
 EXACT_ENOUGH = 0.9999  # the least cosine of a parameter for a comparison at equal accuracy
+XITORCH = "xitorch, Anderson + bicgstab"
 LOOSEST = ", loosest"
+ITERATED = "Implicit, plain iteration"  # the solver of torchdeq's plainest arm
 # Tight to loose, and loose to tight: the search goes down one as it goes up the other.
 FREE_TOLERANCES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 TOLERANCES = (3e-1, 1e-1, 3e-2, 1e-2, 3e-3, 1e-3, 3e-4)
@@ -90,20 +92,26 @@ def build(problem: Problem, exact: Gradients) -> dict[str, Arm]:
     bptt = ap.Euler(step=0.1, max_steps=120)
     arms["BPTT, 120 Euler steps"] = by_library(problem, ap.BPTT(), bptt)
     arms |= {name: by_library(problem, estimator) for name, estimator in LIBRARY.items()}
-    for name, estimator in (("AEP", ap.AEP), ("Implicit", ap.Implicit)):
 
-        def loose(
-            free: float, tol: float, kind: Callable[..., ap.AbstractEstimator] = estimator
-        ) -> Arm:
-            note = f"tol {free:g}, {tol:g}"
-            return by_library(problem, kind(tol=tol), ap.Anderson(tol=free), note)
+    def aep(free: float, tol: float) -> Arm:
+        note = f"tol {free:g}, {tol:g}"
+        return by_library(problem, ap.AEP(tol=tol), ap.Anderson(tol=free), note)
 
-        arms |= named(f"{name}{LOOSEST}", loosest(loose, TOLERANCES, exact))
+    def implicit(free: float, tol: float) -> Arm:
+        note = f"tol {free:g}, {tol:g}"
+        return by_library(problem, ap.Implicit(tol=tol), ap.Anderson(tol=free), note)
 
-    def few(free: float, k: int) -> Arm:
+    def iterated(free: float, tol: float) -> Arm:
+        plain = ap.Euler(step=problem.dynamics.step, max_steps=peers.LIMIT, tol=free)
+        return by_library(problem, ap.Implicit(tol=tol), plain, f"tol {free:g}, {tol:g}")
+
+    def one_step(free: float, k: int) -> Arm:
         return by_library(problem, ap.OneStep(k), ap.Anderson(tol=free), f"k = {k}, tol {free:g}")
 
-    arms |= named(f"OneStep{LOOSEST}", loosest(few, TERMS, exact))
+    arms |= named(f"AEP{LOOSEST}", loosest(aep, TOLERANCES, exact))
+    arms |= named(f"Implicit{LOOSEST}", loosest(implicit, TOLERANCES, exact))
+    arms |= named(f"{ITERATED}{LOOSEST}", loosest(iterated, TOLERANCES, exact))
+    arms |= named(f"OneStep{LOOSEST}", loosest(one_step, TERMS, exact))
     return arms | other_libraries(problem, exact)
 
 
@@ -124,15 +132,25 @@ def other_libraries(problem: Problem, exact: Gradients) -> dict[str, Arm]:
 
         arms |= named(f"torchdeq, {label}{LOOSEST}", loosest(loose, TOLERANCES, exact))
     xitorch = by_peer(peers.xitorch_gradient(problem))
-    return arms if xitorch is None else arms | {"xitorch, Anderson + bicgstab": xitorch}
+    if xitorch is not None:
+        arms[XITORCH] = xitorch
+
+        def iterated(free: float, tol: float) -> Arm:
+            arm = by_peer(peers.xitorch_gradient(problem, (free, tol)), f"tol {free:g}, {tol:g}")
+            assert arm is not None
+            return arm
+
+        arms |= named(f"{XITORCH}{LOOSEST}", loosest(iterated, TOLERANCES, exact))
+    return arms
 
 
 def missing(arms: dict[str, Arm]) -> list[str]:
     """Return the rows that are not there, and why, for the text."""
     out = [f"{peer} was not installed." for peer in ("torchdeq", "xitorch")
            if not any(name.startswith(peer) for name in arms)]  # fmt: skip
-    searched = ["AEP", "Implicit", "OneStep"]
-    searched += [f"torchdeq, {label}" for label in peers.TORCHDEQ if f"torchdeq, {label}" in arms]
+    searched = ["AEP", "Implicit", ITERATED, "OneStep"]
+    peer_names = [*(f"torchdeq, {label}" for label in peers.TORCHDEQ), XITORCH]
+    searched += [name for name in peer_names if name in arms]
     for name in searched:
         if f"{name}{LOOSEST}" not in arms:
             out.append(f"{name}: no tolerance of the search kept every cosine ≥ {EXACT_ENOUGH}.")
@@ -169,7 +187,7 @@ def by_peer(
     if made is None:
         return None
     run, step = made
-    return Arm(run, lambda: Seen(step.evaluations, step.products), note)
+    return Arm(run, lambda: Seen(step.evaluations, step.products, step.settled), note)
 
 
 def ordinary(problem: Problem) -> Arm:

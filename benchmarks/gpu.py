@@ -7,7 +7,6 @@ bf16 is for backprop's arms alone, and TF32, which rounds inside the products, f
 from __future__ import annotations
 
 import copy
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
@@ -21,16 +20,18 @@ import altprop as ap
 from arms import UNIT, UNROLL, Arm, by_library, ordinary, unrolled
 from common import markdown
 from problems import Gradients, Problem
+from timing import now
 
 UNROLLED = f"backprop, {UNROLL}-step unroll"
 PEAK_SIZE = 8192
 
 
 class Graphed(ap.AbstractDynamics):
-    """A dynamics whose force is replayed from a CUDA graph.
+    """A dynamics whose force is replayed from a CUDA graph wherever it is not recorded.
 
     A graph writes every result into the same memory, and a solver keeps earlier forces, so each is
-    copied out.
+    copied out. The one recorded evaluation is an ordinary one: what it keeps for its backward pass
+    must outlive the phases between the two.
     """
 
     def __init__(self, inner: ap.AbstractDynamics) -> None:
@@ -39,6 +40,8 @@ class Graphed(ap.AbstractDynamics):
         self._compiled = torch.compile(inner.forward, mode="reduce-overhead")
 
     def forward(self, z: Tensor, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            return self.inner(z, x)
         torch.compiler.cudagraph_mark_step_begin()
         return self._compiled(z, x).clone()
 
@@ -56,7 +59,7 @@ def arms(problem: Problem) -> dict[str, Arm]:
         out[f"{name}, TF32"] = inside(tf32, by_library(problem, estimator))
         out[f"{name}, compiled force"] = by_library(compiled, estimator)
         out[f"{name}, CUDA graphs"] = renamed(by_library(graphed, estimator))
-    half = partial(torch.autocast, "cuda", dtype=torch.bfloat16)
+    half = partial(torch.autocast, problem.x.device.type, dtype=torch.bfloat16)
     for name, make in ((UNIT, ordinary), (UNROLLED, unrolled)):
         out[f"{name}, TF32"] = inside(tf32, make(problem))
         out[f"{name}, bf16"] = inside(half, make(problem))
@@ -119,11 +122,9 @@ def peak_rate(precision: str, device: torch.device, repeats: int = 10) -> float:
     try:
         best = float("inf")
         for _ in range(repeats):
-            torch.cuda.synchronize(device)
-            start = time.perf_counter()
-            a @ b
-            torch.cuda.synchronize(device)
-            best = min(best, time.perf_counter() - start)
+            start = now(device)
+            torch.mm(a, b)
+            best = min(best, now(device) - start)
     finally:
         torch.set_float32_matmul_precision(before)
     return 2 * PEAK_SIZE**3 / best

@@ -7,6 +7,7 @@ given the fixed-point map `z ↦ z + εF(z)`, the same start and nothing else of
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ class Counted:
     problem: Problem
     evaluations: int = 0
     products: int = 0
+    settled: bool = True
 
     def reset(self) -> None:
         self.evaluations = self.products = 0
@@ -82,10 +84,15 @@ def torchdeq_gradient(
     return run, step
 
 
-def xitorch_gradient(problem: Problem) -> tuple[Callable[[], Gradients], Counted] | None:
+def xitorch_gradient(
+    problem: Problem, tolerances: tuple[float, float] = (1e-4, 1e-4)
+) -> tuple[Callable[[], Gradients], Counted] | None:
     """Return what computes the gradients by xitorch and its counter; `None` if not installed.
 
     Anderson's method forwards; bicgstab backwards, which is what xitorch takes by itself.
+
+    **Arguments:** `tolerances`, of the free phase and the adjoint, relative to their first
+    residuals: xitorch's own are absolute and below what float32 reaches.
     """
     try:
         with warnings.catch_warnings():
@@ -94,19 +101,25 @@ def xitorch_gradient(problem: Problem) -> tuple[Callable[[], Gradients], Counted
     except ImportError:
         return None
     dynamics, step = problem.dynamics, Counted(problem)
-    tol = float(1e-3 * problem.x.norm())  # absolute, and over the batch, as xitorch has it
+    forwards = {"method": "anderson_acc", "feat_ndims": 2, "maxiter": LIMIT}
+    forwards |= {"f_tol": math.inf, "x_tol": math.inf, "f_rtol": tolerances[0]}
+    backwards = {"method": "bicgstab", "rtol": tolerances[1], "max_niter": LIMIT}
+
+    def forward(x: Tensor) -> Tensor:
+        return equilibrium(
+            lambda z, x, *parameters: step(z, x, *parameters),  # it refuses other callables
+            x.detach(),
+            params=(x, *dynamics.parameters()),
+            bck_options=backwards,
+            **forwards,
+        )
 
     def run() -> Gradients:
         step.reset()
-
-        def forward(x: Tensor) -> Tensor:
-            return equilibrium(
-                lambda z, x, *parameters: step(z, x, *parameters),  # it refuses other callables
-                x.detach(), params=(x, *dynamics.parameters()), method="anderson_acc", feat_ndims=2,
-                f_tol=tol, maxiter=LIMIT,
-                bck_options={"method": "bicgstab", "rtol": 1e-3, "max_niter": LIMIT},
-            )  # fmt: skip
-
-        return problem.differentiate(forward, dynamics)
+        with warnings.catch_warnings(record=True) as heard:
+            warnings.simplefilter("always")
+            gradients = problem.differentiate(forward, dynamics)
+        step.settled = not any("converge" in str(warning.message) for warning in heard)
+        return gradients
 
     return run, step

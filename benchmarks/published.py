@@ -1,9 +1,9 @@
 """Asymmetric equilibrium propagation as published, written from scratch: the figure to beat.
 
-It follows Scurria et al., arXiv 2602.03670, as anyone would write it from the paper: fixed-step
-Euler relaxations, the cost's gradient at the nudged state, the correction `(J − Jᵀ)(z − z*)` clipped
-as a whole to the norm of the force, and `Jv` by differentiating a backward pass twice. Nothing of
-the library's estimators, solvers or linearisations is in it.
+It follows Scurria et al., arXiv 2602.03670, as anyone would write it from the paper: Euler
+relaxations of fixed length, the cost's gradient at the nudged state, the correction
+`(J − Jᵀ)(z − z*)` clipped as a whole to the norm of the force, and `Jv` by differentiating a
+backward pass twice. Nothing of the library's estimators, solvers or linearisations is in it.
 """
 
 from __future__ import annotations
