@@ -41,7 +41,7 @@ from arms import (
     unrolled,
 )
 from common import markdown, write
-from problems import Problem, gated, reference
+from problems import Gradients, Problem, gated, reference
 from published import EVALUATIONS, published_aep
 from timing import Ratio, Times, paired, ratio
 
@@ -111,9 +111,11 @@ CLAIMS = (
 )  # fmt: skip
 
 
-def measure(problem: Problem, arms: dict[str, Arm], rounds: int) -> tuple[list[Row], Times]:
+def measure(
+    problem: Problem, arms: dict[str, Arm], exact: Gradients, rounds: int
+) -> tuple[list[Row], Times]:
     """Run every arm once for what it does and once for its memory, then time all of them."""
-    exact, device = problem.exact(), problem.x.device
+    device = problem.x.device
     found = {}
     for name, arm in arms.items():
         own = None if name == UNIT else accuracy(arm.run(), exact)
@@ -157,7 +159,7 @@ def report(problem: Problem, rounds: int) -> tuple[list[str], dict[str, Any]]:
     arms = build(problem, exact)
     if problem.x.is_cuda:
         arms |= gpu.arms(problem)
-    rows, times = measure(problem, arms, rounds)
+    rows, times = measure(problem, arms, exact, rounds)
     lines = list(verdicts(rows, times))
     parts = [
         f"## {problem.name[0].upper()}{problem.name[1:]}",
@@ -174,16 +176,16 @@ def explain(rounds: int, device: torch.device) -> list[str]:
     """Return what the tables mean."""
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else "the processor"
     return [
-        f"Forward and backward of the block alone, from a fixed input under a fixed loss head, in "
+        "Forward and backward of the block alone, from a fixed input under a fixed loss head, in "
         f"float32 on {where}: medians of {rounds} rounds, each of which ran every arm once in "
-        "random order. × backprop: the median over rounds of the ratio to one ordinary "
-        "feed-forward block of the same size by backprop in the same round. Cosines, over each "
-        "parameter and the input, and the ratio of norms are to the exact gradient: the adjoint "
-        "equation in float64, both solves to 1e-9. Evaluations: of the force in the free phase, "
-        "and forces, products and linearisations in the backward pass (for other libraries: calls "
-        "of the fixed-point map, and products with its transposed Jacobian). Peak: the most "
-        "bytes of tensors alive at once above what was there before. †: a solve missed its "
-        "tolerance.",
+        "random order; in one thread of a processor, the process's own time. × backprop: the "
+        "median over rounds of the ratio to one ordinary feed-forward block of the same size by "
+        "backprop in the same round. Cosines, over each parameter and the input, and the ratio of "
+        "norms are to the exact gradient: the adjoint equation in float64, both solves to 1e-9. "
+        "Evaluations: of the force in the free phase, and forces, products and linearisations in "
+        "the backward pass (for other libraries: calls of the fixed-point map, and products with "
+        "its transposed Jacobian). Peak: the most bytes of tensors alive at once above what was "
+        "there before. †: a solve missed its tolerance.",
         f"{LOOSEST[2:].capitalize()}: of a grid of tolerances of both passes, the pair of fewest "
         "evaluations that keeps every cosine at 0.9999 or more; comparisons at equal accuracy are "
         "between these. AEP as published is written from scratch (ε = 0.1, T1 = 120, T2 = 20, "
@@ -202,7 +204,7 @@ def quick(data: str, device: torch.device) -> int:
         "AEP": by_library(problem, ap.AEP()),
         "Implicit": by_library(problem, ap.Implicit()),
     }
-    rows, times = measure(problem, arms, rounds=21)
+    rows, times = measure(problem, arms, problem.exact(), rounds=21)
     print(markdown(HEADINGS, [row.cells() for row in rows]))
     wanted = floors.load()
     found = {(f.over, f.under): ratio(times, f.over, f.under) for f in wanted}
