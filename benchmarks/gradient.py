@@ -189,8 +189,8 @@ def explain(rounds: int, device: torch.device) -> list[str]:
         f"{LOOSEST[2:].capitalize()}: of a grid of tolerances of both passes, the pair of fewest "
         "evaluations that keeps every cosine at 0.9999 or more; comparisons at equal accuracy are "
         "between these. AEP as published is written from scratch (ε = 0.1, T1 = 120, T2 = 20, "
-        "β = 0.02, clipped, `Jv` by double backward). It runs on the gated blocks as well, which "
-        "its relaxation reaches too, though the paper has no such block.",
+        "β = 0.02, clipped, `Jv` by double backward). The paper has no gated block: its procedure "
+        "is run there for its time, and its cosines say what the gradient is worth.",
     ]
 
 
