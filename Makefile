@@ -1,10 +1,11 @@
 # Every target sets up what it needs, so that any may be the first on a fresh machine.
 #   make train ARGS="--steps 1000"      make test ARGS="tests/test_cli.py -k help"
+#   make bench ARGS=--quick
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: train test lint types docs clean
+.PHONY: train test bench lint types docs clean
 .DELETE_ON_ERROR:
 
 train: .venv/.installed-train
@@ -12,6 +13,9 @@ train: .venv/.installed-train
 
 test: .venv/.installed-dev
 	$(BIN)/python -m pytest $(ARGS)
+
+bench: .venv/.installed-dev
+	$(BIN)/python benchmarks/gradient.py $(ARGS)
 
 lint: .venv/.installed-dev
 	$(BIN)/ruff check

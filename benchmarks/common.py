@@ -42,7 +42,8 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def write(name: str, title: str, parts: Sequence[str], data: Any) -> None:
     """Write and print the report of one benchmark; `parts` are Markdown paragraphs or tables."""
     script = Path(sys.argv[0]).name
-    command = " ".join(["python", f"benchmarks/{script}", *sys.argv[1:]])
+    words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
+    command = " ".join(["python", f"benchmarks/{script}", *words])
     where = machine()
     line = ", ".join(f"{key} {value}" for key, value in where.items())
     text = "\n\n".join([f"# {title}", *parts, f"Command: `{command}`. Machine: {line}."]) + "\n"

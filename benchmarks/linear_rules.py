@@ -8,9 +8,6 @@ Run: `python benchmarks/linear_rules.py`.
 
 from __future__ import annotations
 
-import random
-import statistics
-import time
 import warnings
 from collections.abc import Callable
 
@@ -20,6 +17,7 @@ from torch import Tensor, nn
 
 import altprop as ap
 from common import markdown, write
+from timing import Times, paired, ratio
 
 RULES: dict[str, ap.AbstractRule] = {
     "FeedbackAlignment": ap.FeedbackAlignment(),
@@ -32,23 +30,8 @@ RULES: dict[str, ap.AbstractRule] = {
 SIZES = ((1024, 1024, 4096, 15), (128, 512, 1024, 300), (512, 128, 1024, 300))
 
 
-def paired(arms: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
-    """Return each arm's seconds per round; two rounds to warm up are not counted."""
-    times: dict[str, list[float]] = {name: [] for name in arms}
-    for number in range(rounds + 2):
-        for name in random.sample(list(arms), len(arms)):
-            start = time.perf_counter()
-            arms[name]()
-            if number >= 2:
-                times[name].append(time.perf_counter() - start)
-    return times
-
-
-def ratios(times: dict[str, list[float]], base: str) -> dict[str, float]:
-    return {
-        name: statistics.median(a / b for a, b in zip(own, times[base], strict=True))
-        for name, own in times.items()
-    }
+def ratios(times: Times, base: str) -> dict[str, float]:
+    return {name: ratio(times, name, base).median for name in times}
 
 
 def biotorch_layers(into: int, out: int) -> dict[str, nn.Module]:
