@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import altprop as ap
+from altprop.equilibrium import linearised
 from altprop.equilibrium.dynamics import AutogradLinearisation
 from altprop.testing import check_dynamics
 from helpers import TIGHT, Task, damped, gated, jacobian, task, worst
@@ -81,6 +82,16 @@ def test_closed_form_products_are_those_of_autograd(this: Task) -> None:
     wanted = AutogradLinearisation(lambda s: this.dynamics(s, this.x), z)
     assert torch.allclose(closed.jvp(v), wanted.jvp(v), rtol=1e-10, atol=1e-12)
     assert torch.allclose(closed.vjp(v), wanted.vjp(v), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+@pytest.mark.parametrize("slices", [1, 2])
+def test_long_windows_have_the_same_products(
+    name: str, slices: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As above, where the attention matrix is not kept; the last slice of tokens is a short one."""
+    monkeypatch.setattr(linearised, "_DENSE", slices)
+    test_closed_form_products_are_those_of_autograd(TASKS[name]())
 
 
 def test_a_sample_does_not_know_its_batch_mates(this: Task) -> None:

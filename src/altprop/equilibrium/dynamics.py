@@ -95,6 +95,8 @@ class AbstractDynamics(nn.Module, ABC):
     """Whether a force in training mode may draw random numbers, as dropout does."""
     feedforward: bool = False
     """Whether nothing feeds back, so that the fixed point cannot be lost."""
+    margin: float = 0.3
+    """How large the gain `‖J_gᵀv‖` may grow before a stabiliser pushes it back."""
 
     @abstractmethod
     def forward(self, z: Tensor, x: Tensor) -> Tensor:
@@ -359,6 +361,8 @@ class DampedAttention(AbstractAttentive):
     **Arguments:** `d_model`, the width `C`; `heads`; `scale`, `s`; `damping`, `c`. Weights start at
     `N(0, 1/C)`. **Input and state:** `(B, T, C)`.
     """
+
+    margin = 0.5  # no gate: what pushes the gain back weakens all that the attention does
 
     def __init__(self, d_model: int, heads: int, scale: float = 1.0, damping: float = 1.0) -> None:
         super().__init__()

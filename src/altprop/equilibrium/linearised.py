@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
 
+_DENSE = 128  # up to so many tokens the whole attention matrix is cheaper to keep than to recompute
+
 
 class LinearisedAttention:
     """Causal softmax attention `z ↦ softmax(QKᵀ/√D) V W_Oᵀ`, linearised at `z`, `(B, T, C)`.
@@ -32,36 +34,25 @@ class LinearisedAttention:
         heads: int,
         norms: tuple[nn.RMSNorm, nn.RMSNorm] | None = None,
     ) -> None:
-        _, T, C = z.shape
         self._w_qkv, self._w_o, self._heads = w_qkv, w_o, heads
-        scale = (C // heads) ** -0.5
-        q, k, self._v = self._split(nnf.linear(z, w_qkv))
+        q, k, v = self._split(nnf.linear(z, w_qkv))
         self._norms: tuple[LinearisedRMSNorm, LinearisedRMSNorm] | None = None
         if norms is not None:
             normed = linearise_rms_norm(norms[0], q), linearise_rms_norm(norms[1], k)
             self._norms, q, k = normed, normed[0].value, normed[1].value
-        # the scale is folded into both, for each product needs it once
-        self._q, self._k = scale * q, scale * k
-        future = torch.ones(T, T, dtype=torch.bool, device=z.device).triu_(1)
-        self._p = (q @ self._k.mT).masked_fill_(future, -math.inf).softmax(-1)
-        self._mixed = self._p @ self._v
-        self.value = nnf.linear(self._merge(self._mixed), w_o)
+        core: type[_Dense | _Fused] = _Dense if z.shape[1] <= _DENSE else _Fused
+        self._core = core(q, k, v)
+        self.value = nnf.linear(self._merge(self._core.value), w_o)
 
     def jvp(self, dz: Tensor) -> Tensor:
         dq, dk, dv = self._split(nnf.linear(dz, self._w_qkv))
         if self._norms is not None:
             dq, dk = self._norms[0].jvp(dq), self._norms[1].jvp(dk)
-        # where P = 0, in the future, what these score changes hold never counts
-        weighted = (dq @ self._k.mT).add_(self._q @ dk.mT).mul_(self._p)
-        total = weighted.sum(-1, keepdim=True)
-        mixed = (weighted @ self._v).addcmul_(total, self._mixed, value=-1)
-        return nnf.linear(self._merge(mixed.add_(self._p @ dv)), self._w_o)
+        return nnf.linear(self._merge(self._core.jvp(dq, dk, dv)), self._w_o)
 
     def vjp(self, a: Tensor) -> Tensor:
         (da,) = self._split(a @ self._w_o)
-        mean = (da * self._mixed).sum(-1, keepdim=True)
-        ds = (da @ self._v.mT).sub_(mean).mul_(self._p)
-        dq, dk, dv = ds @ self._k, ds.mT @ self._q, self._p.mT @ da
+        dq, dk, dv = self._core.vjp(da)
         if self._norms is not None:
             dq, dk = self._norms[0].vjp(dq), self._norms[1].vjp(dk)
         B, H, T, D = dv.shape
@@ -80,6 +71,68 @@ class LinearisedAttention:
     def _merge(y: Tensor) -> Tensor:
         B, H, T, D = y.shape
         return y.transpose(1, 2).reshape(B, T, H * D)
+
+
+class _Dense:
+    """`softmax(QKᵀ/√D) V`, linearised with its attention matrix at hand; for short windows.
+
+    **Arguments:** `q`, `k`, `v`, `(B, H, T, D)`. `value` is its output, of that shape.
+    """
+
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor) -> None:
+        T, D = q.shape[-2:]
+        scale = D**-0.5
+        # the scale is folded into both, for each product needs it once
+        self._q, self._k, self._v = scale * q, scale * k, v
+        future = torch.ones(T, T, dtype=torch.bool, device=q.device).triu_(1)
+        self._p = (q @ self._k.mT).masked_fill_(future, -math.inf).softmax(-1)
+        self.value = self._p @ v
+
+    def jvp(self, dq: Tensor, dk: Tensor, dv: Tensor) -> Tensor:
+        # where P = 0, in the future, what these score changes hold never counts
+        weighted = (dq @ self._k.mT).add_(self._q @ dk.mT).mul_(self._p)
+        total = weighted.sum(-1, keepdim=True)
+        mixed = (weighted @ self._v).addcmul_(total, self.value, value=-1)
+        return mixed.add_(self._p @ dv)
+
+    def vjp(self, da: Tensor) -> tuple[Tensor, ...]:
+        mean = (da * self.value).sum(-1, keepdim=True)
+        ds = (da @ self._v.mT).sub_(mean).mul_(self._p)
+        return ds @ self._k, ds.mT @ self._q, self._p.mT @ da
+
+
+class _Fused:
+    """The same for long windows: torch's fused kernel, whose memory is linear in `T`.
+
+    It has no forward-mode derivative, so `Jv` goes over the queries in slices, and computes their
+    rows of the attention matrix anew.
+    """
+
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor) -> None:
+        with torch.enable_grad():
+            q, k, v = (t.detach().requires_grad_() for t in (q, k, v))
+            self._out = nnf.scaled_dot_product_attention(q, k, v, is_causal=True)
+        self._parts = (q, k, v)
+        self.value = self._out.detach()
+
+    def vjp(self, da: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(self._out, self._parts, da, retain_graph=True)
+
+    def jvp(self, dq: Tensor, dk: Tensor, dv: Tensor) -> Tensor:
+        q, k, v = (t.detach() for t in self._parts)
+        T, D = q.shape[-2:]
+        out = torch.empty_like(dv)
+        for i in range(0, T, _DENSE):
+            j = min(i + _DENSE, T)
+            rows, seen = slice(i, j), slice(0, j)
+            own, moved = D**-0.5 * q[..., rows, :], D**-0.5 * dq[..., rows, :]
+            future = torch.ones(j - i, j, dtype=torch.bool, device=q.device).triu_(i + 1)
+            p = (own @ k[..., seen, :].mT).masked_fill_(future, -math.inf).softmax(-1)
+            weighted = (moved @ k[..., seen, :].mT).add_(own @ dk[..., seen, :].mT).mul_(p)
+            total = weighted.sum(-1, keepdim=True)
+            mixed = weighted @ v[..., seen, :] + p @ dv[..., seen, :]
+            out[..., rows, :] = mixed.addcmul_(total, self.value[..., rows, :], value=-1)
+        return out
 
 
 class LinearisedNorm:

@@ -81,22 +81,20 @@ class JacobianHinge(AbstractStabiliser):
     pushes. Without a gate in the dynamics it also shrinks what the block computes: use it with
     `GatedBlock`.
 
-    **Arguments:** `target`, the margin `τ`; `every`, act on every so many steps, with `every`
-    times the weight; `weight`, `w` for `every=1`; `fresh`, the size of the random part of the next
-    probe relative to a unit vector.
+    **Arguments:** `target`, the margin `τ` (`None`: the dynamics' own `margin`, 0.3 for most);
+    `every`, act on every so many steps, with `every` times the weight; `weight`, `w` for `every=1`;
+    `fresh`, the size of the random part of the next probe relative to a unit vector.
     """
 
-    target: float = 0.3
+    target: float | None = None
     every: int = 2
     weight: float = 1.0
     fresh: float = 0.05
 
     def __post_init__(self) -> None:
-        for name in ("target", "weight"):
-            if not is_positive(getattr(self, name)):
-                raise ConfigError(
-                    f"JacobianHinge: {name} is {getattr(self, name)!r}, expected a number > 0"
-                )
+        for name, value in (("target", self.target), ("weight", self.weight)):
+            if not (is_positive(value) or (name == "target" and value is None)):
+                raise ConfigError(f"JacobianHinge: {name} is {value!r}, expected a number > 0")
         if not is_count(self.every):
             raise ConfigError(
                 f"JacobianHinge: every is {self.every!r}, expected a whole number, at least 1"
@@ -124,6 +122,7 @@ class JacobianHinge(AbstractStabiliser):
         self, path: str, block: Equilibrium, seen: Certificate, state: HingeState, group: Any
     ) -> float:
         z, x = seen.state, seen.input
+        target = block.dynamics.margin if self.target is None else self.target
         noise = torch.randn(z.shape, generator=state.generator).to(z) / math.sqrt(z.numel())
         probe = state.probes.get(path)
         if probe is None or probe.shape != z.shape:
@@ -140,8 +139,8 @@ class JacobianHinge(AbstractStabiliser):
                 (pulled,) = torch.autograd.grad(mapped, leaf, direction, create_graph=True)
             gain = (pulled.square().sum() + 1e-12).sqrt()  # differentiable at J = 0
             size = float(gain.detach())
-            over = math.isfinite(size) and size > self.target
-            penalty = self.weight * self.every * (gain - self.target).square() if over else None
+            over = math.isfinite(size) and size > target
+            penalty = self.weight * self.every * (gain - target).square() if over else None
             _accumulate(penalty, block.dynamics, group)
         if math.isfinite(size):
             state.probes[path] = pulled.detach() / size + self.fresh * noise
