@@ -112,35 +112,30 @@ class _Differences:
     def __init__(self, memory: int, ridge: float, eps: float) -> None:
         self._memory, self._ridge, self._eps = memory, ridge, eps
         self._count = 0
-        self._last: tuple[Tensor, Tensor] | None = None
+        self._last: tuple[Tensor, Tensor] | None = None  # g and f
 
     def extrapolate(self, z: Tensor, f: Tensor) -> Tensor:
         """Return the next state from the state `z` and its force `f`, both `(B, ...)`."""
-        proposed = z + self._eps * f
-        if self._last is None:
-            self._last = (z, f)
-            self._allocate(z)
-            return proposed
+        f = f.flatten(1)
+        g = torch.add(z.flatten(1), f, alpha=self._eps)
+        last, self._last = self._last, (g, f)
+        if last is None:
+            self._allocate(g)
+            return g.view(z.shape)
         slot, rows = self._count % self._memory, min(self._count + 1, self._memory)
-        flat = f.flatten(1)
-        df = flat - self._last[1].flatten(1)
-        self._df[:, slot] = df
-        torch.add(
-            z.flatten(1) - self._last[0].flatten(1), df, alpha=self._eps, out=self._dg[:, slot]
-        )
-        self._last, self._count = (z, f), self._count + 1
-        known = self._df[:, :rows].mT
-        column = (df.unsqueeze(1) @ known).squeeze(1).double()  # (B, rows)
+        self._count += 1
+        dg, df = self._dg[:, :rows], self._df[:, :rows]
+        torch.sub(g, last[0], out=dg[:, slot])
+        torch.sub(f, last[1], out=df[:, slot])
+        known = df.mT
+        column = (df[:, slot : slot + 1] @ known).squeeze(1).double()  # (B, rows)
         self._gram[:, slot, :rows] = column
         self._gram[:, :rows, slot] = column
-        weights = self._weights(rows, (flat.unsqueeze(1) @ known).mT.double()).to(z.dtype)
-        moved = torch.baddbmm(
-            proposed.flatten(1).unsqueeze(1), weights.mT, self._dg[:, :rows], alpha=-1
-        )
-        return moved.reshape(z.shape)
+        weights = self._weights(rows, (f.unsqueeze(1) @ known).mT.double()).to(g.dtype)
+        return g.sub((weights.mT @ dg).squeeze(1)).view(z.shape)
 
     def _allocate(self, z: Tensor) -> None:
-        B, n = z.flatten(1).shape
+        B, n = z.shape
         self._df, self._dg = z.new_empty(B, self._memory, n), z.new_empty(B, self._memory, n)
         self._gram = z.new_zeros(B, self._memory, self._memory, dtype=torch.float64)
 
