@@ -37,6 +37,7 @@ def test_every_public_estimator_keeps_its_contract(kind: type) -> None:
         (ap.AEP(nudge="cost"), True),
         (ap.AEP(solver=ap.GMRES()), True),
         (ap.AEP(sides=1), False),
+        (ap.AEP(sides=4), True),
         (ap.EP(sides=1, nudge="cost"), False),
         (ap.DyadicEP(nudge="cost", solver=ap.NewtonKrylov()), True),
         (ap.HolomorphicEP(points=4, solver=ap.GMRES()), True),

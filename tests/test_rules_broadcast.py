@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 import altprop as ap
 
@@ -193,6 +195,19 @@ def test_a_probe_measures_the_jacobian_product_with_dropout_and_rules_off() -> N
     torch.manual_seed(3)
     assert torch.equal(first, model(x)), "the probe disturbed the dropout of the pass"
     assert model.training and model.head.training
+
+
+def test_a_probe_under_join_is_refused_for_a_rank_may_be_missing(tmp_path: Path) -> None:
+    store = distributed.FileStore(str(tmp_path / "store"), 1)
+    distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        model = ap.convert(Chain(tanh=True), ap.GrAPE(), output="head")
+        parallel = nn.parallel.DistributedDataParallel(model)
+        parallel(data()[0]).sum().backward()
+        with pytest.raises(ap.RuleError, match="drop join"), parallel.join():
+            parallel(data()[0])
+    finally:
+        distributed.destroy_process_group()
 
 
 def test_kolen_pollack_contracts_by_the_rate_times_the_decay() -> None:

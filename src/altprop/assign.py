@@ -89,6 +89,14 @@ def _once_only(grads: Grads, *sources: Tensor | None) -> Grads:
     return tuple(None if g is None else _OnceOnly.apply(g, *known) for g in grads)
 
 
+def _matrix(t: Tensor) -> Tensor:
+    """Return a tensor as the rows of its last axis; itself if it is that, since every call counts.
+
+    (Three views less are a per cent of the time of a map from 128 to 512 features, 1024 tokens.)
+    """
+    return t if t.dim() == 2 else t.reshape(-1, t.shape[-1])
+
+
 class _AssignTransport(torch.autograd.Function):
     """`x ↦ x Wᵀ + b`, whose backward sends `g M` to `x`; the weight keeps its own `gᵀ x`."""
 
@@ -115,14 +123,16 @@ class _AssignTransport(torch.autograd.Function):
             with torch.no_grad():
                 grads = _AssignTransport.backward(ctx, g)
             return _once_only(grads, g, x, W, B)
-        needs_x, needs_W, needs_b, needs_B = ctx.needs_input_grad[:4]
+        needs_x, needs_W, needs_b, needs_B, _, _ = ctx.needs_input_grad
         rule: Transports = ctx.rule
-        flat = g.reshape(-1, g.shape[-1])
+        flat = _matrix(g)
         to_x = to_W = to_b = to_B = None
         if needs_x:
-            to_x = flat.mm(rule.matrix(W, B, noise)).view(*g.shape[:-1], W.shape[1])
+            to_x = flat.mm(rule.matrix(W, B, noise))
+            if flat is not g:
+                to_x = to_x.view(*g.shape[:-1], W.shape[1])
         if x is not None:
-            to_W = flat.t().mm(x.reshape(-1, x.shape[-1]))
+            to_W = flat.t().mm(_matrix(x))
         if needs_b:
             to_b = flat.sum(0)
         if needs_B:

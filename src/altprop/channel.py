@@ -136,11 +136,34 @@ class Channel:
         )
 
 
+def _process_group() -> Any:
+    """Return the group over which the running pass averages its gradients, or `None`.
+
+    Only a model that `DistributedDataParallel` runs is asked about: an initialised group alone does
+    not say that every rank makes this pass.
+    """
+    parallel = nn.parallel.DistributedDataParallel._get_active_ddp_module()
+    if parallel is None:
+        return None
+    if parallel._join_config.enable:
+        raise RuleError(
+            "learned feedback is measured by all ranks together in every pass, and under join() a "
+            "rank may have run out of batches: give every rank as many, and drop join()"
+        )
+    return parallel.process_group
+
+
 class JacobianProbe:
-    """Forward-mode derivatives of the error's place with respect to each tap, all rules off."""
+    """Forward-mode derivatives of the error's place with respect to each tap, all rules off.
+
+    In a data-parallel pass the tangents are the joint batch's: every rank draws them all from one
+    generator and takes its own part, the ranks' batches lying one after the other.
+    """
 
     def __init__(self, channel: Channel, root: nn.Module, args: Any, kwargs: Any) -> None:
         self.taps: Sequence[Site] = channel.sites
+        self._group = _process_group()
+        self._share = 1.0
         self._channel = channel
         self._root = root
         self._args = args
@@ -196,10 +219,29 @@ class JacobianProbe:
 
         if index != self._index or self._tangent is not None:
             return hidden
-        p = torch.randn(hidden.shape, generator=self._generator).to(hidden)
-        self._tangent = p
+        self._tangent = p = self._draw(hidden)
         dual: Tensor = forward_ad.make_dual(hidden, p)
         return dual
+
+    def _draw(self, hidden: Tensor) -> Tensor:
+        size, before, total = hidden.numel(), 0, hidden.numel()
+        if self._group is not None:
+            mine = torch.tensor(size, device=hidden.device)
+            found = [torch.empty_like(mine) for _ in range(self._group.size())]
+            torch.distributed.all_gather(found, mine, group=self._group)
+            sizes = torch.stack(found).tolist()
+            before, total = sum(sizes[: self._group.rank()]), sum(sizes)
+            self._share = size / total
+        drawn = torch.randn(total, generator=self._generator)
+        return drawn[before : before + size].view(hidden.shape).to(hidden)
+
+    def average(self, estimate: Tensor) -> Tensor:
+        """Return the mean over the joint batch of a mean over this rank's part at the last tap."""
+        if self._group is None:
+            return estimate
+        estimate = estimate * self._share
+        torch.distributed.all_reduce(estimate, group=self._group)
+        return estimate
 
     def catch(self, error: Tensor) -> None:
         """Keep the tangent that arrived at the error's place."""

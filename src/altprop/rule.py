@@ -196,8 +196,11 @@ class Probe(Protocol):
     def push(self, tap: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Draw a Gaussian tangent `p` at a tap and return it with `J p`.
 
-        Shapes: (..., features) and (..., k).
+        Shapes: (..., features) and (..., k). In a data-parallel pass, of this rank's batch.
         """
+
+    def average(self, estimate: Tensor) -> Tensor:
+        """Turn a mean over this rank's batch, at the last tap, into that over the joint batch."""
 
 
 def spread_error(e: Tensor, shape: torch.Size) -> Tensor:

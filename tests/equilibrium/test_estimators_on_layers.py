@@ -13,6 +13,7 @@ EXACT = [
     ap.AEP(beta=1e-4, tol=1e-7),
     ap.AEP(beta=1e-4, tol=1e-7, linearise="tracking"),
     ap.AEP(beta=1e-6, tol=1e-6, sides=1),
+    ap.AEP(beta=1e-2, tol=1e-7, sides=4),
     ap.AEP(beta=1e-4, tol=1e-7, nudge="cost"),
     ap.AEP(beta=1e-4, tol=1e-7, solver=ap.GMRES()),
     ap.DyadicEP(tol=1e-9),

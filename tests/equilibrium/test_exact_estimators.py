@@ -32,6 +32,7 @@ EXACT = [
     ap.AEP(beta=1e-4, tol=1e-8, linearise="tracking"),
     ap.AEP(beta=1e-4, tol=1e-8, nudge="cost"),
     ap.AEP(beta=1e-6, tol=1e-8, sides=1),
+    ap.AEP(beta=1e-2, tol=1e-8, sides=4),
     ap.DyadicEP(tol=1e-9),
     ap.DyadicEP(tol=1e-9, nudge="cost"),
     ap.HolomorphicEP(tol=1e-9),
@@ -96,6 +97,42 @@ def test_the_bias_falls_with_the_order_that_is_stated(
 
 @FEW
 @given(s=systems())
+@pytest.mark.parametrize(
+    "estimator",
+    [
+        lambda **k: ap.AEP(sides=4, **k),
+        lambda **k: ap.AEP(sides=4, start="zero", **k),
+        lambda **k: ap.AEP(sides=4, linearise="tracking", **k),
+        lambda **k: ap.AEP(sides=4, nudge="cost", **k),
+    ],
+    ids=["free", "zero", "tracking", "cost"],
+)
+def test_two_pairs_leave_a_bias_of_fourth_order(estimator: object, s: System) -> None:
+    reference = exact(s)
+    large, small = (
+        error(gradient(s, estimator(beta=beta, tol=1e-12))[0], reference)  # type: ignore[operator]
+        for beta in (0.1, 0.05)
+    )
+    # below 1e-9 the error is the tolerance of the phases and of the reference
+    assert small < 1e-9 or math.log2(large / small) == pytest.approx(4, abs=0.25)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_pairs_are_the_extrapolation_of_each_by_itself(kind: str) -> None:
+    s = system(kind, seed=3)
+    far, near = (gradient(s, ap.AEP(beta=beta, tol=1e-12)) for beta in (0.1, 0.05))
+    both, certificate = gradient(s, ap.AEP(beta=0.1, tol=1e-12, sides=4))
+    assert error(both, (4 * near[0] - far[0]) / 3) < 1e-10
+    for name in ("beta", "response"):
+        torch.testing.assert_close(getattr(certificate, name), getattr(far[1], name))
+    apart = far[1].adjoint_evaluations + near[1].adjoint_evaluations
+    assert far[1].adjoint_evaluations < certificate.adjoint_evaluations < apart
+    assert certificate.nudged_residuals is not None and certificate.adjoint_residual is not None
+    assert torch.equal(certificate.nudged_residuals.amax(0), certificate.adjoint_residual)
+
+
+@FEW
+@given(s=systems())
 def test_eight_holomorphic_points_leave_less_than_1e_7_at_a_nudge_where_two_do_not(
     s: System,
 ) -> None:
@@ -145,6 +182,11 @@ def test_naive_ep_is_exact_where_the_jacobian_is_symmetric() -> None:
     x = torch.randn(2, 3, 4, dtype=torch.float64)
     s = System(Symmetric(), x, torch.randn_like(x))
     assert error(gradient(s, ap.EP(beta=1e-4, tol=1e-9))[0], exact(s)) < 1e-6
+    two, four = (
+        error(gradient(s, ap.EP(beta=0.01, tol=1e-11, sides=n))[0], exact(s))  # type: ignore[arg-type]
+        for n in (2, 4)
+    )
+    assert four < 1e-2 * two
     _, certificate = gradient(s, ap.AEP())
     assert certificate.antisymmetry is not None
     assert float(certificate.antisymmetry.max()) < 1e-9
@@ -199,9 +241,12 @@ def test_certificates_measure_the_antisymmetry_of_the_jacobian(kind: str) -> Non
     [
         (ap.EP(), 2),
         (ap.EP(sides=1), 1),
+        (ap.EP(sides=4), 4),
         (ap.AEP(), 2),
         (ap.AEP(sides=1), 1),
+        (ap.AEP(sides=4), 4),
         (ap.AEP(linearise="tracking"), 2),
+        (ap.AEP(linearise="tracking", sides=4), 4),
         (ap.HolomorphicEP(points=8), 5),  # the others are their conjugates
         (ap.DyadicEP(), 2),  # its midpoint and its difference
     ],

@@ -83,7 +83,8 @@ def test_holomorphic_refuses_a_dynamics_that_is_not_analytic_and_says_why() -> N
 @pytest.mark.parametrize(
     ("wrong", "named"),
     [
-        (lambda: ap.EP(sides=3), "sides is 3"),  # type: ignore[arg-type]
+        (lambda: ap.EP(sides=3), "sides is 3, expected 1 .*, 2 .* or 4"),  # type: ignore[arg-type]
+        (lambda: ap.AEP(sides="4"), "AEP: sides is '4'"),  # type: ignore[arg-type]
         (lambda: ap.AEP(nudge="loss"), "nudge is 'loss'"),  # type: ignore[arg-type]
         (lambda: ap.AEP(linearise="mean"), "linearise is 'mean'"),  # type: ignore[arg-type]
         (lambda: ap.AEP(linearise="tracking", sides=1), "sides=2"),

@@ -24,7 +24,8 @@ class GrAPE(AbstractBroadcast):
     through a tap; `Ĵ` is the mean of `p (J p)ᵀ` over probes and same-token pairs, taken before the
     cosine. `B` receives the gradient of `Σ (1 − cos)` over its vectors, a sum and not a mean, so
     that the rate need not grow with the width; any optimiser moves it. The probes use the plain
-    (math) attention and evaluation mode: no dropout, no running statistics.
+    (math) attention and evaluation mode: no dropout, no running statistics. Under
+    `DistributedDataParallel` `Ĵ` is the joint batch's too, whatever the ranks' shares of it.
 
     A pass costs `probes` forward-mode passes per block. The control `DirectFeedback(
     granularity="block", calibrate_every=…)` belongs beside it: calibration alone gives much.
@@ -106,7 +107,7 @@ class GrAPE(AbstractBroadcast):
                 pairs = p.flatten(0, -2).t() @ Jp.flatten(0, -2) / p.shape[:-1].numel()
                 total = pairs if total is None else total + pairs
             assert total is not None
-            found.append(total / self.probes)
+            found.append(probe.average(total / self.probes))
         return found
 
     def feedback_gradient(self, B: Tensor, estimate: Tensor) -> Tensor:

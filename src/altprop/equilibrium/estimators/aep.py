@@ -30,6 +30,7 @@ from altprop.equilibrium.estimators.phases import (
     check_sides,
     contrast,
     displacement,
+    extrapolate,
     response_beta,
 )
 from altprop.equilibrium.solvers.solver import AbstractSolver, per_sample, sample_norm
@@ -56,10 +57,13 @@ class AEP(AbstractEstimator):
     `linearise`, where `J` is taken: `"free"`, at `z*` once for both phases, or `"tracking"`, at the
     running mean of the two phases, which are then relaxed together and linearised anew at every
     evaluation (of the same order in `β`, several times dearer); `sides`, 2 for the centred pair,
-    with a bias of order `β²`, or 1 for the positive nudge against the free state, of order `β`;
-    `nudge`, `"linear"` (the constant cotangent) or `"cost"` (`∇C` at the nudged state, as a
-    physical system would: call the module with `cost=`; both agree to first order); `solver`, of
-    the phases and of the linear problem that they start from (`None`: the module's own).
+    with a bias of order `β²`, 1 for the positive nudge against the free state, of order `β`, or 4
+    for pairs at `±β` and `±β/2`, extrapolated to order `β⁴`, at up to twice the cost: for states
+    that are small against the nudge, in float64 and with a `tol` below the bias, without which
+    nothing is gained; `nudge`, `"linear"` (the constant cotangent) or `"cost"` (`∇C` at the nudged
+    state, as a physical system would: call the module with `cost=`; both agree to first order);
+    `solver`, of the phases and of the linear problem that they start from (`None`: the module's
+    own).
     """
 
     beta: float | None = None
@@ -118,6 +122,8 @@ class AEP(AbstractEstimator):
         phases = Phases(problem, nudge, beta, self.tol, self.max_steps, self.solver, inverse)
         if self.linearise == "tracking":
             out = _track(phases, first)
+            if self.sides == 4:
+                out = extrapolate(_track(phases.halved(), -out.value), out)
         else:
             out = _contrast(phases, first, correction, self.sides)
         if remainder is not None:
@@ -129,13 +135,7 @@ class AEP(AbstractEstimator):
 
 def _contrast(phases: Phases, first: Tensor, correction: Antisymmetric, sides: Sides) -> Adjoint:
     """Solve one phase after the other, with `J` frozen at the free state."""
-    plus = phases.run(1.0, first, correction)
-    minus = None
-    if sides == 2:
-        mirrored = -plus.value
-        correction.mirror(plus.value, mirrored)
-        minus = phases.run(-1.0, mirrored, correction)
-    out = contrast(plus, minus, phases.beta, phases.problem)
+    out = contrast(phases, phases.run(1.0, first, correction), sides, correction)
     return replace(
         out,
         evaluations=out.evaluations + correction.evaluations,

@@ -40,10 +40,11 @@ class EP(AbstractEstimator):
     **Arguments:** `beta`, the nudge for a cotangent of unit norm per sample (`None`: chosen so that
     the state moves by `response` relative to its norm); `response`; `tol`, the residual of a
     nudged phase relative to the nudge; `max_steps`, the limit of evaluations per phase; `sides`,
-    2 for the centred pair, whose own bias is of order `β²`, or 1 for the positive nudge against the
-    free state, at half the cost and of order `β`; `nudge`, `"linear"` (the constant cotangent) or
-    `"cost"` (`∇C` at the nudged state, as a physical system would: call the module with `cost=`;
-    both agree to first order); `solver`, of the phases (`None`: the module's own).
+    2 for the centred pair, whose own bias is of order `β²`, 1 for the positive nudge against the
+    free state, at half the cost and of order `β`, or 4 for pairs at `±β` and `±β/2`, extrapolated
+    to order `β⁴` at up to twice the cost; `nudge`, `"linear"` (the constant cotangent) or `"cost"`
+    (`∇C` at the nudged state, as a physical system would: call the module with `cost=`; both agree
+    to first order); `solver`, of the phases (`None`: the module's own).
     """
 
     beta: float | None = None
@@ -80,6 +81,5 @@ class EP(AbstractEstimator):
             earlier += plus.evaluations
             phases = replace(phases, beta=wanted)
             plus = phases.run(1.0, plus.value)
-        minus = phases.run(-1.0, -plus.value) if self.sides == 2 else None
-        out = contrast(plus, minus, phases.beta, problem)
+        out = contrast(phases, plus, self.sides)
         return replace(out, evaluations=out.evaluations + earlier)
