@@ -200,7 +200,6 @@ def table(found: dict[str, Cost], what: str) -> str:
 
 def main() -> None:
     torch.manual_seed(0)
-    random.seed(0)
     torch.set_num_threads(1)
     maps = {f"{i}→{o}, {n} tokens, {r} rounds": linear(i, o, n, r) for i, o, n, r in SIZES}
     step, alone = model_step(), independent_blocks()

@@ -189,6 +189,23 @@ class Driven:
             return AutogradLinearisation(self.force, z)
         return self._dynamics.linearise(z, self.x)
 
+    def split(self, chunk: int | None) -> Iterator[tuple[slice, Driven]]:
+        """Yield what drives at most `chunk` samples at a time, and which samples these are.
+
+        **Raises:** `RuleError` where samples cannot be told apart.
+        """
+        if chunk is None or chunk >= len(self.x):
+            yield slice(None), self
+            return
+        if type(self) is not Driven or self._args or self._kwargs or self._draws is not None:
+            raise RuleError(
+                f"chunk is {chunk}, but {type(self._dynamics).__name__} under further arguments, "
+                "random draws or several inputs is solved for the whole batch: write chunk=None"
+            )
+        for start in range(0, len(self.x), chunk):
+            rows = slice(start, start + chunk)
+            yield rows, Driven(self._dynamics, self.x.detach()[rows])
+
     def analytic(self, z: Tensor) -> Tensor:
         """Return the force continued analytically to a complex state `z`, `(B, ...)`.
 

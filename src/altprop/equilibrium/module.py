@@ -32,6 +32,7 @@ from altprop.equilibrium.solvers.solver import (
     Result,
     Solution,
     conclude,
+    is_count,
     relative_residual,
     with_limits,
 )
@@ -68,6 +69,7 @@ class Equilibrium(nn.Module):
         solver: AbstractSolver | None = None,
         estimator: AbstractEstimator | None = None,
         on_failure: OnFailure = "raise",
+        chunk: int | None = None,
     ) -> None:
         super().__init__()
         self.dynamics = _expect(dynamics, AbstractDynamics, "dynamics", "GatedBlock(128, heads=4)")
@@ -78,6 +80,9 @@ class Equilibrium(nn.Module):
             AEP() if estimator is None else estimator, AbstractEstimator, "estimator", "AEP()"
         )
         self.on_failure: OnFailure = _expect_policy(on_failure)
+        if not (chunk is None or is_count(chunk)):
+            raise ConfigError(f"chunk is {chunk!r}, expected a whole number of samples, or None")
+        self.chunk = chunk
         self.certificate = None
 
     def forward(self, x: Tensor, *args: Any, cost: Cost | None = None, **kwargs: Any) -> Tensor:
@@ -139,52 +144,26 @@ class Equilibrium(nn.Module):
             return value, remember(value)
 
     def _site(self, driven: Driven, cost: Cost | None) -> Site:
-        x, start = driven.x, driven.start()
-
-        def quiet(z: Tensor) -> Tensor:
-            with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-                return driven.force(z)
-
-        def solve(
-            force: Force,
-            start: Tensor,
-            *,
-            tol: float,
-            max_steps: int,
-            scale: Tensor,
-            solver: AbstractSolver | None = None,
-            inverse: Force | None = None,
-        ) -> Solution:
-            with torch.autocast(x.device.type, enabled=False):
-                if inverse is not None and solver is None:
-                    return defect_correction(
-                        force, inverse, start, tol=tol, max_steps=max_steps, scale=scale
-                    )
-                own = with_limits(solver or self.solver, tol, max_steps)
-                return _persist(own, force, start, driven.step, scale)
-
+        start, quiet = driven.start(), _quiet(driven)
         held = tuple(self.dynamics.parameters())
 
-        def problem(z: Tensor, still: Tensor) -> Problem:
+        def problems(z: Tensor, still: Tensor) -> Iterator[Problem]:
             if any(p is not q for p, q in zip(held, self.dynamics.parameters(), strict=True)):
                 raise RuleError(
                     "the dynamics' parameters are not those of the forward pass (functional_call "
                     "puts its own in place only until the call returns), so the adjoint would be "
                     "that of another system: load them with load_state_dict, or use BPTT()"
                 )
-
-            def linearise(at: Tensor | None = None) -> Any:
-                with torch.autocast(x.device.type, enabled=False):
-                    return driven.linearise(z if at is None else at)
-
-            def analytic(at: Tensor) -> Tensor:
-                with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-                    return driven.analytic(at)
-
             if driven.coarse:
                 still = quiet(z)
             seen = _read_cost(cost, driven)
-            return Problem(z, still, driven.step, quiet, linearise, solve, seen, analytic)
+            if seen is not None and self.chunk is not None and self.chunk < len(z):
+                raise RuleError(
+                    f"chunk is {self.chunk}, but a cost= is a function of the whole batch: write "
+                    "chunk=None"
+                )
+            for rows, part in driven.split(self.chunk):
+                yield self._problem(part, z[rows], still[rows], seen)
 
         def free_phase() -> Solution:
             state = driven.settled()
@@ -198,16 +177,47 @@ class Equilibrium(nn.Module):
             self.certificate = certificate
 
         return Site(
-            x=x,
+            x=driven.x,
             start=start,
             step=driven.step,
             force=driven.force,
             solver=self.solver,
             free_phase=free_phase,
-            problem=problem,
+            problems=problems,
             finish=finish,
             settle=self._settle,
         )
+
+    def _problem(self, driven: Driven, z: Tensor, still: Tensor, cost: Cost | None) -> Problem:
+        kind = driven.x.device.type
+
+        def solve(
+            force: Force,
+            start: Tensor,
+            *,
+            tol: float,
+            max_steps: int,
+            scale: Tensor,
+            solver: AbstractSolver | None = None,
+            inverse: Force | None = None,
+        ) -> Solution:
+            with torch.autocast(kind, enabled=False):
+                if inverse is not None and solver is None:
+                    return defect_correction(
+                        force, inverse, start, tol=tol, max_steps=max_steps, scale=scale
+                    )
+                own = with_limits(solver or self.solver, tol, max_steps)
+                return _persist(own, force, start, driven.step, scale)
+
+        def linearise(at: Tensor | None = None) -> Any:
+            with torch.autocast(kind, enabled=False):
+                return driven.linearise(z if at is None else at)
+
+        def analytic(at: Tensor) -> Tensor:
+            with torch.no_grad(), torch.autocast(kind, enabled=False):
+                return driven.analytic(at)
+
+        return Problem(z, still, driven.step, _quiet(driven), linearise, solve, cost, analytic)
 
     def _settle(self, result: Result, residual: Tensor, tol: float, what: str) -> None:
         if result or self.on_failure == "accept":
@@ -227,6 +237,16 @@ class Equilibrium(nn.Module):
 
     def extra_repr(self) -> str:
         return f"solver={self.solver}, estimator={self.estimator}, on_failure={self.on_failure!r}"
+
+
+def _quiet(driven: Driven) -> Force:
+    """Return the force without recording, in full precision."""
+
+    def force(z: Tensor) -> Tensor:
+        with torch.no_grad(), torch.autocast(z.device.type, enabled=False):
+            return driven.force(z)
+
+    return force
 
 
 def _exact_enough(x: Tensor) -> Tensor:

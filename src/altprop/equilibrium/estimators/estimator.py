@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import ClassVar, Protocol
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ from altprop.equilibrium.solvers.solver import (
     per_sample,
     relative_residual,
     sample_norm,
+    worst,
 )
 from altprop.errors import ConfigError
 from altprop.rule import AbstractRule, Seam
@@ -122,7 +123,8 @@ class Site:
     """What one call of an `Equilibrium` offers to its estimator's `attach`.
 
     `force`: `F(·; x)`, recorded wherever autograd is on. `free_phase()`: solve for the free state.
-    `problem(z, F(z))`: what is to be solved at `z`. `finish(certificate)`: hand over what was
+    `problems(z, F(z))`: what is to be solved at `z`,
+    some samples after the other. `finish(certificate)`: hand over what was
     measured. `settle(result, residual, tol, what)`: raise, warn or accept, as the module was told.
     """
 
@@ -132,7 +134,7 @@ class Site:
     force: Force
     solver: AbstractSolver
     free_phase: Callable[[], Solution]
-    problem: Callable[[Tensor, Tensor], Problem]
+    problems: Callable[[Tensor, Tensor], Iterator[Problem]]
     finish: Callable[[Certificate], None]
     settle: Callable[[Result, Tensor, float, str], None]
 
@@ -171,7 +173,12 @@ class AbstractEstimator(AbstractRule):
             return value
 
         def pull(cotangent: Tensor) -> Tensor:
-            adjoint = self.pull(site.problem(z, still), cotangent)
+            done, parts = 0, []
+            for problem in site.problems(z, still):
+                rows = slice(done, done + len(problem.state))
+                parts.append(self.pull(problem, cotangent[rows]))
+                done = rows.stop
+            adjoint = join(parts)
             certificate.adjoint_result = adjoint.result
             certificate.adjoint_residual = adjoint.residual
             certificate.adjoint_remainder = adjoint.remainder
@@ -206,6 +213,25 @@ class AbstractEstimator(AbstractRule):
         adjoint = self.adjoint(problem, unit)
         undo = torch.where(usable, size, size - size)
         return replace(adjoint, value=adjoint.value * per_sample(undo, cotangent))
+
+
+def join(parts: list[Adjoint]) -> Adjoint:
+    """Return the adjoint of a batch from those of its parts, in order.
+
+    `evaluations` are those of the part that needed most of them.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    joined: dict[str, Any] = {}
+    for name in (field.name for field in fields(Adjoint)):
+        values = [getattr(part, name) for part in parts]
+        if isinstance(values[0], Tensor):
+            joined[name] = torch.cat(values, dim=1 if name == "nudged_residuals" else 0)
+        else:
+            joined[name] = values[0]
+    joined["evaluations"] = max(part.evaluations for part in parts)
+    joined["result"] = worst(*(part.result for part in parts))
+    return Adjoint(**joined)
 
 
 def solve_adjoint(

@@ -25,12 +25,13 @@ from altprop.equilibrium.estimators.estimator import (
     check_own_solver,
     solve_adjoint,
 )
-from altprop.equilibrium.estimators.phases import displacement, response_beta, worst
+from altprop.equilibrium.estimators.phases import displacement, response_beta
 from altprop.equilibrium.solvers.solver import (
     AbstractSolver,
     Solution,
     per_sample,
     sample_norm,
+    worst,
 )
 from altprop.errors import ConfigError, RuleError
 

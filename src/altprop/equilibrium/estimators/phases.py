@@ -21,10 +21,10 @@ from altprop.equilibrium.estimators.estimator import Adjoint, Problem
 from altprop.equilibrium.estimators.nudge import Map
 from altprop.equilibrium.solvers.solver import (
     AbstractSolver,
-    Result,
     Solution,
     per_sample,
     sample_norm,
+    worst,
 )
 from altprop.errors import ConfigError
 
@@ -163,12 +163,6 @@ def _read(phases: Phases, plus: Solution, minus: Solution | None) -> Adjoint:
 def displacement(beta: Tensor, size: Tensor, problem: Problem) -> Tensor:
     """Return `‖z^β − z*‖ / ‖z*‖`, `(B,)`, of displacements of norm `size` in units of `β`."""
     return beta * size / sample_norm(problem.state).clamp_min(torch.finfo(size.dtype).tiny)
-
-
-def worst(*results: Result) -> Result:
-    """Return the worst of several outcomes."""
-    order = (Result.CONVERGED, Result.FIXED_TIME, Result.MAX_STEPS, Result.NON_FINITE)
-    return max(results, key=order.index)
 
 
 def check_sides(name: str, sides: int) -> None:

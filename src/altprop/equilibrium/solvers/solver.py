@@ -159,3 +159,9 @@ def better_of(old: Solution, new: Solution) -> Solution:
         evaluations=old.evaluations + new.evaluations,
         result=new.result,
     )
+
+
+def worst(*results: Result) -> Result:
+    """Return the worst of several outcomes."""
+    order = (Result.CONVERGED, Result.FIXED_TIME, Result.MAX_STEPS, Result.NON_FINITE)
+    return max(results, key=order.index)
