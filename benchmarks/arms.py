@@ -25,6 +25,8 @@ UNROLL = 12
 EXACT_ENOUGH = 0.9999  # the least cosine of a parameter for a comparison at equal accuracy
 XITORCH = "xitorch, Anderson + bicgstab"
 LOOSEST = ", loosest"
+CHUNK = 4
+CHUNKED = f", {CHUNK} samples at a time"
 ITERATED = "Implicit, plain iteration"  # the solver of torchdeq's plainest arm
 # Tight to loose, and loose to tight: the search goes down one as it goes up the other.
 FREE_TOLERANCES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
@@ -92,6 +94,8 @@ def build(problem: Problem, exact: Gradients) -> dict[str, Arm]:
     bptt = ap.Euler(step=0.1, max_steps=120)
     arms["BPTT, 120 Euler steps"] = by_library(problem, ap.BPTT(), bptt)
     arms |= {name: by_library(problem, estimator) for name, estimator in LIBRARY.items()}
+    for name in ("AEP", "Implicit"):
+        arms[name + CHUNKED] = by_library(problem, LIBRARY[name], chunk=CHUNK)
 
     def aep(free: float, tol: float) -> Arm:
         note = f"tol {free:g}, {tol:g}"
@@ -166,9 +170,10 @@ def by_library(
     estimator: ap.AbstractEstimator,
     solver: ap.AbstractSolver | None = None,
     note: str = "",
+    chunk: int | None = None,
 ) -> Arm:
     """Return the arm of an estimator, with its default solver unless one is given."""
-    block = problem.block(estimator, solver)
+    block = problem.block(estimator, solver, chunk)
 
     def seen() -> Seen:
         certificate = block.certificate

@@ -26,6 +26,7 @@ from altprop.lm.reference import Sizes
 from altprop.lm.train import pick_device
 from altprop.memory import peak_live_bytes
 from arms import (
+    CHUNKED,
     LOOSEST,
     PUBLISHED,
     UNIT,
@@ -108,6 +109,8 @@ CLAIMS = (
     Claim("OneStep / backprop, at equal accuracy", f"OneStep{LOOSEST}", UNIT, 4),
     Claim("peak memory, AEP / backprop", "AEP", UNIT, 2, of="memory"),
     Claim("peak memory, Implicit / backprop", "Implicit", UNIT, 2, of="memory"),
+    Claim(f"peak memory, AEP{CHUNKED} / backprop", f"AEP{CHUNKED}", UNIT, 2, of="memory"),
+    Claim(f"peak memory, Implicit{CHUNKED} / backprop", f"Implicit{CHUNKED}", UNIT, 2, of="memory"),
 )  # fmt: skip
 
 
