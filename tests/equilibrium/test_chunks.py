@@ -1,4 +1,4 @@
-"""Solving the adjoint for a few samples at a time changes its memory and nothing else."""
+"""Solving for a few samples at a time changes the memory and nothing else."""
 
 from __future__ import annotations
 
@@ -40,6 +40,7 @@ def test_chunks_give_the_gradient_of_the_batch(estimator: ap.AbstractEstimator, 
     whole, one = gradient(estimator, None)
     found, certificate = gradient(estimator, chunk)
     assert error(found, whole) < 1e-8
+    assert certificate.free_residual.shape == one.free_residual.shape
     assert certificate.adjoint_result is one.adjoint_result
     assert 0 < certificate.adjoint_evaluations <= one.adjoint_evaluations + 1 or chunk >= 5
     for name in ("adjoint_residual", "adjoint_remainder", "nudged_residuals", "beta"):
@@ -56,7 +57,7 @@ def test_chunks_need_less_memory() -> None:
     for chunk in (None, 2):
         block = ap.Equilibrium(dynamics, chunk=chunk)
         peaks.append(peak_live_bytes(lambda b=block: b(x).square().sum().backward()))
-    assert peaks[1] < 0.7 * peaks[0]
+    assert peaks[1] < 0.5 * peaks[0]
 
 
 def test_what_belongs_to_the_whole_batch_is_refused() -> None:
@@ -71,6 +72,12 @@ def test_what_belongs_to_the_whole_batch_is_refused() -> None:
     block = ap.Equilibrium(ap.from_function(masked), chunk=1)
     with pytest.raises(ap.RuleError, match="further arguments"):
         block(s.x.requires_grad_(), torch.ones(4)).sum().backward()
+
+    random = system("damped", seed=1).dynamics
+    random.draws = True
+    with pytest.raises(ap.RuleError, match="random draws"):
+        ap.Equilibrium(random, chunk=1)(s.x)
+    assert torch.isfinite(ap.Equilibrium(random.eval(), chunk=1)(s.x)).all()
 
 
 @pytest.mark.parametrize("chunk", [0, -1, 1.5, "2"])

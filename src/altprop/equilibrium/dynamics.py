@@ -197,7 +197,8 @@ class Driven:
         if chunk is None or chunk >= len(self.x):
             yield slice(None), self
             return
-        if type(self) is not Driven or self._args or self._kwargs or self._draws is not None:
+        random = self._dynamics.draws and self._dynamics.training
+        if type(self) is not Driven or self._args or self._kwargs or random:
             raise RuleError(
                 f"chunk is {chunk}, but {type(self._dynamics).__name__} under further arguments, "
                 "random draws or several inputs is solved for the whole batch: write chunk=None"

@@ -35,6 +35,7 @@ from altprop.equilibrium.solvers.solver import (
     is_count,
     relative_residual,
     with_limits,
+    worst,
 )
 from altprop.errors import ConfigError, ConvergenceError, RuleError
 
@@ -168,7 +169,13 @@ class Equilibrium(nn.Module):
         def free_phase() -> Solution:
             state = driven.settled()
             if state is None:
-                return _persist(self.solver, quiet, start.detach(), driven.step, None)
+                begin, step = start.detach(), driven.step
+                return _join(
+                    [
+                        _persist(self.solver, _quiet(part), begin[rows], step, None)
+                        for rows, part in driven.split(self.chunk)
+                    ]
+                )
             rest = state - state  # zero, or NaN where the state is not finite
             residual = relative_residual(rest, state, None)
             return Solution(state, rest, residual, 0, conclude(residual, self.solver.tol or 1.0))
@@ -236,7 +243,10 @@ class Equilibrium(nn.Module):
         return {**super().__getstate__(), "certificate": None}
 
     def extra_repr(self) -> str:
-        return f"solver={self.solver}, estimator={self.estimator}, on_failure={self.on_failure!r}"
+        return (
+            f"solver={self.solver}, estimator={self.estimator}, on_failure={self.on_failure!r}, "
+            f"chunk={self.chunk}"
+        )
 
 
 def _quiet(driven: Driven) -> Force:
@@ -329,6 +339,19 @@ def _persist(
         return first
     second = solver.solve(force, first.value, step=step, scale=scale)
     return replace(second, evaluations=first.evaluations + second.evaluations)
+
+
+def _join(parts: list[Solution]) -> Solution:
+    """Return the solution of a batch from those of its parts; the one that took longest counts."""
+    if len(parts) == 1:
+        return parts[0]
+    return Solution(
+        value=torch.cat([part.value for part in parts]),
+        force=torch.cat([part.force for part in parts]),
+        residual=torch.cat([part.residual for part in parts]),
+        evaluations=max(part.evaluations for part in parts),
+        result=worst(*(part.result for part in parts)),
+    )
 
 
 def _expect(value: Any, kind: type, name: str, example: str) -> Any:
