@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import altprop as ap
 from altprop.equilibrium import linearised
-from altprop.equilibrium.dynamics import AutogradLinearisation
+from altprop.equilibrium.products import AutogradLinearisation
 from altprop.testing import check_dynamics
 from helpers import TIGHT, Task, damped, gated, jacobian, task, worst
 

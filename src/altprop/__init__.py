@@ -33,7 +33,6 @@ if TYPE_CHECKING:  # what the table below means, for type checkers and editors
     )
     from altprop.equilibrium.dynamics import (
         AbstractDynamics as AbstractDynamics,
-        AbstractLinearisation as AbstractLinearisation,
         CausalAttention as CausalAttention,
         DampedAttention as DampedAttention,
         Extension as Extension,
@@ -61,6 +60,9 @@ if TYPE_CHECKING:  # what the table below means, for type checkers and editors
         Equilibrium as Equilibrium,
         equilibria as equilibria,
         using as using,
+    )
+    from altprop.equilibrium.products import (
+        AbstractLinearisation as AbstractLinearisation,
     )
     from altprop.equilibrium.solvers.adaptive import Adaptive as Adaptive, Moment as Moment
     from altprop.equilibrium.solvers.anderson import Anderson as Anderson
@@ -132,8 +134,7 @@ _EXPORTS = {
     ),
     "altprop.converting": "add_feedback convert feedback_parameters revert rules_off",
     "altprop.equilibrium.dynamics": (
-        "AbstractDynamics AbstractLinearisation CausalAttention DampedAttention Extension "
-        "GatedBlock"
+        "AbstractDynamics CausalAttention DampedAttention Extension GatedBlock"
     ),
     "altprop.equilibrium.estimators.aep": "AEP",
     "altprop.equilibrium.estimators.bptt": "BPTT",
@@ -148,6 +149,7 @@ _EXPORTS = {
     "altprop.equilibrium.hopfield": "HopfieldMemory",
     "altprop.equilibrium.layered": "Layered",
     "altprop.equilibrium.module": "Equilibrium equilibria using",
+    "altprop.equilibrium.products": "AbstractLinearisation",
     "altprop.equilibrium.solvers.adaptive": "Adaptive Moment",
     "altprop.equilibrium.solvers.anderson": "Anderson",
     "altprop.equilibrium.solvers.euler": "Euler",

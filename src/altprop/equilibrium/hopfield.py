@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from altprop.equilibrium.dynamics import AbstractDynamics, AbstractLinearisation
+from altprop.equilibrium.dynamics import AbstractDynamics
+from altprop.equilibrium.products import AbstractLinearisation
 from altprop.errors import ConfigError
 
 

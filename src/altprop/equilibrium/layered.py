@@ -21,13 +21,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from altprop.equilibrium.dynamics import (
-    AbstractDynamics,
-    AbstractLinearisation,
-    AutogradLinearisation,
-    Draws,
-    Driven,
-)
+from altprop.equilibrium.driven import Draws, Driven
+from altprop.equilibrium.dynamics import AbstractDynamics
+from altprop.equilibrium.products import AbstractLinearisation, AutogradLinearisation
 from altprop.errors import ConfigError, RuleError
 
 Phases = Literal["sweep", "synchronous"]

@@ -15,7 +15,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from altprop.equilibrium.dynamics import AbstractDynamics, Driven
+from altprop.equilibrium.driven import Driven
+from altprop.equilibrium.dynamics import AbstractDynamics
 from altprop.equilibrium.estimators.aep import AEP
 from altprop.equilibrium.estimators.estimator import (
     AbstractEstimator,

@@ -9,8 +9,9 @@ import torch.nn.functional as nnf
 from torch import Tensor, nn
 
 from altprop.equilibrium.analytic import apply_norm, feed_forward
-from altprop.equilibrium.dynamics import AbstractAttentive, AbstractLinearisation, CausalAttention
+from altprop.equilibrium.dynamics import AbstractAttentive, CausalAttention
 from altprop.equilibrium.linearised import LinearisedFeedForward, linearise_norm
+from altprop.equilibrium.products import AbstractLinearisation
 from altprop.errors import ConfigError
 
 Norm = Literal["layer", "rms"]

@@ -21,15 +21,11 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
-from altprop.equilibrium.dynamics import (
-    AbstractDynamics,
-    AutogradLinearisation,
-    DampedAttention,
-    GatedBlock,
-)
+from altprop.equilibrium.dynamics import AbstractDynamics, DampedAttention, GatedBlock
 from altprop.equilibrium.estimators.estimator import AbstractEstimator, Cost
 from altprop.equilibrium.estimators.implicit import Implicit
 from altprop.equilibrium.module import Equilibrium
+from altprop.equilibrium.products import AutogradLinearisation
 from altprop.equilibrium.solvers.anderson import Anderson
 from altprop.equilibrium.solvers.solver import AbstractSolver, Result, with_limits
 from altprop.testing.contract import check_value, close, randn, require
