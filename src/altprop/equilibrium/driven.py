@@ -69,8 +69,7 @@ class Driven:
         if chunk is None or chunk >= len(self.x):
             yield slice(None), self
             return
-        random = self._dynamics.draws and self._dynamics.training
-        if type(self) is not Driven or self._args or self._kwargs or random:
+        if not self._separable():
             raise RuleError(
                 f"chunk is {chunk}, but {type(self._dynamics).__name__} under further arguments, "
                 "random draws or several inputs is solved for the whole batch: write chunk=None"
@@ -78,6 +77,18 @@ class Driven:
         for start in range(0, len(self.x), chunk):
             rows = slice(start, start + chunk)
             yield rows, Driven(self._dynamics, self.x.detach()[rows])
+
+    def first(self) -> Driven | None:
+        """Return what drives the first tokens alone, where they are to be solved first."""
+        k = self._dynamics.prefix
+        if not (0 < 4 * k <= self.x.shape[1] and self._separable()):
+            return None
+        return Driven(self._dynamics, self.x.detach()[:, :k])
+
+    def _separable(self) -> bool:
+        """Tell whether a part of the input drives that part of the state, and nothing else does."""
+        random = self._dynamics.draws and self._dynamics.training
+        return not (type(self) is not Driven or self._args or self._kwargs or random)
 
     def analytic(self, z: Tensor) -> Tensor:
         """Return the force continued analytically to a complex state `z`, `(B, ...)`.

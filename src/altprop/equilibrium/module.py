@@ -6,10 +6,12 @@ state and, in the backward pass, carries the estimator's adjoint to parameters a
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -170,12 +172,10 @@ class Equilibrium(nn.Module):
         def free_phase() -> Solution:
             state = driven.settled()
             if state is None:
-                begin, step = start.detach(), driven.step
+                begin = start.detach()
+                parts = driven.split(self.chunk)
                 return _join(
-                    [
-                        _persist(self.solver, _quiet(part), begin[rows], step, None)
-                        for rows, part in driven.split(self.chunk)
-                    ]
+                    [_settle_freely(self.solver, part, begin[rows]) for rows, part in parts]
                 )
             rest = state - state  # zero, or NaN where the state is not finite
             residual = relative_residual(rest, state, None)
@@ -225,7 +225,19 @@ class Equilibrium(nn.Module):
             with torch.no_grad(), torch.autocast(kind, enabled=False):
                 return driven.analytic(at)
 
-        return Problem(z, still, driven.step, _quiet(driven), linearise, solve, cost, analytic)
+        first = driven.first() if self.solver.piecewise else None
+        tokens = 0 if first is None else first.x.shape[1]
+        return Problem(
+            z,
+            still,
+            driven.step,
+            _quiet(driven),
+            linearise,
+            solve,
+            cost,
+            analytic,
+            None if first is None else (tokens, partial(first.linearise, z[:, :tokens])),
+        )
 
     def _settle(self, result: Result, residual: Tensor, tol: float, what: str) -> None:
         if result or self.on_failure == "accept":
@@ -340,6 +352,24 @@ def _persist(
         return first
     second = solver.solve(force, first.value, step=step, scale=scale)
     return replace(second, evaluations=first.evaluations + second.evaluations)
+
+
+def _settle_freely(solver: AbstractSolver, driven: Driven, start: Tensor) -> Solution:
+    """Solve the free phase from `start`, `(B, ...)`, where it helps the first tokens before all.
+
+    The others then start displaced as the first ones were on average. An evaluation of a part of
+    the window counts as that part of one.
+    """
+    first = driven.first() if solver.piecewise and solver.tol > 0 else None
+    if first is None:
+        return _persist(solver, _quiet(driven), start, driven.step, None)
+    k, T = first.x.shape[1], start.shape[1]
+    half = with_limits(solver, solver.tol / 2, solver.max_steps)
+    head = _persist(half, _quiet(first), start[:, :k], driven.step, None)
+    moved = (head.value - start[:, :k]).mean(1, keepdim=True)
+    start = torch.cat([head.value, start[:, k:] + moved], 1)
+    found = _persist(solver, _quiet(driven), start, driven.step, None)
+    return replace(found, evaluations=found.evaluations + math.ceil(head.evaluations * k / T))
 
 
 def _join(parts: list[Solution]) -> Solution:

@@ -105,7 +105,8 @@ class Problem:
     inverse=None)`: drive a force to zero by `solver` if there is one, else by the `inverse` of
     minus its linear part if there is one, else by the module's own solver. `cost`: `C(z)` where
     the caller gave it. `analytic`: `F(·; x)` continued to complex states; a `RuleError` says where
-    there is none.
+    there is none. `first`: where the adjoint of a causal window's later tokens is to be solved
+    before that of the first ones, their number and their own Jacobian.
     """
 
     state: Tensor
@@ -116,6 +117,7 @@ class Problem:
     solve: Solve
     cost: Cost | None = None
     analytic: Force | None = None
+    first: tuple[int, Callable[[], Products]] | None = None
 
 
 @dataclass
@@ -243,6 +245,8 @@ def solve_adjoint(
     solver: AbstractSolver | None = None,
 ) -> Solution:
     """Solve `Jᵀ a + g = 0` by VJPs; the solution's force is the remaining residual."""
+    if problem.first is not None and solver is None:
+        return _later_tokens_first(problem, products, cotangent, tol, max_steps)
     return problem.solve(
         lambda a: products.vjp(a) + cotangent,
         problem.step * cotangent,
@@ -251,6 +255,46 @@ def solve_adjoint(
         scale=torch.ones_like(sample_norm(cotangent)),  # unit or zero by contract
         solver=solver,
         inverse=products.inverse(transposed=True),
+    )
+
+
+def _later_tokens_first(
+    problem: Problem, products: Products, cotangent: Tensor, tol: float, max_steps: int
+) -> Solution:
+    """Solve the adjoint of the later tokens, then that of the first ones, which it drives.
+
+    Of a causal dynamics `J` is block-lower-triangular over tokens: the later tokens' adjoint does
+    not depend on the first ones', and these have a Jacobian of their own. An evaluation of a part
+    of the window counts as that part of one.
+    """
+    assert problem.first is not None
+    k, linearise = problem.first
+    own, start = linearise(), problem.step * cotangent
+    one = torch.ones_like(sample_norm(cotangent))  # the cotangent is unit or zero by contract
+    limits = {"tol": tol / math.sqrt(2), "max_steps": max_steps, "scale": one}
+    nothing = torch.zeros_like(start[:, :k])
+    last: list[Tensor] = []
+
+    def later(a: Tensor) -> Tensor:
+        residual = products.vjp(torch.cat([nothing, a], 1)) + cotangent
+        last[:] = [a, residual[:, :k]]
+        return residual[:, k:]
+
+    tail = problem.solve(later, start[:, k:], **limits)
+    evaluations = tail.evaluations
+    if not torch.equal(last[0], tail.value):  # the best state was not the last one
+        later(tail.value)
+        evaluations += 1
+    driving = last[1]
+    head = problem.solve(lambda a: own.vjp(a) + driving, problem.step * driving, **limits)
+    share = (head.evaluations + 1) * k / cotangent.shape[1]
+    force = torch.cat([head.force, tail.force], 1)
+    return Solution(
+        value=torch.cat([head.value, tail.value], 1),
+        force=force,
+        residual=relative_residual(force, force, one),
+        evaluations=evaluations + math.ceil(share),
+        result=worst(head.result, tail.result),
     )
 
 

@@ -8,6 +8,7 @@ least-squares problem per sample.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -40,6 +41,8 @@ class Anderson(AbstractSolver):
     regularisation of the least squares relative to the mean diagonal of its Gram matrix;
     `mixing`, the fraction of `ε` that a step takes.
     """
+
+    piecewise: ClassVar[bool] = True
 
     memory: int = 5
     tol: float = 7e-4

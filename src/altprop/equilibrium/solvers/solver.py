@@ -56,10 +56,12 @@ class AbstractSolver(ABC):
     `tol`: the largest accepted residual per sample, relative to the scale of the solve; 0 asks for
     exactly `max_steps` steps, which then cannot fail to converge but only to stay finite.
     `max_steps`: the limit of force evaluations (at least 1). `linear`: whether it solves linear
-    forces only, and refuses others with a `RuleError`.
+    forces only, and refuses others with a `RuleError`. `piecewise`: whether a causal window's first
+    tokens may be solved before the others, which a relaxation in time would not do.
     """
 
     linear: ClassVar[bool] = False
+    piecewise: ClassVar[bool] = False
     tol: float
     max_steps: int
 
