@@ -71,8 +71,8 @@ class Driven:
             return
         if not self._separable():
             raise RuleError(
-                f"chunk is {chunk}, but {type(self._dynamics).__name__} under further arguments, "
-                "random draws or several inputs is solved for the whole batch: write chunk=None"
+                f"chunk is {chunk}, but layers, or a force with further arguments or random draws, "
+                "are solved for the whole batch: write chunk=None"
             )
         for start in range(0, len(self.x), chunk):
             rows = slice(start, start + chunk)
@@ -80,15 +80,16 @@ class Driven:
 
     def first(self) -> Driven | None:
         """Return what drives the first tokens alone, where they are to be solved first."""
-        k = self._dynamics.prefix
-        if not (0 < 4 * k <= self.x.shape[1] and self._separable()):
+        k = self._dynamics.prefix if self._separable() else 0
+        if not 0 < 4 * k <= self.x.shape[1]:
             return None
         return Driven(self._dynamics, self.x.detach()[:, :k])
 
     def _separable(self) -> bool:
         """Tell whether a part of the input drives that part of the state, and nothing else does."""
-        random = self._dynamics.draws and self._dynamics.training
-        return not (type(self) is not Driven or self._args or self._kwargs or random)
+        if type(self) is not Driven or self._args or self._kwargs:
+            return False
+        return not (self._dynamics.draws and self._dynamics.training)
 
     def analytic(self, z: Tensor) -> Tensor:
         """Return the force continued analytically to a complex state `z`, `(B, ...)`.

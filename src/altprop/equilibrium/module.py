@@ -364,8 +364,7 @@ def _settle_freely(solver: AbstractSolver, driven: Driven, start: Tensor) -> Sol
     if first is None:
         return _persist(solver, _quiet(driven), start, driven.step, None)
     k, T = first.x.shape[1], start.shape[1]
-    half = with_limits(solver, solver.tol / 2, solver.max_steps)
-    head = _persist(half, _quiet(first), start[:, :k], driven.step, None)
+    head = _persist(solver, _quiet(first), start[:, :k], driven.step, None)
     moved = (head.value - start[:, :k]).mean(1, keepdim=True)
     start = torch.cat([head.value, start[:, k:] + moved], 1)
     found = _persist(solver, _quiet(driven), start, driven.step, None)
