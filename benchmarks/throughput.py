@@ -3,9 +3,9 @@
     python benchmarks/throughput.py --data tinyshakespeare.txt
 
 **The loop.** Every step of `altprop train` is followed by a step of a hand-written loop on the same
-model (batch, forward, backward, stabiliser, clipping, AdamW and nothing else), in one process; a
-ratio is the median over these pairs. What `altprop train` adds is the guard, metrics and display.
-With one thread a time is the process's own, as in the other benchmarks.
+model (rate, batch, forward, backward, stabiliser, clipping, AdamW and nothing else), in one
+process; a ratio is the median over these pairs. What `altprop train` adds is the guard, metrics and
+display. With one thread a time is the process's own, as in the other benchmarks.
 
 **A whole step.** The language model of one equilibrium block, warmed by a short run, against a GPT
 of one ordinary block by backprop: interleaved, every arm once a round in random order.
@@ -39,7 +39,7 @@ from altprop.lm.run import Run
 from altprop.lm.sample_command import load_run
 from altprop.lm.settings import TrainConfig
 from altprop.lm.text import Batches, Corpus, load_corpus
-from altprop.lm.train import build_model, make_optimiser, train
+from altprop.lm.train import build_model, learning_rate, make_optimiser, train
 from common import markdown, write
 from timing import now
 
@@ -74,6 +74,8 @@ class Loop:
         self.state = config.stabiliser.init(own) if config.stabiliser else None
 
     def __call__(self) -> None:
+        for group in self.optimiser.param_groups:
+            group["lr"] = learning_rate(self.config, self.step)
         ids, targets = self.batches.draw()
         self.optimiser.zero_grad(set_to_none=True)
         _, loss = self.model(ids, targets)
