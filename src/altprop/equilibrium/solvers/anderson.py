@@ -38,7 +38,7 @@ class Anderson(AbstractSolver):
 
     **Arguments:** `memory`, how many earlier differences to extrapolate from; `tol`, the relative
     force residual to reach; `max_steps`, the limit of force evaluations; `ridge`, the
-    regularisation of the least squares relative to the mean diagonal of its Gram matrix;
+    regularisation of the least squares relative to the diagonal of its Gram matrix;
     `mixing`, the fraction of `ε` that a step takes.
     """
 
@@ -80,11 +80,12 @@ class Anderson(AbstractSolver):
         while steps < self.max_steps:
             # a sample that has blown up keeps its best state; the others go on
             moving = ~(best <= self.tol) & torch.isfinite(residual)
-            if not bool(moving.any()):
+            count = int(moving.sum())
+            if count == 0:
                 break
             proposed = memory.extrapolate(z, f)
             # A finished sample stays where it is; its difference then is zero and weighs nothing.
-            z = proposed if bool(moving.all()) else torch.where(per_sample(moving, z), proposed, z)
+            z = proposed if count == len(z) else torch.where(per_sample(moving, z), proposed, z)
             f = force(z)
             steps += 1
             residual = relative_residual(f, z, scale)
@@ -105,8 +106,8 @@ class _Differences:
     """The last differences of states and forces, and the extrapolation that they give.
 
     With `ΔZ`, `ΔF` of shape `(B, m, n)` the correction is `−(ΔZ + εΔF) γ`, where `γ` minimises
-    `‖f − ΔF γ‖` per sample. Columns are scaled to unit norm first: forces shrink by orders of
-    magnitude during a solve, and the ridge must not drown the recent ones.
+    `‖f − ΔF γ‖` per sample. The ridge is relative to each column: forces shrink by orders of
+    magnitude during a solve, and it must not drown the recent ones.
 
     A new difference takes the place of the oldest, and changes one row and column of the Gram
     matrix, so a step reads the memory twice and writes two rows of it.
@@ -144,10 +145,9 @@ class _Differences:
 
     def _weights(self, rows: int, right: Tensor) -> Tensor:
         """Return `γ`, `(B, rows, 1)`, from `ΔFᵀf` of that shape."""
-        gram = self._gram[:, :rows, :rows]
-        size = gram.diagonal(dim1=1, dim2=2).sqrt()
-        unit = torch.where(size > 0, 1 / size, torch.zeros_like(size))
-        gram = gram * unit.unsqueeze(1) * unit.unsqueeze(2)
-        # a column of a sample that no longer moves is zero: give it a one to stay solvable
-        gram.diagonal(dim1=1, dim2=2).add_(self._ridge + (size == 0).double())
-        return torch.linalg.solve(gram, right * unit.unsqueeze(2)) * unit.unsqueeze(2)
+        gram = self._gram[:, :rows, :rows].clone()
+        diagonal = gram.diagonal(dim1=1, dim2=2)
+        # Relative to each column's own size. The column of a sample that no longer moves is zero:
+        # any number keeps it solvable.
+        diagonal.mul_(1 + self._ridge).add_(diagonal == 0)
+        return torch.linalg.solve(gram, right)
