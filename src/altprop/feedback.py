@@ -69,6 +69,15 @@ def check_init(init: str, std: float, k: int | None) -> None:
         raise ConfigError(f"k, the entries per row of a sparse feedback, must be >= 1, not {k}")
 
 
+def check_period(calibrate_every: int) -> None:
+    """Raise `ConfigError` unless exact steps every so often leave some to the rule."""
+    if calibrate_every < 0 or calibrate_every == 1:
+        raise ConfigError(
+            f"calibrate_every={calibrate_every} would leave no step to the rule: "
+            "write 0 (never) or a period of at least 2"
+        )
+
+
 def draw(
     init: str,
     rows: int,
@@ -88,6 +97,12 @@ def draw(
     """
     check_init(init, std, k)
     return _INITS[init](rows, columns, std, k, generator)
+
+
+def normalised(B: Tensor, std: float, dim: int) -> Tensor:
+    """Return `B` with the norm along `dim` that a Gaussian draw of scale `std` has on average."""
+    size = torch.linalg.vector_norm(B, dim=dim, keepdim=True).clamp_min(1e-8)
+    return B * (std * B.shape[dim] ** 0.5 / size)
 
 
 def cosine_gradient(B: Tensor, target: Tensor, dim: int | None = None) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from altprop.errors import ConfigError
-from altprop.feedback import check_init, cosine_gradient, draw
+from altprop.feedback import check_init, cosine_gradient, draw, normalised
 from altprop.rule import AbstractTransport, Site
 
 
@@ -50,10 +50,7 @@ class AlignedFeedback(AbstractTransport):
 
     def matrix(self, W: Tensor, B: Tensor | None, noise: Tensor | None) -> Tensor:
         assert B is not None
-        if not self.normalize:
-            return B
-        size = torch.linalg.vector_norm(B, dim=0, keepdim=True).clamp_min(1e-8)
-        return B * (self.std * B.shape[0] ** 0.5 / size)
+        return normalised(B, self.std, 0) if self.normalize else B
 
     def feedback_gradient(
         self, W: Tensor, B: Tensor, grad_W: Tensor | None, noise: Tensor | None

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from altprop.errors import ConfigError, unknown
-from altprop.feedback import check_init, draw
+from altprop.errors import unknown
+from altprop.feedback import check_init, check_period, draw
 from altprop.rule import AbstractBroadcast, Scope, Site
 
 _CHOICES = {
@@ -51,11 +51,7 @@ class DirectFeedback(AbstractBroadcast):
             if getattr(self, field) not in names:
                 raise unknown(field, getattr(self, field), names)
         check_init(self.init, self.std, self.k)
-        if self.calibrate_every < 0 or self.calibrate_every == 1:
-            raise ConfigError(
-                f"calibrate_every={self.calibrate_every} would leave no step to the rule: "
-                "write 0 (never) or a period of at least 2"
-            )
+        check_period(self.calibrate_every)
 
     @property
     def takes(self) -> frozenset[str]:

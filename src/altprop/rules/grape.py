@@ -10,7 +10,14 @@ import torch
 from torch import Tensor
 
 from altprop.errors import ConfigError, unknown
-from altprop.feedback import check_init, cosine_gradient, draw, generator_for
+from altprop.feedback import (
+    check_init,
+    check_period,
+    cosine_gradient,
+    draw,
+    generator_for,
+    normalised,
+)
 from altprop.rule import AbstractBroadcast, Probe, Scope, Site, spread_error
 
 _AXES = {"hidden": 1, "output": 0, "none": 1}
@@ -58,11 +65,7 @@ class GrAPE(AbstractBroadcast):
             raise ConfigError(
                 f"probes={self.probes} and every={self.every} must both be at least 1"
             )
-        if self.calibrate_every < 0 or self.calibrate_every == 1:
-            raise ConfigError(
-                f"calibrate_every={self.calibrate_every} would leave no step to the rule: "
-                "write 0 (never) or a period of at least 2"
-            )
+        check_period(self.calibrate_every)
 
     @property
     def takes(self) -> frozenset[str]:
@@ -88,9 +91,7 @@ class GrAPE(AbstractBroadcast):
 
     def cotangent(self, e: Tensor, B: Tensor, shape: torch.Size) -> Tensor:
         if self.normalize != "none":
-            axis = _AXES[self.normalize]
-            size = torch.linalg.vector_norm(B, dim=axis, keepdim=True).clamp_min(1e-8)
-            B = B * (self.std * B.shape[axis] ** 0.5 / size)
+            B = normalised(B, self.std, _AXES[self.normalize])
         return super().cotangent(e, B, shape)
 
     def estimates(self, probe: Probe, seed: int, step: int) -> Sequence[Tensor] | None:
