@@ -87,16 +87,18 @@ class Driven:
 
     def _separable(self) -> bool:
         """Tell whether a part of the input drives that part of the state, and nothing else does."""
-        if type(self) is not Driven or self._args or self._kwargs:
-            return False
-        return not (self._dynamics.draws and self._dynamics.training)
+        return type(self) is Driven and self._by_input_alone()
+
+    def _by_input_alone(self) -> bool:
+        random = self._dynamics.draws and self._dynamics.training
+        return not (self._args or self._kwargs or random)
 
     def analytic(self, z: Tensor) -> Tensor:
         """Return the force continued analytically to a complex state `z`, `(B, ...)`.
 
         **Raises:** `RuleError` for a dynamics that has none, or under further arguments.
         """
-        if self._args or self._kwargs or (self._dynamics.draws and self._dynamics.training):
+        if not self._by_input_alone():
             raise RuleError(
                 f"{type(self._dynamics).__name__} has an analytic force under its input alone, not "
                 "with further arguments or random draws: write estimator=AEP()"
