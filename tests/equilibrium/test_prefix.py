@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import altprop as ap
-from altprop.equilibrium.estimators.estimator import Problem
+from altprop.equilibrium.estimators.estimator import Adjoint, Problem
 
 ESTIMATORS = [ap.Implicit(tol=1e-9), ap.AEP(tol=1e-9), ap.AEP(tol=1e-9, start="zero")]
 TIGHT = ap.Anderson(tol=1e-11, max_steps=400)
@@ -52,7 +52,7 @@ def test_the_state_and_the_gradient_stay(
 class Checked(ap.Implicit):
     """Implicit differentiation that checks what its solution says of itself."""
 
-    def adjoint(self, problem: Problem, cotangent: Tensor) -> ap.Implicit:
+    def adjoint(self, problem: Problem, cotangent: Tensor) -> Adjoint:
         found = super().adjoint(problem, cotangent)
         residual = problem.linearise().vjp(found.value) + cotangent
         assert torch.allclose(found.remainder, residual, rtol=1e-8, atol=1e-10)
