@@ -292,3 +292,21 @@ class Random(SymmetricMemory):
 def test_the_contract_of_dynamics_catches(kind: type[SymmetricMemory], message: str) -> None:
     with pytest.raises(AssertionError, match=message):
         check_dynamics(kind(6, 3).double(), torch.randn(2, 3, 6).double())
+
+
+@pytest.mark.parametrize(
+    ("kind", "field"),
+    [
+        (ap.AEP, "tol"),
+        (ap.AEP, "response"),
+        (ap.EP, "tol"),
+        (ap.HolomorphicEP, "tol"),
+        (ap.Anderson, "ridge"),
+        (ap.Adaptive, "rtol"),
+        (ap.Scattered, "spread"),
+        (ap.JacobianHinge, "weight"),
+    ],
+)
+def test_none_is_no_number_where_it_means_nothing(kind: Any, field: str) -> None:
+    with pytest.raises(ap.ConfigError, match=f"{kind.__name__}: {field} is None, expected"):
+        kind(**{field: None})

@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from altprop.equilibrium.estimators.estimator import Certificate
 from altprop.equilibrium.module import Equilibrium, equilibria
-from altprop.equilibrium.solvers.solver import is_count, is_positive
+from altprop.equilibrium.solvers.solver import check_counts, check_fields, is_positive
 from altprop.errors import ConfigError
 
 
@@ -92,13 +92,10 @@ class JacobianHinge(AbstractStabiliser):
     fresh: float = 0.05
 
     def __post_init__(self) -> None:
-        for name, value in (("target", self.target), ("weight", self.weight)):
-            if not (is_positive(value) or (name == "target" and value is None)):
-                raise ConfigError(f"JacobianHinge: {name} is {value!r}, expected a number > 0")
-        if not is_count(self.every):
-            raise ConfigError(
-                f"JacobianHinge: every is {self.every!r}, expected a whole number, at least 1"
-            )
+        if self.target is not None:
+            check_fields("JacobianHinge", target=self.target)
+        check_fields("JacobianHinge", weight=self.weight)
+        check_counts("JacobianHinge", every=self.every)
         if not (is_positive(self.fresh) or self.fresh == 0):
             raise ConfigError(f"JacobianHinge: fresh is {self.fresh!r}, expected a number ≥ 0")
 

@@ -18,8 +18,6 @@ from altprop.equilibrium.estimators.estimator import (
     AbstractEstimator,
     Adjoint,
     Problem,
-    check_counts,
-    check_fields,
     check_own_solver,
     solve_adjoint,
 )
@@ -33,7 +31,13 @@ from altprop.equilibrium.estimators.phases import (
     extrapolate,
     response_beta,
 )
-from altprop.equilibrium.solvers.solver import AbstractSolver, per_sample, sample_norm
+from altprop.equilibrium.solvers.solver import (
+    AbstractSolver,
+    check_counts,
+    check_fields,
+    per_sample,
+    sample_norm,
+)
 from altprop.errors import ConfigError
 
 # The linear start is solved this much below the tolerance, so that curvature and round-off, which
@@ -77,7 +81,9 @@ class AEP(AbstractEstimator):
     solver: AbstractSolver | None = None
 
     def __post_init__(self) -> None:
-        check_fields("AEP", beta=self.beta, response=self.response, tol=self.tol)
+        if self.beta is not None:
+            check_fields("AEP", beta=self.beta)
+        check_fields("AEP", response=self.response, tol=self.tol)
         check_counts("AEP", max_steps=self.max_steps)
         if self.start not in ("adjoint", "zero"):
             raise ConfigError(f"AEP: start is {self.start!r}, expected 'adjoint' or 'zero'")

@@ -16,12 +16,16 @@ from altprop.equilibrium.estimators.estimator import (
     AbstractEstimator,
     Adjoint,
     Problem,
-    check_counts,
-    check_fields,
     check_own_solver,
 )
 from altprop.equilibrium.estimators.nudge import Nudge, check_nudge, nudge_at
-from altprop.equilibrium.solvers.solver import AbstractSolver, per_sample, sample_norm
+from altprop.equilibrium.solvers.solver import (
+    AbstractSolver,
+    check_counts,
+    check_fields,
+    per_sample,
+    sample_norm,
+)
 
 
 @dataclass(frozen=True)

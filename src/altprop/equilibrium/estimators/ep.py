@@ -15,8 +15,6 @@ from altprop.equilibrium.estimators.estimator import (
     AbstractEstimator,
     Adjoint,
     Problem,
-    check_counts,
-    check_fields,
     check_own_solver,
 )
 from altprop.equilibrium.estimators.nudge import Nudge, check_nudge, nudge_at
@@ -27,7 +25,12 @@ from altprop.equilibrium.estimators.phases import (
     contrast,
     response_beta,
 )
-from altprop.equilibrium.solvers.solver import AbstractSolver, sample_norm
+from altprop.equilibrium.solvers.solver import (
+    AbstractSolver,
+    check_counts,
+    check_fields,
+    sample_norm,
+)
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,9 @@ class EP(AbstractEstimator):
     solver: AbstractSolver | None = None
 
     def __post_init__(self) -> None:
-        check_fields("EP", beta=self.beta, response=self.response, tol=self.tol)
+        if self.beta is not None:
+            check_fields("EP", beta=self.beta)
+        check_fields("EP", response=self.response, tol=self.tol)
         check_counts("EP", max_steps=self.max_steps)
         check_sides("EP", self.sides)
         check_nudge("EP", self.nudge)

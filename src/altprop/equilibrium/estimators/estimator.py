@@ -22,8 +22,6 @@ from altprop.equilibrium.solvers.solver import (
     Force,
     Result,
     Solution,
-    is_count,
-    is_positive,
     per_sample,
     relative_residual,
     sample_norm,
@@ -296,22 +294,6 @@ def _later_tokens_first(
         evaluations=evaluations + math.ceil(share),
         result=worst(head.result, tail.result),
     )
-
-
-def check_fields(name: str, **fields: float | None) -> None:
-    """Refuse numbers that are not positive, naming the estimator and the field."""
-    for field_name, value in fields.items():
-        if value is not None and not is_positive(value):
-            raise ConfigError(f"{name}: {field_name} is {value!r}, expected a number > 0")
-
-
-def check_counts(name: str, **fields: int) -> None:
-    """Refuse counts that are not whole numbers, at least 1, naming the estimator and the field."""
-    for field_name, value in fields.items():
-        if not is_count(value):
-            raise ConfigError(
-                f"{name}: {field_name} is {value!r}, expected a whole number, at least 1"
-            )
 
 
 def check_own_solver(name: str, solver: AbstractSolver | None) -> None:

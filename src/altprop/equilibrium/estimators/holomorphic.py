@@ -20,8 +20,6 @@ from altprop.equilibrium.estimators.estimator import (
     AbstractEstimator,
     Adjoint,
     Problem,
-    check_counts,
-    check_fields,
     check_own_solver,
     solve_adjoint,
 )
@@ -29,6 +27,8 @@ from altprop.equilibrium.estimators.phases import displacement, response_beta
 from altprop.equilibrium.solvers.solver import (
     AbstractSolver,
     Solution,
+    check_counts,
+    check_fields,
     per_sample,
     sample_norm,
     worst,
@@ -65,7 +65,9 @@ class HolomorphicEP(AbstractEstimator):
 
     def __post_init__(self) -> None:
         check_counts("HolomorphicEP", points=self.points, max_steps=self.max_steps)
-        check_fields("HolomorphicEP", radius=self.radius, response=self.response, tol=self.tol)
+        if self.radius is not None:
+            check_fields("HolomorphicEP", radius=self.radius)
+        check_fields("HolomorphicEP", response=self.response, tol=self.tol)
         check_own_solver("HolomorphicEP", self.solver)
         if self.points > 2 and self.points % 2:
             raise ConfigError(

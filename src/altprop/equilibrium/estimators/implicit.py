@@ -13,12 +13,10 @@ from altprop.equilibrium.estimators.estimator import (
     AbstractEstimator,
     Adjoint,
     Problem,
-    check_counts,
-    check_fields,
     check_own_solver,
     solve_adjoint,
 )
-from altprop.equilibrium.solvers.solver import AbstractSolver
+from altprop.equilibrium.solvers.solver import AbstractSolver, check_counts, check_fields
 
 
 @dataclass(frozen=True)

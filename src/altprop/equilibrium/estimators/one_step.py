@@ -15,9 +15,8 @@ from altprop.equilibrium.estimators.estimator import (
     AbstractEstimator,
     Adjoint,
     Problem,
-    check_counts,
 )
-from altprop.equilibrium.solvers.solver import Result, sample_norm
+from altprop.equilibrium.solvers.solver import Result, check_counts, sample_norm
 from altprop.errors import ConfigError
 
 

@@ -18,11 +18,15 @@ from altprop.equilibrium.estimators.estimator import (
     AbstractEstimator,
     Adjoint,
     Problem,
-    check_counts,
-    check_fields,
 )
 from altprop.equilibrium.estimators.nudge import Map, Nudge, check_nudge, cost_gradient
-from altprop.equilibrium.solvers.solver import conclude, per_sample, sample_norm
+from altprop.equilibrium.solvers.solver import (
+    check_counts,
+    check_fields,
+    conclude,
+    per_sample,
+    sample_norm,
+)
 
 # (displacement from z*, driving force) ↦ what is subtracted from the driving force
 Correct = Callable[[Tensor, Tensor], Tensor]

@@ -17,14 +17,13 @@ from altprop.equilibrium.solvers.solver import (
     AbstractSolver,
     Force,
     Solution,
+    check_fields,
     check_solver_fields,
     conclude,
-    is_positive,
     per_sample,
     relative_residual,
     sample_norm,
 )
-from altprop.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -59,11 +58,7 @@ class Adaptive(AbstractSolver):
 
     def __post_init__(self) -> None:
         check_solver_fields(self)
-        for name in ("rtol", "atol"):
-            if not is_positive(getattr(self, name)):
-                raise ConfigError(
-                    f"Adaptive: {name} is {getattr(self, name)!r}, expected a number > 0"
-                )
+        check_fields("Adaptive", rtol=self.rtol, atol=self.atol)
 
     def solve(
         self,

@@ -18,14 +18,13 @@ from altprop.equilibrium.solvers.solver import (
     Force,
     Result,
     Solution,
+    check_counts,
+    check_fields,
     check_solver_fields,
     conclude,
-    is_count,
-    is_positive,
     per_sample,
     relative_residual,
 )
-from altprop.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -52,14 +51,8 @@ class Anderson(AbstractSolver):
 
     def __post_init__(self) -> None:
         check_solver_fields(self)
-        if not is_count(self.memory):
-            raise ConfigError(
-                f"Anderson: memory is {self.memory!r}, expected a whole number, at least 1"
-            )
-        if not is_positive(self.ridge):
-            raise ConfigError(f"Anderson: ridge is {self.ridge!r}, expected a number > 0")
-        if not is_positive(self.mixing):
-            raise ConfigError(f"Anderson: mixing is {self.mixing!r}, expected a number > 0")
+        check_counts("Anderson", memory=self.memory)
+        check_fields("Anderson", ridge=self.ridge, mixing=self.mixing)
 
     @torch.no_grad()
     def solve(

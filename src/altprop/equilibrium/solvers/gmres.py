@@ -17,14 +17,14 @@ from altprop.equilibrium.solvers.solver import (
     AbstractSolver,
     Force,
     Solution,
+    check_counts,
     check_solver_fields,
     conclude,
-    is_count,
     per_sample,
     relative_residual,
     sample_norm,
 )
-from altprop.errors import ConfigError, RuleError
+from altprop.errors import RuleError
 
 
 @dataclass(frozen=True)
@@ -49,10 +49,7 @@ class GMRES(AbstractSolver):
 
     def __post_init__(self) -> None:
         check_solver_fields(self)
-        if not is_count(self.restart):
-            raise ConfigError(
-                f"GMRES: restart is {self.restart!r}, expected a whole number, at least 1"
-            )
+        check_counts("GMRES", restart=self.restart)
 
     @torch.no_grad()
     def solve(

@@ -17,9 +17,9 @@ from altprop.equilibrium.solvers.solver import (
     AbstractSolver,
     Force,
     Solution,
+    check_counts,
     check_solver_fields,
     conclude,
-    is_count,
     is_positive,
     per_sample,
     relative_residual,
@@ -50,12 +50,7 @@ class NewtonKrylov(AbstractSolver):
 
     def __post_init__(self) -> None:
         check_solver_fields(self)
-        for name in ("restart", "halvings"):
-            if not is_count(getattr(self, name)):
-                raise ConfigError(
-                    f"NewtonKrylov: {name} is {getattr(self, name)!r}, expected a whole number, at "
-                    "least 1"
-                )
+        check_counts("NewtonKrylov", restart=self.restart, halvings=self.halvings)
         if not (is_positive(self.forcing) and self.forcing < 1):
             raise ConfigError(
                 f"NewtonKrylov: forcing is {self.forcing!r}, expected a number between 0 and 1"

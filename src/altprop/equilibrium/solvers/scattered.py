@@ -13,10 +13,10 @@ from altprop.equilibrium.solvers.solver import (
     Force,
     Solution,
     better_of,
+    check_counts,
+    check_fields,
     check_solver_fields,
     conclude,
-    is_count,
-    is_positive,
     per_sample,
     relative_residual,
     sample_norm,
@@ -57,12 +57,8 @@ class Scattered(AbstractSolver):
             raise ConfigError(
                 f"Scattered: solver is {self.solver!r}, expected a solver such as NewtonKrylov()"
             )
-        if not is_count(self.starts):
-            raise ConfigError(
-                f"Scattered: starts is {self.starts!r}, expected a whole number, at least 1"
-            )
-        if not is_positive(self.spread):
-            raise ConfigError(f"Scattered: spread is {self.spread!r}, expected a number > 0")
+        check_counts("Scattered", starts=self.starts)
+        check_fields("Scattered", spread=self.spread)
 
     @torch.no_grad()
     def solve(

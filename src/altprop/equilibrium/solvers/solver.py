@@ -102,6 +102,22 @@ def is_count(value: Any) -> bool:
     return isinstance(value, Integral) and int(value) >= 1
 
 
+def check_fields(name: str, **fields: float) -> None:
+    """Refuse numbers that are not positive, naming their owner and the field."""
+    for field_name, value in fields.items():
+        if not is_positive(value):
+            raise ConfigError(f"{name}: {field_name} is {value!r}, expected a number > 0")
+
+
+def check_counts(name: str, **fields: int) -> None:
+    """Refuse counts that are not whole numbers, at least 1, naming their owner and the field."""
+    for field_name, value in fields.items():
+        if not is_count(value):
+            raise ConfigError(
+                f"{name}: {field_name} is {value!r}, expected a whole number, at least 1"
+            )
+
+
 def with_limits(solver: AbstractSolver, tol: float, max_steps: int) -> AbstractSolver:
     """Return a solver like this one with another tolerance and limit."""
     return replace(solver, tol=tol, max_steps=max_steps)  # type: ignore[type-var]
