@@ -198,15 +198,20 @@ def test_a_probe_measures_the_jacobian_product_with_dropout_and_rules_off() -> N
 
 
 def test_a_probe_under_join_is_refused_for_a_rank_may_be_missing(tmp_path: Path) -> None:
-    store = distributed.FileStore(str(tmp_path / "store"), 1)
-    distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    try:
+    def probe() -> None:
         model = ap.convert(Chain(tanh=True), ap.GrAPE(), output="head")
         parallel = nn.parallel.DistributedDataParallel(model)
         parallel(data()[0]).sum().backward()
         with pytest.raises(ap.RuleError, match="drop join"), parallel.join():
             parallel(data()[0])
+
+    store = distributed.FileStore(str(tmp_path / "store"), 1)
+    distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        probe()
     finally:
+        # The wrapper is gone by now: were the group's last reference its, the group would end
+        # under Python's lock and could wait forever for its thread, which wants that lock.
         distributed.destroy_process_group()
 
 
