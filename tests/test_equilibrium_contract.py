@@ -177,6 +177,38 @@ def test_the_contract_of_solvers_catches(fault: str) -> None:
         check_solver(Broken(fault=fault))
 
 
+def _mixes_states(found: ap.Solution, ahead: Tensor) -> tuple[ap.Solution, Tensor]:
+    return found, ahead + 1e-9 * ahead.nan_to_num().flip(0)
+
+
+def _forgets_one(found: ap.Solution, ahead: Tensor) -> tuple[ap.Solution, Tensor]:
+    return replace(found, evaluations=found.evaluations - 1), ahead
+
+
+@dataclass(frozen=True)
+class Careless(InPlace):
+    """A solver that solves well and approaches with one fault."""
+
+    change: Callable[[ap.Solution, Tensor], tuple[ap.Solution, Tensor]] = _mixes_states
+
+    def approach(self, force: Force, start: Tensor, **how: Any) -> tuple[ap.Solution, Tensor]:
+        return self.change(*super().approach(force, start, **how))
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (_mixes_states, "after an approach sample 0 .* differs from the same one alone"),
+        (_forgets_one, "evaluations are reported and .* were made after an approach"),
+    ],
+)
+def test_the_contract_of_solvers_catches_a_careless_approach(
+    change: Callable[..., Any], complaint: str
+) -> None:
+    with pytest.raises(AssertionError, match=complaint):
+        check_solver(Careless(change=change))
+
+
 @dataclass(frozen=True)
 class Unchecked(InPlace):
     def __post_init__(self) -> None:

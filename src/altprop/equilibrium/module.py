@@ -36,6 +36,7 @@ from altprop.equilibrium.solvers.solver import (
     Solution,
     conclude,
     is_count,
+    land,
     relative_residual,
     with_limits,
     worst,
@@ -136,15 +137,15 @@ class Equilibrium(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             force, remember = self.dynamics.extend(cache, x)
             step = self.dynamics.step
-            solution = _persist(self.solver, force, self.dynamics.start(x), step, None)
-            z = solution.value + step * solution.force
-            still = force(z)
-            residual = relative_residual(still, z, None)
+            tol = self.solver.tol
+            near = self.solver.approach(force, self.dynamics.start(x), step=step)
+            again = partial(self.solver.solve, force, step=step)
+            found = land(near, force, again, step, tol)
             self.certificate = Certificate(
-                solution.result, residual, solution.evaluations + 1, state=z, input=x
+                found.result, found.residual, found.evaluations, state=found.state, input=x
             )
-            self._settle(solution.result, solution.residual, self.solver.tol, "free phase")
-            value = z + step * still
+            self._settle(found.result, found.reached, tol, "free phase")
+            value = found.state + step * found.force
             return value, remember(value)
 
     def _site(self, driven: Driven, cost: Cost | None) -> Site:
@@ -169,17 +170,23 @@ class Equilibrium(nn.Module):
             for rows, part in driven.split(self.chunk):
                 yield self._problem(part, z[rows], still[rows], seen)
 
-        def free_phase() -> Solution:
+        def free_phase() -> tuple[Solution, Tensor]:
             state = driven.settled()
             if state is None:
                 begin = start.detach()
                 parts = driven.split(self.chunk)
-                return _join(
-                    [_settle_freely(self.solver, part, begin[rows]) for rows, part in parts]
-                )
+                near = [_approach_freely(self.solver, part, begin[rows]) for rows, part in parts]
+                return _join([found for found, _ in near]), torch.cat([ahead for _, ahead in near])
             rest = state - state  # zero, or NaN where the state is not finite
             residual = relative_residual(rest, state, None)
-            return Solution(state, rest, residual, 0, conclude(residual, self.solver.tol or 1.0))
+            result = conclude(residual, self.solver.tol or 1.0)
+            return Solution(state, rest, residual, 0, result), state
+
+        def resume(z: Tensor) -> Solution:
+            parts = driven.split(self.chunk)
+            return _join(
+                [self.solver.solve(_quiet(part), z[rows], step=part.step) for rows, part in parts]
+            )
 
         def finish(certificate: Certificate) -> None:
             self.certificate = certificate
@@ -191,6 +198,7 @@ class Equilibrium(nn.Module):
             force=driven.force,
             solver=self.solver,
             free_phase=free_phase,
+            resume=resume,
             problems=problems,
             finish=finish,
             settle=self._settle,
@@ -354,21 +362,24 @@ def _persist(
     return replace(second, evaluations=first.evaluations + second.evaluations)
 
 
-def _settle_freely(solver: AbstractSolver, driven: Driven, start: Tensor) -> Solution:
-    """Solve the free phase from `start`, `(B, ...)`, where it helps the first tokens before all.
+def _approach_freely(
+    solver: AbstractSolver, driven: Driven, start: Tensor
+) -> tuple[Solution, Tensor]:
+    """Approach the free state from `start`, `(B, ...)`, where it helps first tokens before all.
 
     The others then start displaced as the first ones were on average. An evaluation of a part of
     the window counts as that part of one.
     """
     first = driven.first() if solver.piecewise and solver.tol > 0 else None
     if first is None:
-        return _persist(solver, _quiet(driven), start, driven.step, None)
+        return solver.approach(_quiet(driven), start, step=driven.step)
     k, T = first.x.shape[1], start.shape[1]
     head = _persist(solver, _quiet(first), start[:, :k], driven.step, None)
     moved = (head.value - start[:, :k]).mean(1, keepdim=True)
     start = torch.cat([head.value, start[:, k:] + moved], 1)
-    found = _persist(solver, _quiet(driven), start, driven.step, None)
-    return replace(found, evaluations=found.evaluations + math.ceil(head.evaluations * k / T))
+    found, ahead = solver.approach(_quiet(driven), start, step=driven.step)
+    spent = found.evaluations + math.ceil(head.evaluations * k / T)
+    return replace(found, evaluations=spent), ahead
 
 
 def _join(parts: list[Solution]) -> Solution:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,8 +13,10 @@ from torch import Tensor
 from altprop.equilibrium.solvers.solver import (
     AbstractSolver,
     Force,
+    Landing,
     Result,
     Solution,
+    land,
     relative_residual,
     sample_norm,
     with_limits,
@@ -46,6 +49,7 @@ def check_solver(solver: AbstractSolver) -> None:
         for system in (_contraction(dtype), _rotation(dtype), _damping(dtype)):
             if system.linear or not solver.linear:
                 _check_solution(with_limits(solver, tol, LIMIT), system, tol)
+                _check_landing(with_limits(solver, tol, LIMIT), system, tol)
             else:
                 _check_refusal(solver, system)
     _check_independence(solver)
@@ -157,6 +161,35 @@ def _check_solution(solver: AbstractSolver, system: _System, tol: float) -> None
         )
 
 
+def _land(solver: AbstractSolver, force: Force, start: Tensor, step: float) -> Landing:
+    near = solver.approach(force, start, step=step)
+    return land(near, force, partial(solver.solve, force, step=step), step, solver.tol)
+
+
+def _check_landing(solver: AbstractSolver, system: _System, tol: float) -> None:
+    calls = 0
+
+    def force(z: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return system.force(z)
+
+    found = _land(solver, force, system.start, system.step)
+    where = f"after an approach on {system.name} in {system.start.dtype}"
+    require(found.result is Result.CONVERGED, f"no convergence {where}: {found.result.value}")
+    require(bool((found.reached <= tol).all()), f"converged above the tolerance {where}")
+    require(
+        calls == found.evaluations,
+        f"{found.evaluations} evaluations are reported and {calls} were made {where}",
+    )
+    again = relative_residual(system.force(found.state), found.state, None)
+    eps = 50 * torch.finfo(again.dtype).eps
+    require(
+        bool(((found.residual - again).abs() <= 1e-3 * again + eps).all()),
+        f"the reported residual {found.residual} is not that of the state, {again}, {where}",
+    )
+
+
 def _check_refusal(solver: AbstractSolver, system: _System) -> None:
     try:
         with_limits(solver, 1e-8, LIMIT).solve(system.force, system.start, step=system.step)
@@ -181,19 +214,19 @@ def _check_independence(solver: AbstractSolver) -> None:
     tight = with_limits(solver, 1e-8, LIMIT)
     whole = list(range(4))
     together = tight.solve(force_of(whole), start, step=1.0)
-    require(
-        together.result is Result.NON_FINITE,
-        f"one sample is NaN and the result is {together.result.name}, expected NON_FINITE",
-    )
+    landed = _land(tight, force_of(whole), start, 1.0)
+    for result in (together.result, landed.result):
+        require(
+            result is Result.NON_FINITE,
+            f"one sample is NaN and the result is {result.name}, expected NON_FINITE",
+        )
     for i in (0, 1, 2):
         alone = tight.solve(force_of([i]), start[[i]], step=1.0)
         require(bool(alone.result), f"a sample with rates down to {rates[i, 0]} is not solved")
-        close(
-            together.value[[i]],
-            alone.value,
-            1e-10,
-            f"sample {i} of a batch with a hard and a NaN sample differs from the same one alone",
-        )
+        own = _land(tight, force_of([i]), start[[i]], 1.0)
+        what = f"sample {i} of a batch with a hard and a NaN sample differs from the same one alone"
+        close(together.value[[i]], alone.value, 1e-10, what)
+        close(landed.state[[i]], own.state, 1e-10, f"after an approach {what}")
 
 
 def _check_limits(solver: AbstractSolver) -> None:

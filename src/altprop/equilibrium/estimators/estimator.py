@@ -22,6 +22,7 @@ from altprop.equilibrium.solvers.solver import (
     Force,
     Result,
     Solution,
+    land,
     per_sample,
     relative_residual,
     sample_norm,
@@ -122,9 +123,9 @@ class Problem:
 class Site:
     """What one call of an `Equilibrium` offers to its estimator's `attach`.
 
-    `force`: `F(·; x)`, recorded wherever autograd is on. `free_phase()`: solve for the free state.
-    `problems(z, F(z))`: what is to be solved at `z`,
-    some samples after the other. `finish(certificate)`: hand over what was
+    `force`: `F(·; x)`, recorded wherever autograd is on. `free_phase()`: approach the free state,
+    as a solver's `approach` does; `resume(z)`: solve on from `z`. `problems(z, F(z))`: what is to
+    be solved at `z`, some samples after the other. `finish(certificate)`: hand over what was
     measured. `settle(result, residual, tol, what)`: raise, warn or accept, as the module was told.
     """
 
@@ -133,7 +134,8 @@ class Site:
     step: float
     force: Force
     solver: AbstractSolver
-    free_phase: Callable[[], Solution]
+    free_phase: Callable[[], tuple[Solution, Tensor]]
+    resume: Callable[[Tensor], Solution]
     problems: Callable[[Tensor, Tensor], Iterator[Problem]]
     finish: Callable[[Certificate], None]
     settle: Callable[[Result, Tensor, float, str], None]
@@ -154,20 +156,19 @@ class AbstractEstimator(AbstractRule):
 
     def attach(self, site: Site) -> Tensor:
         """Return the equilibrium `(B, ...)`, differentiable in the way of this estimator."""
-        solution = site.free_phase()
-        # The last force is known: one plain step is free, and its own force certifies the result.
-        z = (solution.value + site.step * solution.force).detach()
-        force = site.force(z)
-        still = force.detach()
+        tol = site.solver.tol
+        # the solver's next state is free, and the evaluation that is recorded there certifies it
+        found = land(site.free_phase(), site.force, site.resume, site.step, tol)
+        z, force, still = found.state, found.force, found.force.detach()
         certificate = Certificate(
-            result=solution.result,
-            free_residual=relative_residual(still, z, None),
-            free_evaluations=solution.evaluations + 1,
+            result=found.result,
+            free_residual=found.residual,
+            free_evaluations=found.evaluations,
             state=z,
             input=site.x.detach(),
         )
         site.finish(certificate)
-        site.settle(solution.result, solution.residual, site.solver.tol, "free phase")
+        site.settle(found.result, found.reached, tol, "free phase")
         value = z + site.step * still
         if not force.requires_grad:
             return value

@@ -26,6 +26,10 @@ from altprop.equilibrium.solvers.solver import (
     relative_residual,
 )
 
+# A step shrinks the residual this much less than the last two did, at worst: to foresee too much
+# costs three evaluations, and to foresee too little costs one.
+_CAUTION = 1.2
+
 
 @dataclass(frozen=True)
 class Anderson(AbstractSolver):
@@ -54,7 +58,6 @@ class Anderson(AbstractSolver):
         check_counts("Anderson", memory=self.memory)
         check_fields("Anderson", ridge=self.ridge, mixing=self.mixing)
 
-    @torch.no_grad()
     def solve(
         self,
         force: Force,
@@ -63,20 +66,48 @@ class Anderson(AbstractSolver):
         step: float,
         scale: Tensor | None = None,
     ) -> Solution:
+        return self._iterate(force, start, step, scale, course=None)[0]
+
+    def approach(
+        self,
+        force: Force,
+        start: Tensor,
+        *,
+        step: float,
+        scale: Tensor | None = None,
+    ) -> tuple[Solution, Tensor]:
+        return self._iterate(force, start, step, scale, course=_Course())
+
+    @torch.no_grad()
+    def _iterate(
+        self,
+        force: Force,
+        start: Tensor,
+        step: float,
+        scale: Tensor | None,
+        course: _Course | None,
+    ) -> tuple[Solution, Tensor]:
+        """Return the solution and, where a course is kept, the states to go on to."""
         z, f = start, force(start)
         residual = relative_residual(f, z, scale)
         best_z, best_f, best = z, f, residual
+        moving, ahead = torch.ones_like(best, dtype=torch.bool), start
         memory = _Differences(
             min(self.memory, max(1, self.max_steps - 2)), self.ridge, step * self.mixing
         )
         steps = 1
         while steps < self.max_steps:
             # a sample that has blown up keeps its best state; the others go on
-            moving = ~(best <= self.tol) & torch.isfinite(residual)
-            count = int(moving.sum())
+            going = moving & ~(best <= self.tol) & torch.isfinite(residual)
+            if course is not None:
+                going &= ~course.arrives(residual, self.tol)
+            count = int(going.sum())
             if count == 0:
                 break
             proposed = memory.extrapolate(z, f)
+            if course is not None and count < len(z):
+                ahead = torch.where(per_sample(moving, z), proposed, ahead)
+            moving = going
             # A finished sample stays where it is; its difference then is zero and weighs nothing.
             z = proposed if count == len(z) else torch.where(per_sample(moving, z), proposed, z)
             f = force(z)
@@ -91,8 +122,33 @@ class Anderson(AbstractSolver):
                 best_f = torch.where(shaped, f, best_f)
                 best = torch.where(better, residual, best)
         lost = ~torch.isfinite(residual) & ~(best <= self.tol)
+        if course is not None:
+            beside = per_sample(lost | moving & (best < residual), z)
+            ahead = torch.where(per_sample(moving, z), memory.extrapolate(z, f), ahead)
+            ahead = torch.where(beside, best_z + step * best_f, ahead)
         result = Result.NON_FINITE if bool(lost.any()) else conclude(best, self.tol)
-        return Solution(best_z, best_f, best, steps, result)
+        return Solution(best_z, best_f, best, steps, result), ahead
+
+
+class _Course:
+    """How fast the residual of each sample shrinks, and so where its next one will be."""
+
+    def __init__(self) -> None:
+        self._residual: Tensor | None = None
+        self._rates: list[Tensor] = []
+
+    def arrives(self, residual: Tensor, tol: float) -> Tensor:
+        """Tell of each sample, `(B,)`, whether its next residual will be within `tol`.
+
+        It is taken to shrink as in the slower of the last two steps. **Arguments:** `residual`, of
+        the newest state, `(B,)`.
+        """
+        if self._residual is not None:
+            self._rates = [*self._rates[-1:], residual / self._residual]
+        self._residual = residual
+        if len(self._rates) < 2:
+            return torch.zeros_like(residual, dtype=torch.bool)
+        return _CAUTION * residual * torch.maximum(*self._rates) <= tol
 
 
 class _Differences:

@@ -81,6 +81,22 @@ class AbstractSolver(ABC):
         `scale`, the size `(B,)` that residuals are relative to (default: the state's own norm).
         """
 
+    def approach(
+        self,
+        force: Force,
+        start: Tensor,
+        *,
+        step: float,
+        scale: Tensor | None = None,
+    ) -> tuple[Solution, Tensor]:
+        """Solve, and return the state to go on to as well, whose force the caller evaluates anyway.
+
+        A solver that can foresee the residual there may stop as soon as that will be within `tol`;
+        `land` verifies it. Arguments as those of `solve`.
+        """
+        found = self.solve(force, start, step=step, scale=scale)
+        return found, found.value + step * found.force
+
     def unroll(self, force: Force, start: Tensor) -> Tensor:
         """Return the last state of a relaxation that autograd can record step by step.
 
@@ -177,6 +193,61 @@ def better_of(old: Solution, new: Solution) -> Solution:
         evaluations=old.evaluations + new.evaluations,
         result=new.result,
     )
+
+
+@dataclass(frozen=True)
+class Landing:
+    """A state whose force was evaluated at last, and what the solve that led there needed.
+
+    `state`, `force`: `(B, ...)`; the force carries autograd's record if the evaluation made one.
+    `residual`: of that state, `(B,)`. `reached`: the least residual that was evaluated there or
+    one step before, `(B,)`, which the tolerance holds for. `evaluations`, `result`: of it all.
+    """
+
+    state: Tensor
+    force: Tensor
+    residual: Tensor
+    reached: Tensor
+    evaluations: int
+    result: Result
+
+
+def land(
+    approached: tuple[Solution, Tensor],
+    evaluate: Force,
+    resume: Callable[[Tensor], Solution],
+    step: float,
+    tol: float,
+) -> Landing:
+    """Evaluate the force where a solver would go on to, and solve on if that falls short.
+
+    **Arguments:** `approached`, what `approach` returned; `evaluate`, the force, which may record;
+    `resume`, from a state to a solution; `step`, `ε`; `tol`, of the solver.
+    """
+    solution, state = approached
+    landing = _evaluate(solution, state, evaluate, tol)
+    # one lost sample must not cost its batch-mates their second attempt
+    short = (landing.reached > tol) & torch.isfinite(solution.residual)
+    if tol == 0 or not bool(short.any()):
+        return landing
+    nearer = per_sample(landing.residual < solution.residual, state)
+    again = resume(torch.where(nearer, landing.state, solution.value))
+    # what had arrived stays, whatever its batch-mates need
+    state = torch.where(per_sample(short, state), again.value + step * again.force, landing.state)
+    second = _evaluate(again, state, evaluate, tol)
+    return replace(second, evaluations=landing.evaluations + second.evaluations)
+
+
+def _evaluate(solution: Solution, state: Tensor, evaluate: Force, tol: float) -> Landing:
+    state = state.detach()
+    force = evaluate(state)
+    residual = relative_residual(force.detach(), state, None)
+    least = torch.minimum(solution.residual, residual)
+    reached = torch.where(torch.isfinite(residual), least, residual)
+    result = solution.result
+    if result is not Result.NON_FINITE and (tol > 0 or not bool(torch.isfinite(reached).all())):
+        result = conclude(reached, tol)
+    return Landing(state, force, residual, reached, solution.evaluations + 1, result)
 
 
 def worst(*results: Result) -> Result:
