@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,6 +36,7 @@ class Driven:
         self._dynamics, self._args = dynamics, args
         self._kwargs: Mapping[str, Any] = kwargs or {}
         self._draws: Draws | None = None
+        self._recorded: _Recorded | None = None
 
     def start(self) -> Tensor:
         """Return the state that the free phase starts from."""
@@ -55,8 +56,18 @@ class Driven:
         with self._draws.again():
             return self._dynamics(z, self.x, *self._args, **self._kwargs)
 
+    def record(self, z: Tensor) -> Tensor:
+        """Return the force at `z`, `(B, ...)`, and keep what its linearisation there can use."""
+        if not (type(self) is Driven and self._by_input_alone() and torch.is_grad_enabled()):
+            return self.force(z)
+        force, linearise = self._dynamics.record(z, self.x)
+        self._recorded = _Recorded(z, z._version, linearise)
+        return force
+
     def linearise(self, z: Tensor) -> AbstractLinearisation:
         """Return the Jacobian's products at `z`."""
+        if self._recorded is not None and self._recorded.at(z):
+            return self._recorded.linearise()
         if self._args or self._kwargs or self._draws is not None:
             return AutogradLinearisation(self.force, z)
         return self._dynamics.linearise(z, self.x)
@@ -108,6 +119,19 @@ class Driven:
     def read(self, z: Tensor) -> Tensor:
         """Return what the module gives out, from a state `(B, ...)`; differentiable."""
         return z
+
+
+class _Recorded(NamedTuple):
+    """Where a force was recorded, `(B, ...)`, in which version, and what linearises it there."""
+
+    state: Tensor
+    version: int
+    linearise: Callable[[], AbstractLinearisation]
+
+    def at(self, z: Tensor) -> bool:
+        """Tell whether `z` is that state, unchanged, or a view of the whole of it."""
+        same = z.data_ptr() == self.state.data_ptr() and z.shape == self.state.shape
+        return same and z._version == self.version
 
 
 class Draws:

@@ -7,7 +7,9 @@ transformers here, and `(B, ...)` in general. Samples never interact.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -76,6 +78,13 @@ class AbstractDynamics(nn.Module, ABC):
         x = x.detach()
         return AutogradLinearisation(lambda state: self(state, x), z)
 
+    def record(self, z: Tensor, x: Tensor) -> tuple[Tensor, Callable[[], AbstractLinearisation]]:
+        """Return the force at `z`, and what linearises it there.
+
+        Override it where the evaluation computes what the linearisation needs too.
+        """
+        return self(z, x), partial(self.linearise, z.detach(), x.detach())
+
     def analytic(self, z: Tensor, x: Tensor) -> Tensor:
         """Return the force continued analytically to a complex state `z`, under a real input `x`.
 
@@ -110,6 +119,18 @@ class KeyValues(NamedTuple):
     values: Tensor
 
 
+class Attended(NamedTuple):
+    """What one forward pass of an attention computed, detached.
+
+    `qkv`: the projections, `(B, T, 3C)`. `mixed`: the heads' values, `(B, H, T, D)`. `out`: the
+    output, `(B, T, C)`.
+    """
+
+    qkv: Tensor
+    mixed: Tensor
+    out: Tensor
+
+
 class CausalAttention(nn.Module):
     """Multi-head causal softmax attention with independent `W_Q, W_K, W_V, W_O` and no bias.
 
@@ -130,14 +151,39 @@ class CausalAttention(nn.Module):
             nn.Parameter(init_std * torch.randn(d_model, d_model)) for _ in range(4)
         )
 
+        self._trace: list[Attended] | None = None  # where a forward pass leaves what it computed
+        self._known: Attended | None = None  # what is known where this is linearised
         own = d_model // heads
         self.norm_q = nn.RMSNorm(own, eps=1e-6) if qk_norm else None
         self.norm_k = nn.RMSNorm(own, eps=1e-6) if qk_norm else None
 
     def forward(self, z: Tensor) -> Tensor:
         """Return the attention's output, `(B, T, C) → (B, T, C)`."""
-        q, k, v = self._project(z)
-        return self._merge(nnf.scaled_dot_product_attention(q, k, v, is_causal=True))
+        qkv = self._joint(z)
+        mixed = nnf.scaled_dot_product_attention(*self._split(qkv), is_causal=True)
+        out = self._merge(mixed)
+        if self._trace is not None:
+            self._trace.append(Attended(qkv.detach(), mixed.detach(), out.detach()))
+        return out
+
+    @contextmanager
+    def tracing(self) -> Iterator[list[Attended]]:
+        """Have every forward pass inside leave in the list what it computed on the way."""
+        trace: list[Attended] = []
+        self._trace = trace
+        try:
+            yield trace
+        finally:
+            self._trace = None
+
+    @contextmanager
+    def knowing(self, known: Attended) -> Iterator[None]:
+        """Have `linearise` inside take what a forward pass at the same state has computed."""
+        self._known = known
+        try:
+            yield
+        finally:
+            self._known = None
 
     def extend(self, z: Tensor, cache: KeyValues | None) -> Tensor:
         """Return the output of new tokens, `(B, t, C)`, that attend to a cache and each other."""
@@ -166,11 +212,20 @@ class CausalAttention(nn.Module):
         norms = None
         if self.norm_q is not None and self.norm_k is not None:
             norms = (self.norm_q, self.norm_k)
-        return LinearisedAttention(z, w_qkv, self.W_O.detach(), self.heads, norms)
+        w_o = self.W_O.detach()
+        if self._known is None:
+            return LinearisedAttention(nnf.linear(z, w_qkv), w_qkv, w_o, self.heads, norms)
+        qkv, mixed, out = self._known
+        return LinearisedAttention(qkv, w_qkv, w_o, self.heads, norms, mixed, out)
 
     def _project(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        B, T, C = z.shape
-        qkv = nnf.linear(z, torch.cat([self.W_Q, self.W_K, self.W_V]))
+        return self._split(self._joint(z))
+
+    def _joint(self, z: Tensor) -> Tensor:
+        return nnf.linear(z, torch.cat([self.W_Q, self.W_K, self.W_V]))
+
+    def _split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        B, T, C = qkv.shape[0], qkv.shape[1], self.W_O.shape[0]
         q, k, v = qkv.view(B, T, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)
         if self.norm_q is not None and self.norm_k is not None:
             q, k = self.norm_q(q), self.norm_k(k)
@@ -209,6 +264,18 @@ class AbstractAttentive(AbstractDynamics):
 
     def forward(self, z: Tensor, x: Tensor) -> Tensor:
         return self.combine(z, x, self.attention(self.attended(z, x)))
+
+    def record(self, z: Tensor, x: Tensor) -> tuple[Tensor, Callable[[], AbstractLinearisation]]:
+        with self.attention.tracing() as trace:
+            force = self(z, x)
+        if len(trace) != 1:  # a force of one's own that attends twice, or not at all
+            return force, partial(self.linearise, z.detach(), x.detach())
+
+        def linearise() -> AbstractLinearisation:
+            with self.attention.knowing(trace[0]):
+                return self.linearise(z.detach(), x.detach())
+
+        return force, linearise
 
     def extend(self, cache: KeyValues | None, x: Tensor) -> Extension:
         return Extension(

@@ -22,27 +22,37 @@ _DENSE = 128  # up to so many tokens the whole attention matrix is cheaper to ke
 class LinearisedAttention:
     """Causal softmax attention `z ↦ softmax(QKᵀ/√D) V W_Oᵀ`, linearised at `z`, `(B, T, C)`.
 
-    **Arguments:** `z`; `w_qkv`, `(3C, C)`; `w_o`, `(C, C)`; `heads`; `norms`, of the queries and
-    keys per head, if they have any. `value` is its output at `z`.
+    **Arguments:** `qkv`, the projections of `z`, `(B, T, 3C)`; `w_qkv`, `(3C, C)`; `w_o`, `(C, C)`;
+    `heads`; `norms`, of the queries and keys per head, if they have any; `mixed`, `(B, H, T, D)`,
+    and `value`, `(B, T, C)`, the heads' values and the output at `z` where they are known.
     """
 
     def __init__(
         self,
-        z: Tensor,
+        qkv: Tensor,
         w_qkv: Tensor,
         w_o: Tensor,
         heads: int,
         norms: tuple[nn.RMSNorm, nn.RMSNorm] | None = None,
+        mixed: Tensor | None = None,
+        value: Tensor | None = None,
     ) -> None:
         self._w_qkv, self._w_o, self._heads = w_qkv, w_o, heads
-        q, k, v = self._split(nnf.linear(z, w_qkv))
+        q, k, v = self._split(qkv)
         self._norms: tuple[LinearisedRMSNorm, LinearisedRMSNorm] | None = None
         if norms is not None:
             normed = linearise_rms_norm(norms[0], q), linearise_rms_norm(norms[1], k)
             self._norms, q, k = normed, normed[0].value, normed[1].value
-        core: type[_Dense | _Fused] = _Dense if z.shape[1] <= _DENSE else _Fused
-        self._core = core(q, k, v)
-        self.value = nnf.linear(self._merge(self._core.value), w_o)
+        dense = qkv.shape[1] <= _DENSE
+        self._core = _Dense(q, k, v, mixed) if dense else _Fused(q, k, v)
+        self._value = value
+
+    @property
+    def value(self) -> Tensor:
+        """The attention's output at `z`, `(B, T, C)`."""
+        if self._value is None:
+            self._value = nnf.linear(self._merge(self._core.value), self._w_o)
+        return self._value
 
     def jvp(self, dz: Tensor) -> Tensor:
         dq, dk, dv = self._split(nnf.linear(dz, self._w_qkv))
@@ -76,17 +86,18 @@ class LinearisedAttention:
 class _Dense:
     """`softmax(QKᵀ/√D) V`, linearised with its attention matrix at hand; for short windows.
 
-    **Arguments:** `q`, `k`, `v`, `(B, H, T, D)`. `value` is its output, of that shape.
+    **Arguments:** `q`, `k`, `v`, `(B, H, T, D)`. `value` is its output, of that shape; it is
+    computed unless it is given.
     """
 
-    def __init__(self, q: Tensor, k: Tensor, v: Tensor) -> None:
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, value: Tensor | None = None) -> None:
         T, D = q.shape[-2:]
         scale = D**-0.5
         # the scale is folded into both, for each product needs it once
         self._q, self._k, self._v = scale * q, scale * k, v
         future = torch.ones(T, T, dtype=torch.bool, device=q.device).triu_(1)
         self._p = (q @ self._k.mT).masked_fill_(future, -math.inf).softmax(-1)
-        self.value = self._p @ v
+        self.value = self._p @ v if value is None else value.contiguous()
 
     def jvp(self, dq: Tensor, dk: Tensor, dv: Tensor) -> Tensor:
         # where P = 0, in the future, what these score changes hold never counts

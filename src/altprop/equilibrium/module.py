@@ -196,6 +196,7 @@ class Equilibrium(nn.Module):
             start=start,
             step=driven.step,
             force=driven.force,
+            record=driven.record,
             solver=self.solver,
             free_phase=free_phase,
             resume=resume,

@@ -123,16 +123,18 @@ class Problem:
 class Site:
     """What one call of an `Equilibrium` offers to its estimator's `attach`.
 
-    `force`: `F(·; x)`, recorded wherever autograd is on. `free_phase()`: approach the free state,
-    as a solver's `approach` does; `resume(z)`: solve on from `z`. `problems(z, F(z))`: what is to
-    be solved at `z`, some samples after the other. `finish(certificate)`: hand over what was
-    measured. `settle(result, residual, tol, what)`: raise, warn or accept, as the module was told.
+    `force`: `F(·; x)`, recorded wherever autograd is on. `record`: the same, keeping what the
+    linearisation there can use. `free_phase()`: approach the free state, as a solver's `approach`
+    does; `resume(z)`: solve on from `z`. `problems(z, F(z))`: what is to be solved at `z`, some
+    samples after the other. `finish(certificate)`: hand over what was measured.
+    `settle(result, residual, tol, what)`: raise, warn or accept, as the module was told.
     """
 
     x: Tensor
     start: Tensor
     step: float
     force: Force
+    record: Force
     solver: AbstractSolver
     free_phase: Callable[[], tuple[Solution, Tensor]]
     resume: Callable[[Tensor], Solution]
@@ -158,7 +160,7 @@ class AbstractEstimator(AbstractRule):
         """Return the equilibrium `(B, ...)`, differentiable in the way of this estimator."""
         tol = site.solver.tol
         # the solver's next state is free, and the evaluation that is recorded there certifies it
-        found = land(site.free_phase(), site.force, site.resume, site.step, tol)
+        found = land(site.free_phase(), site.record, site.resume, site.step, tol)
         z, force, still = found.state, found.force, found.force.detach()
         certificate = Certificate(
             result=found.result,

@@ -98,7 +98,7 @@ class Anderson(AbstractSolver):
         steps = 1
         while steps < self.max_steps:
             # a sample that has blown up keeps its best state; the others go on
-            going = moving & ~(best <= self.tol) & torch.isfinite(residual)
+            going = moving & (best > self.tol) & (residual < torch.inf)
             if course is not None:
                 going &= ~course.arrives(residual, self.tol)
             count = int(going.sum())
@@ -181,7 +181,7 @@ class _Differences:
         torch.sub(g, last[0], out=dg[:, slot])
         torch.sub(f, last[1], out=df[:, slot])
         known = df.mT
-        column = (df[:, slot : slot + 1] @ known).squeeze(1).double()  # (B, rows)
+        column = (df[:, slot : slot + 1] @ known).squeeze(1)  # (B, rows)
         self._gram[:, slot, :rows] = column
         self._gram[:, :rows, slot] = column
         weights = self._weights(rows, (f.unsqueeze(1) @ known).mT.double()).to(g.dtype)

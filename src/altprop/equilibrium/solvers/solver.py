@@ -163,10 +163,9 @@ def per_sample(s: Tensor, z: Tensor) -> Tensor:
 def relative_residual(force: Tensor, state: Tensor, scale: Tensor | None) -> Tensor:
     """Return `‖F‖ / scale` per sample, `(B,)`; the scale is `max(‖z‖, tiny)` unless given."""
     size = sample_norm(state) if scale is None else scale
-    norm, limits = sample_norm(force), torch.finfo(force.dtype)
-    ratio = (norm / size.clamp_min(limits.tiny)).clamp_max(limits.max)
-    # a state at 0 is far from converged, which is not the same as lost
-    return torch.where(torch.isfinite(norm), ratio, norm)
+    norm = sample_norm(force)
+    # a state at 0 is far from converged, which is not the same as lost: inf / inf is NaN
+    return norm / torch.maximum(size.clamp_min(torch.finfo(norm.dtype).tiny), 1e-30 * norm)
 
 
 def conclude(residual: Tensor, tol: float) -> Result:
