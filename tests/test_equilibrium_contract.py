@@ -185,6 +185,14 @@ def _forgets_one(found: ap.Solution, ahead: Tensor) -> tuple[ap.Solution, Tensor
     return replace(found, evaluations=found.evaluations - 1), ahead
 
 
+def _praises_itself(found: ap.Solution, ahead: Tensor) -> tuple[ap.Solution, Tensor]:
+    return replace(found, residual=found.residual / 2), ahead
+
+
+def _strays(found: ap.Solution, ahead: Tensor) -> tuple[ap.Solution, Tensor]:
+    return found, ahead + 0.1
+
+
 @dataclass(frozen=True)
 class Careless(InPlace):
     """A solver that solves well and approaches with one fault."""
@@ -195,11 +203,22 @@ class Careless(InPlace):
         return self.change(*super().approach(force, start, **how))
 
 
+@dataclass(frozen=True)
+class Limitless(InPlace):
+    """A solver that solves well and approaches with more steps than it may."""
+
+    def approach(self, force: Force, start: Tensor, *, step: float) -> tuple[ap.Solution, Tensor]:
+        found = replace(self, max_steps=self.max_steps + 2).solve(force, start, step=step)
+        return found, found.value
+
+
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
         (_mixes_states, "after an approach sample 0 .* differs from the same one alone"),
         (_forgets_one, "evaluations are reported and .* were made after an approach"),
+        (_praises_itself, "reported residual .* after an approach"),
+        (_strays, "from the known root after an approach"),
     ],
 )
 def test_the_contract_of_solvers_catches_a_careless_approach(
@@ -207,6 +226,8 @@ def test_the_contract_of_solvers_catches_a_careless_approach(
 ) -> None:
     with pytest.raises(AssertionError, match=complaint):
         check_solver(Careless(change=change))
+    with pytest.raises(AssertionError, match="makes 6 evaluations in an approach"):
+        check_solver(Limitless())
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,6 @@ def test_what_is_foreseen_saves_an_evaluation_and_nearly_always_holds(tol: float
             solver.approach(force, start, step=1.0),
             force,
             lambda z, force=force: solver.solve(force, z, step=1.0),
-            1.0,
             tol,
         )
         assert found.result is ap.Result.CONVERGED and float(found.reached.max()) <= tol
@@ -90,3 +89,57 @@ def test_gradients_do_not_care() -> None:
     s = system("damped", seed=4)
     for solver in (Hopeful(tol=1e-8), ap.Anderson(tol=1e-8)):
         assert error(gradient(s, ap.Implicit(tol=1e-8), solver)[0], exact(s)) < 1e-6
+
+
+def test_a_step_out_of_the_domain_is_taken_back() -> None:
+    """Where only the state to go on to is lost, the sample is solved from the one before it."""
+    solver, tried = ap.Anderson(tol=1e-2), 0
+    for seed in range(100):
+        torch.manual_seed(seed)
+        w, x = 0.5 * torch.randn(3, 3, dtype=torch.float64), torch.randn(1, 3, dtype=torch.float64)
+        seen: list[float] = []
+
+        def force(z: Tensor, w: Tensor = w, x: Tensor = x, seen: list[float] = seen) -> Tensor:
+            seen.append(float(z[0, 0]))
+            return torch.tanh(z @ w) + x - z
+
+        _, ahead = solver.approach(force, x, step=1.0)
+        root = ap.NewtonKrylov(tol=1e-12).solve(force, x, step=1.0).value[0, 0]
+        last, before = float(ahead[0, 0]), max(*seen[:3], float(root))
+        near, _ = solver.approach(force, x, step=1.0)
+        reached = max(seen[-near.evaluations :])
+        if not max(before, reached) < last:
+            continue
+        tried += 1
+        bound = (max(before, reached) + last) / 2
+
+        def bounded(z: Tensor, force: Force = force, bound: float = bound) -> Tensor:
+            return torch.where(z[:, :1] > bound, torch.nan, force(z))
+
+        found = land(
+            solver.approach(bounded, x, step=1.0),
+            bounded,
+            lambda z, bounded=bounded: solver.solve(bounded, z, step=1.0),
+            1e-2,
+        )
+        assert found.evaluations > near.evaluations + 1 and bool(found.state.isfinite().all())
+        assert found.result is ap.Result.CONVERGED
+    assert tried >= 2, tried
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_what_no_plain_step_solves_gets_none(own: bool) -> None:
+    """`Implicit`'s residual is that of what it returns, where the solver needs no stable step."""
+    torch.manual_seed(0)
+    q = torch.linalg.qr(torch.randn(24, 24, dtype=torch.float64)).Q
+    J = -(q * torch.linspace(5, 100, 24, dtype=torch.float64)) @ q.T
+    dynamics = ap.from_function(lambda z, x: z @ J.T + x)
+    x, w = torch.randn(2, 3, 24, dtype=torch.float64)
+    x.requires_grad_()
+    solver = ap.GMRES() if own else None
+    block = ap.Equilibrium(dynamics, ap.NewtonKrylov(tol=1e-10), ap.Implicit(solver=solver))
+    (block(x) * w).sum().backward()
+    assert x.grad is not None and block.certificate is not None
+    residual = (x.grad @ J + w).norm(dim=1) / w.norm(dim=1)
+    assert block.certificate.adjoint_residual is not None
+    assert torch.allclose(residual, block.certificate.adjoint_residual, rtol=1e-6)

@@ -122,13 +122,12 @@ class KeyValues(NamedTuple):
 class Attended(NamedTuple):
     """What one forward pass of an attention computed, detached.
 
-    `qkv`: the projections, `(B, T, 3C)`. `mixed`: the heads' values, `(B, H, T, D)`. `out`: the
-    output, `(B, T, C)`.
+    `qkv`: the projections, `(B, T, 3C)`. `mixed`: the heads' values, `(B, H, T, D)`. Autograd
+    keeps both anyway.
     """
 
     qkv: Tensor
     mixed: Tensor
-    out: Tensor
 
 
 class CausalAttention(nn.Module):
@@ -161,10 +160,9 @@ class CausalAttention(nn.Module):
         """Return the attention's output, `(B, T, C) → (B, T, C)`."""
         qkv = self._joint(z)
         mixed = nnf.scaled_dot_product_attention(*self._split(qkv), is_causal=True)
-        out = self._merge(mixed)
         if self._trace is not None:
-            self._trace.append(Attended(qkv.detach(), mixed.detach(), out.detach()))
-        return out
+            self._trace.append(Attended(qkv.detach(), mixed.detach()))
+        return self._merge(mixed)
 
     @contextmanager
     def tracing(self) -> Iterator[list[Attended]]:
@@ -215,8 +213,8 @@ class CausalAttention(nn.Module):
         w_o = self.W_O.detach()
         if self._known is None:
             return LinearisedAttention(nnf.linear(z, w_qkv), w_qkv, w_o, self.heads, norms)
-        qkv, mixed, out = self._known
-        return LinearisedAttention(qkv, w_qkv, w_o, self.heads, norms, mixed, out)
+        qkv, mixed = self._known
+        return LinearisedAttention(qkv, w_qkv, w_o, self.heads, norms, mixed)
 
     def _project(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return self._split(self._joint(z))

@@ -23,8 +23,8 @@ class LinearisedAttention:
     """Causal softmax attention `z ↦ softmax(QKᵀ/√D) V W_Oᵀ`, linearised at `z`, `(B, T, C)`.
 
     **Arguments:** `qkv`, the projections of `z`, `(B, T, 3C)`; `w_qkv`, `(3C, C)`; `w_o`, `(C, C)`;
-    `heads`; `norms`, of the queries and keys per head, if they have any; `mixed`, `(B, H, T, D)`,
-    and `value`, `(B, T, C)`, the heads' values and the output at `z` where they are known.
+    `heads`; `norms`, of the queries and keys per head, if they have any; `mixed`, the heads' values
+    at `z`, `(B, H, T, D)`, where they are known.
     """
 
     def __init__(
@@ -35,7 +35,6 @@ class LinearisedAttention:
         heads: int,
         norms: tuple[nn.RMSNorm, nn.RMSNorm] | None = None,
         mixed: Tensor | None = None,
-        value: Tensor | None = None,
     ) -> None:
         self._w_qkv, self._w_o, self._heads = w_qkv, w_o, heads
         q, k, v = self._split(qkv)
@@ -45,14 +44,11 @@ class LinearisedAttention:
             self._norms, q, k = normed, normed[0].value, normed[1].value
         dense = qkv.shape[1] <= _DENSE
         self._core = _Dense(q, k, v, mixed) if dense else _Fused(q, k, v)
-        self._value = value
 
     @property
     def value(self) -> Tensor:
         """The attention's output at `z`, `(B, T, C)`."""
-        if self._value is None:
-            self._value = nnf.linear(self._merge(self._core.value), self._w_o)
-        return self._value
+        return nnf.linear(self._merge(self._core.value), self._w_o)
 
     def jvp(self, dz: Tensor) -> Tensor:
         dq, dk, dv = self._split(nnf.linear(dz, self._w_qkv))

@@ -140,7 +140,7 @@ class Equilibrium(nn.Module):
             tol = self.solver.tol
             near = self.solver.approach(force, self.dynamics.start(x), step=step)
             again = partial(self.solver.solve, force, step=step)
-            found = land(near, force, again, step, tol)
+            found = land(near, force, again, tol)
             self.certificate = Certificate(
                 found.result, found.residual, found.evaluations, state=found.state, input=x
             )
@@ -176,7 +176,9 @@ class Equilibrium(nn.Module):
                 begin = start.detach()
                 parts = driven.split(self.chunk)
                 near = [_approach_freely(self.solver, part, begin[rows]) for rows, part in parts]
-                return _join([found for found, _ in near]), torch.cat([ahead for _, ahead in near])
+                ahead = [state for _, state in near]
+                whole = ahead[0] if len(ahead) == 1 else torch.cat(ahead)
+                return _join([found for found, _ in near]), whole
             rest = state - state  # zero, or NaN where the state is not finite
             residual = relative_residual(rest, state, None)
             result = conclude(residual, self.solver.tol or 1.0)
@@ -240,6 +242,7 @@ class Equilibrium(nn.Module):
             z,
             still,
             driven.step,
+            self.solver,
             _quiet(driven),
             linearise,
             solve,

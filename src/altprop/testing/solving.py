@@ -109,85 +109,108 @@ def _damping(dtype: torch.dtype) -> _System:
     return _linear("a linear system", jacobian, root, start, 0.5, 1 / 0.3)
 
 
-def _check_solution(solver: AbstractSolver, system: _System, tol: float) -> None:
-    weight = torch.ones((), dtype=system.start.dtype, requires_grad=True)
-    calls, before = 0, system.start.clone()
+class _Counted:
+    """The force of a system, which counts its calls and wants none of them recorded."""
 
-    def force(z: Tensor) -> Tensor:
-        nonlocal calls
-        calls += 1
-        out = weight * system.force(z)
+    def __init__(self, system: _System) -> None:
+        self._force = system.force
+        self._start, self._before = system.start, system.start.clone()
+        self._weight = torch.ones((), dtype=system.start.dtype, requires_grad=True)
+        self.calls = 0
+
+    def __call__(self, z: Tensor) -> Tensor:
+        self.calls += 1
+        out = self._weight * self._force(z)
         require(not out.requires_grad, "the solver calls the force while autograd records")
         return out
 
-    for scale in (None, torch.full((len(before),), 50.0, dtype=before.dtype)):
-        calls = 0
-        found = solver.solve(force, system.start, step=system.step, scale=scale)
-        where = f"on {system.name} in {before.dtype}"
-        require(torch.equal(system.start, before), f"the solver writes into start {where}")
+    def check_start(self, where: str) -> None:
+        same = torch.equal(self._start, self._before)
+        require(same, f"the solver writes into start {where}")
+
+
+def _check_solution(solver: AbstractSolver, system: _System, tol: float) -> None:
+    size = torch.full((len(system.start),), 50.0, dtype=system.start.dtype)
+    for scale in (None, size):
+        counted = _Counted(system)
+        found = solver.solve(counted, system.start, step=system.step, scale=scale)
+        where = f"on {system.name} in {system.start.dtype}"
         require(
             found.result is Result.CONVERGED,
             f"no convergence {where}: {found.result.value}, residual {found.residual.max():.3g}",
         )
-        require(
-            calls == found.evaluations,
-            f"{found.evaluations} evaluations are reported and {calls} were made {where}",
-        )
-        for name in ("value", "force", "residual"):
-            part = getattr(found, name)
-            require(not part.requires_grad, f"{name} is recorded for autograd {where}")
-            require(part.dtype == before.dtype, f"{name} is {part.dtype} {where}")
-        require(found.value.shape == before.shape, f"value is {found.value.shape} {where}")
-        require(found.residual.shape == before.shape[:1], f"residual must be (B,) {where}")
-        again = system.force(found.value)
-        # the root is where both vanish: compare on the scale of the state
-        size = float(sample_norm(found.value).max())
-        eps = 50 * torch.finfo(before.dtype).eps
-        require(
-            bool(((found.force - again).abs() <= eps * size).all()),
-            f"force is not the force at value {where}",
-        )
-        residual = relative_residual(again, found.value, scale)
-        require(
-            bool(((found.residual - residual).abs() <= 1e-3 * residual + eps).all()),
-            f"the reported residual {found.residual} is not that of value, {residual}, {where}",
-        )
+        _check_honest(counted, found, system, scale, where)
         require(bool((found.residual <= tol).all()), f"converged above the tolerance {where}")
-        allowed = tol * system.slack * (sample_norm(found.value) if scale is None else scale)
-        error = sample_norm(found.value - system.root)
-        require(
-            bool((error <= 1.1 * allowed + eps * size).all()),
-            f"value is {error} from the known root {where}, allowed {allowed}",
-        )
+        _check_distance(found.value, system, tol, scale, where)
+
+
+def _check_honest(
+    counted: _Counted, found: Solution, system: _System, scale: Tensor | None, where: str
+) -> None:
+    """Check that what a solution says of its value is so."""
+    counted.check_start(where)
+    require(
+        counted.calls == found.evaluations,
+        f"{found.evaluations} evaluations are reported and {counted.calls} were made {where}",
+    )
+    start = system.start
+    for name in ("value", "force", "residual"):
+        part = getattr(found, name)
+        require(not part.requires_grad, f"{name} is recorded for autograd {where}")
+        require(part.dtype == start.dtype, f"{name} is {part.dtype} {where}")
+    require(found.value.shape == start.shape, f"value is {found.value.shape} {where}")
+    require(found.residual.shape == start.shape[:1], f"residual must be (B,) {where}")
+    again = system.force(found.value)
+    # the root is where both vanish: compare on the scale of the state
+    size = float(sample_norm(found.value).max())
+    eps = 50 * torch.finfo(start.dtype).eps
+    require(
+        bool(((found.force - again).abs() <= eps * size).all()),
+        f"force is not the force at value {where}",
+    )
+    residual = relative_residual(again, found.value, scale)
+    require(
+        bool(((found.residual - residual).abs() <= 1e-3 * residual + eps).all()),
+        f"the reported residual {found.residual} is not that of value, {residual}, {where}",
+    )
+
+
+def _check_distance(
+    z: Tensor, system: _System, tol: float, scale: Tensor | None, where: str
+) -> None:
+    size = sample_norm(z)
+    allowed = tol * system.slack * (size if scale is None else scale)
+    error = sample_norm(z - system.root)
+    eps = 50 * torch.finfo(z.dtype).eps
+    require(
+        bool((error <= 1.1 * allowed + eps * float(size.max())).all()),
+        f"value is {error} from the known root {where}, allowed {allowed}",
+    )
 
 
 def _land(solver: AbstractSolver, force: Force, start: Tensor, step: float) -> Landing:
     near = solver.approach(force, start, step=step)
-    return land(near, force, partial(solver.solve, force, step=step), step, solver.tol)
+    return land(near, force, partial(solver.solve, force, step=step), solver.tol)
 
 
 def _check_landing(solver: AbstractSolver, system: _System, tol: float) -> None:
-    calls = 0
-
-    def force(z: Tensor) -> Tensor:
-        nonlocal calls
-        calls += 1
-        return system.force(z)
-
-    found = _land(solver, force, system.start, system.step)
+    """Check what a module does: approach, evaluate the force there, and solve on if need be."""
+    counted = _Counted(system)
+    near, ahead = solver.approach(counted, system.start, step=system.step)
     where = f"after an approach on {system.name} in {system.start.dtype}"
+    _check_honest(counted, near, system, None, where)
+    require(ahead.shape == near.value.shape, f"the state to go on to is {ahead.shape} {where}")
+    resume = partial(solver.solve, counted, step=system.step)
+    found = land((near, ahead), system.force, resume, tol)
     require(found.result is Result.CONVERGED, f"no convergence {where}: {found.result.value}")
     require(bool((found.reached <= tol).all()), f"converged above the tolerance {where}")
+    expected = counted.calls + (2 if counted.calls > near.evaluations else 1)
     require(
-        calls == found.evaluations,
-        f"{found.evaluations} evaluations are reported and {calls} were made {where}",
+        found.evaluations == expected,
+        f"{found.evaluations} evaluations are reported and {expected} were made {where}",
     )
-    again = relative_residual(system.force(found.state), found.state, None)
-    eps = 50 * torch.finfo(again.dtype).eps
-    require(
-        bool(((found.residual - again).abs() <= 1e-3 * again + eps).all()),
-        f"the reported residual {found.residual} is not that of the state, {again}, {where}",
-    )
+    # one step on from what is within the tolerance may be a little farther away
+    _check_distance(found.state, system, 4 * tol, None, where)
 
 
 def _check_refusal(solver: AbstractSolver, system: _System) -> None:
@@ -242,6 +265,14 @@ def _check_limits(solver: AbstractSolver) -> None:
     )
     require(early.evaluations <= 4, f"max_steps=3 makes {early.evaluations} evaluations")
     require(bool((early.residual > 1e-14).all()), "a residual below tol with MAX_STEPS")
+    for tol, limit in ((1e-14, 3), (0.0, 7)):
+        counted = _Counted(system)
+        own = with_limits(solver, tol, limit)
+        own.approach(counted, system.start, step=system.step)
+        require(
+            counted.calls <= limit + 1,
+            f"max_steps={limit}, tol={tol:g} makes {counted.calls} evaluations in an approach",
+        )
     fixed = run(system.force, 0.0, 7)
     require(
         fixed.result is Result.FIXED_TIME,

@@ -99,18 +99,19 @@ class Problem:
     """What an estimator receives in the backward pass.
 
     `state`: `z*`, `(B, ...)`. `still`: `F(z*)`, what the free phase left. `step`: the dynamics'
-    `ε`. `force`: `F(·; x)` without recording. `linearise()`: the Jacobian's products at `z*`, or
-    at the state it is given. `solve(force, start, tol=…, max_steps=…, scale=…, solver=None,
-    inverse=None)`: drive a force to zero by `solver` if there is one, else by the `inverse` of
-    minus its linear part if there is one, else by the module's own solver. `cost`: `C(z)` where
-    the caller gave it. `analytic`: `F(·; x)` continued to complex states; a `RuleError` says where
-    there is none. `first`: where the adjoint of a causal window's later tokens is to be solved
-    before that of the first ones, their number and their own Jacobian.
+    `ε`. `solver`: the module's own. `force`: `F(·; x)` without recording. `linearise()`: the
+    Jacobian's products at `z*`, or at the state it is given. `solve(force, start, tol=…,
+    max_steps=…, scale=…, solver=None, inverse=None)`: drive a force to zero by `solver` if there is
+    one, else by the `inverse` of minus its linear part if there is one, else by the module's own
+    solver. `cost`: `C(z)` where the caller gave it. `analytic`: `F(·; x)` continued to complex
+    states; a `RuleError` says where there is none. `first`: where the adjoint of a causal window's
+    later tokens is to be solved before that of the first ones, their number and their own Jacobian.
     """
 
     state: Tensor
     still: Tensor
     step: float
+    solver: AbstractSolver
     force: Force
     linearise: Callable[..., Products]
     solve: Solve
@@ -160,7 +161,7 @@ class AbstractEstimator(AbstractRule):
         """Return the equilibrium `(B, ...)`, differentiable in the way of this estimator."""
         tol = site.solver.tol
         # the solver's next state is free, and the evaluation that is recorded there certifies it
-        found = land(site.free_phase(), site.record, site.resume, site.step, tol)
+        found = land(site.free_phase(), site.record, site.resume, tol)
         z, force, still = found.state, found.force, found.force.detach()
         certificate = Certificate(
             result=found.result,

@@ -23,7 +23,7 @@ from altprop.equilibrium.solvers.solver import AbstractSolver, check_counts, che
 class Implicit(AbstractEstimator):
     """Solve the adjoint equation `Jᵀ a = −g` to a tolerance: exact, but it transports `Jᵀ`.
 
-    The last residual is known, so one plain step beyond the solution is free, and is made; the
+    The last residual is known, so a solver that relaxes takes one more step, which is free; the
     certificate is the residual before it.
 
     **Arguments:** `tol`, the residual `‖Jᵀa + g‖ / ‖g‖` per sample (the default is that of the
@@ -41,11 +41,16 @@ class Implicit(AbstractEstimator):
         check_own_solver("Implicit", self.solver)
 
     def adjoint(self, problem: Problem, cotangent: Tensor) -> Adjoint:
+        products = problem.linearise()
         solution = solve_adjoint(
-            problem, problem.linearise(), cotangent, self.tol, self.max_steps, self.solver
+            problem, products, cotangent, self.tol, self.max_steps, self.solver
         )
+        value = solution.value
+        if self.solver is not None or products.inverse(transposed=True) is None:
+            solver = self.solver or problem.solver
+            value = solver.onward(value, solution.force, problem.step)
         return Adjoint(
-            value=solution.value + problem.step * solution.force,
+            value=value,
             residual=solution.residual,
             remainder=solution.force,
             evaluations=solution.evaluations + 1,

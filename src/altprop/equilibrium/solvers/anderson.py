@@ -26,9 +26,9 @@ from altprop.equilibrium.solvers.solver import (
     relative_residual,
 )
 
-# A step shrinks the residual this much less than the last two did, at worst: to foresee too much
-# costs three evaluations, and to foresee too little costs one.
-_CAUTION = 1.2
+# A step is taken to shrink the residual as the slowest of the last few did, and this much less: to
+# foresee too much costs the whole batch three evaluations, and to foresee too little costs one.
+_SEEN, _CAUTION = 3, 1.3
 
 
 @dataclass(frozen=True)
@@ -68,15 +68,17 @@ class Anderson(AbstractSolver):
     ) -> Solution:
         return self._iterate(force, start, step, scale, course=None)[0]
 
+    def onward(self, z: Tensor, force: Tensor, step: float) -> Tensor:
+        return z + step * self.mixing * force
+
     def approach(
         self,
         force: Force,
         start: Tensor,
         *,
         step: float,
-        scale: Tensor | None = None,
     ) -> tuple[Solution, Tensor]:
-        return self._iterate(force, start, step, scale, course=_Course())
+        return self._iterate(force, start, step, None, course=_Course())
 
     @torch.no_grad()
     def _iterate(
@@ -100,7 +102,8 @@ class Anderson(AbstractSolver):
             # a sample that has blown up keeps its best state; the others go on
             going = moving & (best > self.tol) & (residual < torch.inf)
             if course is not None:
-                going &= ~course.arrives(residual, self.tol)
+                # a state beside the best one is no state to go on from
+                going &= ~(course.arrives(residual, self.tol) & (residual <= best))
             count = int(going.sum())
             if count == 0:
                 break
@@ -125,7 +128,7 @@ class Anderson(AbstractSolver):
         if course is not None:
             beside = per_sample(lost | moving & (best < residual), z)
             ahead = torch.where(per_sample(moving, z), memory.extrapolate(z, f), ahead)
-            ahead = torch.where(beside, best_z + step * best_f, ahead)
+            ahead = torch.where(beside, self.onward(best_z, best_f, step), ahead)
         result = Result.NON_FINITE if bool(lost.any()) else conclude(best, self.tol)
         return Solution(best_z, best_f, best, steps, result), ahead
 
@@ -140,15 +143,14 @@ class _Course:
     def arrives(self, residual: Tensor, tol: float) -> Tensor:
         """Tell of each sample, `(B,)`, whether its next residual will be within `tol`.
 
-        It is taken to shrink as in the slower of the last two steps. **Arguments:** `residual`, of
-        the newest state, `(B,)`.
+        **Arguments:** `residual`, of the newest state, `(B,)`.
         """
         if self._residual is not None:
-            self._rates = [*self._rates[-1:], residual / self._residual]
+            self._rates = [*self._rates[-_SEEN + 1 :], residual / self._residual]
         self._residual = residual
         if len(self._rates) < 2:
             return torch.zeros_like(residual, dtype=torch.bool)
-        return _CAUTION * residual * torch.maximum(*self._rates) <= tol
+        return _CAUTION * residual * torch.stack(self._rates).amax(0) <= tol
 
 
 class _Differences:

@@ -62,6 +62,9 @@ class Euler(AbstractSolver):
             residual = relative_residual(f, z, scale)
         return Solution(z, f, residual, self.max_steps + 1, conclude(residual, self.tol))
 
+    def onward(self, z: Tensor, force: Tensor, step: float) -> Tensor:
+        return z + self.step * force
+
     def unroll(self, force: Force, start: Tensor) -> Tensor:
         z = start
         for _ in range(self.max_steps):

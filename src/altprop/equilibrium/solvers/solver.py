@@ -81,21 +81,21 @@ class AbstractSolver(ABC):
         `scale`, the size `(B,)` that residuals are relative to (default: the state's own norm).
         """
 
-    def approach(
-        self,
-        force: Force,
-        start: Tensor,
-        *,
-        step: float,
-        scale: Tensor | None = None,
-    ) -> tuple[Solution, Tensor]:
+    def onward(self, z: Tensor, force: Tensor, step: float) -> Tensor:
+        """Return the state to go on to from `z` with its force, both `(B, ...)`, without a new one.
+
+        A relaxation takes its next step; what takes no such steps stays at `z`.
+        """
+        return z
+
+    def approach(self, force: Force, start: Tensor, *, step: float) -> tuple[Solution, Tensor]:
         """Solve, and return the state to go on to as well, whose force the caller evaluates anyway.
 
         A solver that can foresee the residual there may stop as soon as that will be within `tol`;
-        `land` verifies it. Arguments as those of `solve`.
+        `land` verifies it. Arguments as those of `solve`; residuals are relative to the state.
         """
-        found = self.solve(force, start, step=step, scale=scale)
-        return found, found.value + step * found.force
+        found = self.solve(force, start, step=step)
+        return found, self.onward(found.value, found.force, step)
 
     def unroll(self, force: Force, start: Tensor) -> Tensor:
         """Return the last state of a relaxation that autograd can record step by step.
@@ -215,24 +215,24 @@ def land(
     approached: tuple[Solution, Tensor],
     evaluate: Force,
     resume: Callable[[Tensor], Solution],
-    step: float,
     tol: float,
 ) -> Landing:
     """Evaluate the force where a solver would go on to, and solve on if that falls short.
 
     **Arguments:** `approached`, what `approach` returned; `evaluate`, the force, which may record;
-    `resume`, from a state to a solution; `step`, `ε`; `tol`, of the solver.
+    `resume`, from a state to a solution; `tol`, of the solver.
     """
     solution, state = approached
     landing = _evaluate(solution, state, evaluate, tol)
     # one lost sample must not cost its batch-mates their second attempt
-    short = (landing.reached > tol) & torch.isfinite(solution.residual)
+    short = ~(landing.reached <= tol) & torch.isfinite(solution.residual)
     if tol == 0 or not bool(short.any()):
         return landing
+    landing = replace(landing, force=landing.force.detach())  # what was recorded there is over
     nearer = per_sample(landing.residual < solution.residual, state)
     again = resume(torch.where(nearer, landing.state, solution.value))
     # what had arrived stays, whatever its batch-mates need
-    state = torch.where(per_sample(short, state), again.value + step * again.force, landing.state)
+    state = torch.where(per_sample(short, state), again.value, landing.state)
     second = _evaluate(again, state, evaluate, tol)
     return replace(second, evaluations=landing.evaluations + second.evaluations)
 
@@ -243,8 +243,9 @@ def _evaluate(solution: Solution, state: Tensor, evaluate: Force, tol: float) ->
     residual = relative_residual(force.detach(), state, None)
     least = torch.minimum(solution.residual, residual)
     reached = torch.where(torch.isfinite(residual), least, residual)
-    result = solution.result
-    if result is not Result.NON_FINITE and (tol > 0 or not bool(torch.isfinite(reached).all())):
+    finite = bool(torch.isfinite(reached).all())
+    result = solution.result if finite else Result.NON_FINITE
+    if finite and tol > 0 and (result is not Result.NON_FINITE or bool((reached <= tol).all())):
         result = conclude(reached, tol)
     return Landing(state, force, residual, reached, solution.evaluations + 1, result)
 
