@@ -68,8 +68,8 @@ class Anderson(AbstractSolver):
     ) -> Solution:
         return self._iterate(force, start, step, scale, course=None)[0]
 
-    def onward(self, z: Tensor, force: Tensor, step: float) -> Tensor:
-        return z + step * self.mixing * force
+    def stride(self, step: float) -> float:
+        return step * self.mixing
 
     def approach(
         self,
@@ -128,7 +128,7 @@ class Anderson(AbstractSolver):
         if course is not None:
             beside = per_sample(lost | moving & (best < residual), z)
             ahead = torch.where(per_sample(moving, z), memory.extrapolate(z, f), ahead)
-            ahead = torch.where(beside, self.onward(best_z, best_f, step), ahead)
+            ahead = torch.where(beside, best_z + self.stride(step) * best_f, ahead)
         result = Result.NON_FINITE if bool(lost.any()) else conclude(best, self.tol)
         return Solution(best_z, best_f, best, steps, result), ahead
 

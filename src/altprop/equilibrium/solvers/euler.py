@@ -62,8 +62,8 @@ class Euler(AbstractSolver):
             residual = relative_residual(f, z, scale)
         return Solution(z, f, residual, self.max_steps + 1, conclude(residual, self.tol))
 
-    def onward(self, z: Tensor, force: Tensor, step: float) -> Tensor:
-        return z + self.step * force
+    def stride(self, step: float) -> float:
+        return self.step
 
     def unroll(self, force: Force, start: Tensor) -> Tensor:
         z = start

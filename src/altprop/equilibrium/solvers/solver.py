@@ -81,12 +81,12 @@ class AbstractSolver(ABC):
         `scale`, the size `(B,)` that residuals are relative to (default: the state's own norm).
         """
 
-    def onward(self, z: Tensor, force: Tensor, step: float) -> Tensor:
-        """Return the state to go on to from `z` with its force, both `(B, ...)`, without a new one.
+    def stride(self, step: float) -> float:
+        """Return the `ε` of the next step `z + ε force(z)`; 0 for what takes no such steps.
 
-        A relaxation takes its next step; what takes no such steps stays at `z`.
+        **Arguments:** `step`, the `ε` of the natural fixed-point map.
         """
-        return z
+        return 0.0
 
     def approach(self, force: Force, start: Tensor, *, step: float) -> tuple[Solution, Tensor]:
         """Solve, and return the state to go on to as well, whose force the caller evaluates anyway.
@@ -95,7 +95,8 @@ class AbstractSolver(ABC):
         `land` verifies it. Arguments as those of `solve`; residuals are relative to the state.
         """
         found = self.solve(force, start, step=step)
-        return found, self.onward(found.value, found.force, step)
+        stride = self.stride(step)
+        return found, found.value + stride * found.force if stride else found.value
 
     def unroll(self, force: Force, start: Tensor) -> Tensor:
         """Return the last state of a relaxation that autograd can record step by step.
