@@ -7,7 +7,18 @@ import torch
 
 import altprop as ap
 import floors
-from arms import EXACT_ENOUGH, FREE_TOLERANCES, PUBLISHED, UNIT, Arm, accuracy, by_library, loosest
+from arms import (
+    EXACT_ENOUGH,
+    FREE_TOLERANCES,
+    NO_WORSE,
+    PUBLISHED,
+    UNIT,
+    Arm,
+    accuracy,
+    as_good,
+    by_library,
+    loosest,
+)
 from floors import Floor, behind
 from problems import Head, Problem
 from published import published_aep
@@ -99,3 +110,13 @@ def test_the_search_finds_the_fewest_evaluations_that_are_exact_enough() -> None
     assert found is not None
     assert cost(found) == min(cost(make(free, k)) for free in FREE_TOLERANCES for k in terms)
     assert loosest(make, [1], exact) is None
+
+
+def test_the_loosest_that_is_as_good_loses_next_to_nothing() -> None:
+    problem = small_problem()
+    exact = problem.exact()
+    arms = [by_library(problem, ap.OneStep(1), ap.Anderson(tol=t)) for t in FREE_TOLERANCES]
+    near = [accuracy(arm.run(), exact).worst for arm in arms]
+    at = arms.index(as_good(arms, exact))
+    assert near[at] >= near[0] - NO_WORSE and near[0] < EXACT_ENOUGH
+    assert at > 0 and all(each < near[0] - NO_WORSE for each in near[at + 1 :])
