@@ -455,6 +455,18 @@ def test_a_reader_that_went_away_ends_the_output_quietly() -> None:
     assert done.stderr == b""
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+@pytest.mark.parametrize("words", [["--help"], ["data"]])
+def test_output_that_finds_no_space_is_one_line(words: list[str]) -> None:
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "altprop", *words], stdout=full, stderr=subprocess.PIPE
+        )
+    assert done.returncode == 2
+    assert done.stderr.startswith(b"altprop: error: No space left on device")
+    assert done.stderr.count(b"\n") == 1
+
+
 def test_the_console_script_is_main() -> None:
     from importlib.metadata import entry_points
 

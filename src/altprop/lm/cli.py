@@ -7,6 +7,7 @@ a command that runs is imported, so that `altprop --help` answers at once.
 from __future__ import annotations
 
 import dataclasses
+import errno
 import importlib
 import inspect
 import os
@@ -49,14 +50,21 @@ def main(argv: Sequence[str] | None = None, commands: Commands = COMMANDS) -> in
         print("altprop: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # Python flushes once more when it exits; what is left has nowhere to go.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _forget_output()
         return 141
     except OSError as error:
-        if error.filename is None:
+        if error.filename is not None:
+            return _fail(f"{error.filename}: {error.strerror}")
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        return _fail(f"{error.filename}: {error.strerror}")
+        _forget_output()
+        return _fail(f"{error.strerror}: free some; a run goes on with --resume")
     return 0
+
+
+def _forget_output() -> None:
+    """Drop what standard output still holds: Python flushes it once more when it exits."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _fail(message: str) -> int:
