@@ -138,6 +138,9 @@ class CausalAttention(nn.Module):
     (RMS, with a learned gain per channel), which bounds the attention's logits.
     """
 
+    _trace: list[Attended] | None = None  # where a forward pass leaves what it computed
+    _known: Attended | None = None  # what is known where this is linearised
+
     def __init__(self, d_model: int, heads: int, init_std: float, qk_norm: bool = False) -> None:
         super().__init__()
         if d_model < 1 or heads < 1 or d_model % heads:
@@ -150,8 +153,6 @@ class CausalAttention(nn.Module):
             nn.Parameter(init_std * torch.randn(d_model, d_model)) for _ in range(4)
         )
 
-        self._trace: list[Attended] | None = None  # where a forward pass leaves what it computed
-        self._known: Attended | None = None  # what is known where this is linearised
         own = d_model // heads
         self.norm_q = nn.RMSNorm(own, eps=1e-6) if qk_norm else None
         self.norm_k = nn.RMSNorm(own, eps=1e-6) if qk_norm else None
