@@ -155,8 +155,8 @@ def as_good(arms: Sequence[Arm], exact: Gradients) -> Arm:
 
     For a gradient that no tolerance makes exact: it may lose `NO_WORSE` of its worst cosine.
     """
-    wanted = accuracy(arms[0].run(), exact).worst - NO_WORSE
-    return [arm for arm in arms if accuracy(arm.run(), exact).worst >= wanted][-1]
+    near = [accuracy(arm.run(), exact).worst for arm in arms]
+    return [arm for arm, own in zip(arms, near, strict=True) if own >= near[0] - NO_WORSE][-1]
 
 
 def missing(arms: dict[str, Arm]) -> list[str]:

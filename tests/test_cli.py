@@ -467,6 +467,19 @@ def test_output_that_finds_no_space_is_one_line(words: list[str]) -> None:
     assert done.stderr.count(b"\n") == 1
 
 
+def test_a_full_disk_under_any_file_is_one_line() -> None:
+    code = (
+        "import sys; from altprop.lm import cli, data_command\n"
+        "def full(): raise OSError(28, 'No space left on device')\n"
+        "data_command._corpora_table = full; print('so far')\n"
+        "sys.exit(cli.main(['data']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == "so far\n"
+    assert done.stderr.startswith("altprop: error: No space left on device: free some")
+    assert done.stderr.count("\n") == 1
+
+
 def test_the_console_script_is_main() -> None:
     from importlib.metadata import entry_points
 

@@ -226,6 +226,9 @@ def test_the_contract_of_solvers_catches_a_careless_approach(
 ) -> None:
     with pytest.raises(AssertionError, match=complaint):
         check_solver(Careless(change=change))
+
+
+def test_the_contract_of_solvers_catches_an_approach_without_limit() -> None:
     with pytest.raises(AssertionError, match="makes 6 evaluations in an approach"):
         check_solver(Limitless())
 

@@ -103,15 +103,14 @@ def test_a_step_out_of_the_domain_is_taken_back() -> None:
             seen.append(float(z[0, 0]))
             return torch.tanh(z @ w) + x - z
 
-        _, ahead = solver.approach(force, x, step=1.0)
-        root = ap.NewtonKrylov(tol=1e-12).solve(force, x, step=1.0).value[0, 0]
-        last, before = float(ahead[0, 0]), max(*seen[:3], float(root))
-        near, _ = solver.approach(force, x, step=1.0)
-        reached = max(seen[-near.evaluations :])
-        if not max(before, reached) < last:
+        near, ahead = solver.approach(force, x, step=1.0)
+        visited, last = max(seen), float(ahead[0, 0])
+        root = ap.NewtonKrylov(tol=1e-12).solve(force, x, step=1.0).value
+        inside = max(visited, float(root[0, 0]))
+        if not inside < last:
             continue
         tried += 1
-        bound = (max(before, reached) + last) / 2
+        bound = (inside + last) / 2
 
         def bounded(z: Tensor, force: Force = force, bound: float = bound) -> Tensor:
             return torch.where(z[:, :1] > bound, torch.nan, force(z))

@@ -66,6 +66,14 @@ def test_it_serves_its_own_state_alone() -> None:
         assert torch.allclose(found.vjp(u), wanted.vjp(u), rtol=1e-12, atol=1e-14)
 
 
+def test_a_transposed_view_is_another_state() -> None:
+    s = system("gated", seed=1, tokens=4)  # as many tokens as channels: the shapes are the same
+    driven, z = recorded(s)
+    v = torch.randn_like(z)
+    found, wanted = driven.linearise(z.mT), s.dynamics.linearise(z.mT, s.x)
+    assert torch.allclose(found.vjp(v), wanted.vjp(v), rtol=1e-12, atol=1e-14)
+
+
 def test_nothing_is_kept_without_a_record() -> None:
     s = system("gated", seed=1)
     driven = s.dynamics.under(s.x)

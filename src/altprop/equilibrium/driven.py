@@ -58,7 +58,7 @@ class Driven:
 
     def record(self, z: Tensor) -> Tensor:
         """Return the force at `z`, `(B, ...)`, and keep what its linearisation there can use."""
-        if not (type(self) is Driven and self._by_input_alone() and torch.is_grad_enabled()):
+        if not (self._separable() and torch.is_grad_enabled()):
             return self.force(z)
         force, linearise = self._dynamics.record(z, self.x)
         self._recorded = _Recorded(z, z._version, linearise)
@@ -130,7 +130,8 @@ class _Recorded(NamedTuple):
 
     def at(self, z: Tensor) -> bool:
         """Tell whether `z` is that state, unchanged, or a view of the whole of it."""
-        same = z.data_ptr() == self.state.data_ptr() and z.shape == self.state.shape
+        at = self.state
+        same = z.data_ptr() == at.data_ptr() and z.shape == at.shape and z.stride() == at.stride()
         return same and z._version == self.version
 
 

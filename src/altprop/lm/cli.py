@@ -50,21 +50,24 @@ def main(argv: Sequence[str] | None = None, commands: Commands = COMMANDS) -> in
         print("altprop: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        _forget_output()
+        _end_output()
         return 141
     except OSError as error:
         if error.filename is not None:
             return _fail(f"{error.filename}: {error.strerror}")
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        _forget_output()
+        _end_output()
         return _fail(f"{error.strerror}: free some; a run goes on with --resume")
     return 0
 
 
-def _forget_output() -> None:
-    """Drop what standard output still holds: Python flushes it once more when it exits."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def _end_output() -> None:
+    """Write what standard output still holds, or drop it: Python flushes it again when it exits."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _fail(message: str) -> int:

@@ -71,13 +71,7 @@ class Anderson(AbstractSolver):
     def stride(self, step: float) -> float:
         return step * self.mixing
 
-    def approach(
-        self,
-        force: Force,
-        start: Tensor,
-        *,
-        step: float,
-    ) -> tuple[Solution, Tensor]:
+    def approach(self, force: Force, start: Tensor, *, step: float) -> tuple[Solution, Tensor]:
         return self._iterate(force, start, step, None, course=_Course())
 
     @torch.no_grad()

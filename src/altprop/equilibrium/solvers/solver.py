@@ -244,10 +244,11 @@ def _evaluate(solution: Solution, state: Tensor, evaluate: Force, tol: float) ->
     residual = relative_residual(force.detach(), state, None)
     least = torch.minimum(solution.residual, residual)
     reached = torch.where(torch.isfinite(residual), least, residual)
-    finite = bool(torch.isfinite(reached).all())
-    result = solution.result if finite else Result.NON_FINITE
-    if finite and tol > 0 and (result is not Result.NON_FINITE or bool((reached <= tol).all())):
-        result = conclude(reached, tol)
+    result = conclude(reached, tol)
+    if result is not Result.CONVERGED and Result.NON_FINITE in (result, solution.result):
+        result = Result.NON_FINITE
+    elif tol == 0:
+        result = solution.result
     return Landing(state, force, residual, reached, solution.evaluations + 1, result)
 
 
