@@ -62,6 +62,31 @@ class _AssignAdjoint(torch.autograd.Function):
         return a, None, None
 
 
+class _AssignPull(torch.autograd.Function):
+    """`(value, sources) ↦ value`, whose backward sends `pull(keeper, a)` to the sources."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        value: Tensor,
+        pull: Callable[[Tensor, Tensor], Grads],
+        keeper: Tensor,
+        *sources: Tensor,
+    ) -> Tensor:
+        ctx.pull = pull
+        ctx.save_for_backward(keeper, *sources)
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, a: Tensor) -> Grads:
+        keeper, *sources = ctx.saved_tensors
+        with torch.no_grad(), torch.autocast(a.device.type, enabled=False):
+            grads = ctx.pull(keeper, a)
+        if torch.is_grad_enabled():  # the caller said create_graph=True
+            grads = _once_only(grads, a, *sources)
+        return None, None, None, *grads
+
+
 class _OnceOnly(torch.autograd.Function):
     """`(a, *sources) ↦ a`, where differentiating `a` with respect to any source is an error.
 
@@ -256,6 +281,25 @@ def assign_adjoint(force: Tensor, value: Tensor, adjoint: Callable[[Tensor], Ten
     **Raises:** `RuntimeError` when the result is differentiated twice.
     """
     return _AssignAdjoint.apply(force, value, adjoint)
+
+
+def assign_pull(
+    value: Tensor,
+    pull: Callable[[Tensor, Tensor], Grads],
+    keeper: Tensor,
+    sources: Sequence[Tensor],
+) -> Tensor:
+    """Return `value` such that its cotangent `a` reaches each source as `pull(keeper, a)` says.
+
+    **Arguments:** `value`, any shape, not differentiated; `pull`, from the keeper and `a` to one
+    gradient per source, called without recording and outside autocast; `keeper`, a tensor that
+    autograd saves and gives back, and with it what is attached to it; `sources`, what `value` is
+    a function of.
+
+    **Raises:** `RuntimeError` when the result is differentiated twice, and when a source was
+    changed in place before the backward pass.
+    """
+    return _AssignPull.apply(value, pull, keeper, *sources)
 
 
 def assign_transport(

@@ -57,11 +57,15 @@ class Driven:
             return self._dynamics(z, self.x, *self._args, **self._kwargs)
 
     def record(self, z: Tensor) -> Tensor:
-        """Return the force at `z`, `(B, ...)`, and keep what its linearisation there can use."""
-        if not (self._separable() and torch.is_grad_enabled()):
+        """Return the force at `z`, `(B, ...)`, and keep what its linearisation there can use.
+
+        Whether autograd records or not, the force is the same to the last bit.
+        """
+        if not self._separable():
             return self.force(z)
         force, linearise = self._dynamics.record(z, self.x)
-        self._recorded = _Recorded(z, z._version, linearise)
+        if torch.is_grad_enabled():
+            self._recorded = _Recorded(z, z._version, linearise)
         return force
 
     def linearise(self, z: Tensor) -> AbstractLinearisation:
@@ -72,22 +76,19 @@ class Driven:
             return AutogradLinearisation(self.force, z)
         return self._dynamics.linearise(z, self.x)
 
-    def split(self, chunk: int | None) -> Iterator[tuple[slice, Driven]]:
-        """Yield what drives at most `chunk` samples at a time, and which samples these are.
+    def split(self, chunk: int | None) -> list[Driven]:
+        """Return what drives at most `chunk` samples at a time, in order; itself if that is all.
 
         **Raises:** `RuleError` where samples cannot be told apart.
         """
         if chunk is None or chunk >= len(self.x):
-            yield slice(None), self
-            return
+            return [self]
         if not self._separable():
             raise RuleError(
                 f"chunk is {chunk}, but layers, or a force with further arguments or random draws, "
                 "are solved for the whole batch: write chunk=None"
             )
-        for start in range(0, len(self.x), chunk):
-            rows = slice(start, start + chunk)
-            yield rows, Driven(self._dynamics, self.x.detach()[rows])
+        return [Driven(self._dynamics, x) for x in self.x.split(chunk)]
 
     def first(self) -> Driven | None:
         """Return what drives the first tokens alone, where they are to be solved first."""

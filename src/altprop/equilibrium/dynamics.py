@@ -7,8 +7,7 @@ transformers here, and `(B, ...)` in general. Samples never interact.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -16,14 +15,21 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
 
-from altprop.equilibrium.analytic import apply_norm, causal_attention, feed_forward
+from altprop.equilibrium import analytic
 from altprop.equilibrium.driven import Driven
 from altprop.equilibrium.linearised import (
     LinearisedAttention,
     LinearisedFeedForward,
     linearise_norm,
+    total,
 )
-from altprop.equilibrium.products import AbstractLinearisation, AutogradLinearisation
+from altprop.equilibrium.products import (
+    AbstractEvaluation,
+    AbstractLinearisation,
+    AutogradLinearisation,
+    Gradients,
+    record,
+)
 from altprop.errors import ConfigError, RuleError
 
 
@@ -73,17 +79,39 @@ class AbstractDynamics(nn.Module, ABC):
         """Return the state that the free phase starts from; `x` itself unless overridden."""
         return x
 
+    def evaluate(self, z: Tensor, x: Tensor) -> AbstractEvaluation | None:
+        """Return the force, its products and all its gradients at `z`; `None` for no closed form.
+
+        Override it where closed forms are cheaper than automatic differentiation. It counts for
+        the force of the class that defines it: a subclass with another one has none.
+        """
+        return None
+
     def linearise(self, z: Tensor, x: Tensor) -> AbstractLinearisation:
-        """Return the Jacobian's products at `z`; override it where closed forms are cheaper."""
+        """Return the Jacobian's products at `z`; override it for closed forms of these alone."""
         x = x.detach()
-        return AutogradLinearisation(lambda state: self(state, x), z)
+        made = self.evaluate(z.detach(), x) if self._evaluates() else None
+        return AutogradLinearisation(lambda state: self(state, x), z) if made is None else made
 
     def record(self, z: Tensor, x: Tensor) -> tuple[Tensor, Callable[[], AbstractLinearisation]]:
-        """Return the force at `z`, and what linearises it there.
+        """Return the force at `z`, recorded for autograd, and what linearises it there."""
+        z = z.detach()
+        own = getattr(self.linearise, "__func__", None) is AbstractDynamics.linearise
+        # a hook may want to see the call, or make the weights in it
+        hooked = any(m._forward_hooks or m._forward_pre_hooks for m in self.modules())
+        made = self.evaluate(z, x) if own and not hooked and self._evaluates() else None
+        if made is None:
+            return self(z, x), partial(self.linearise, z, x.detach())
+        return record(made, partial(self.linearise, z, x))
 
-        Override it where the evaluation computes what the linearisation needs too.
-        """
-        return self(z, x), partial(self.linearise, z.detach(), x.detach())
+    def _evaluates(self) -> bool:
+        """Tell whether `evaluate` is of the force that this class has."""
+        for kind in type(self).__mro__:
+            if "evaluate" in vars(kind):
+                return True
+            if {"forward", "combine", "attended"} & vars(kind).keys():
+                return False
+        return False
 
     def analytic(self, z: Tensor, x: Tensor) -> Tensor:
         """Return the force continued analytically to a complex state `z`, under a real input `x`.
@@ -119,17 +147,6 @@ class KeyValues(NamedTuple):
     values: Tensor
 
 
-class Attended(NamedTuple):
-    """What one forward pass of an attention computed, detached.
-
-    `qkv`: the projections, `(B, T, 3C)`. `mixed`: the heads' values, `(B, H, T, D)`. Autograd
-    keeps both anyway.
-    """
-
-    qkv: Tensor
-    mixed: Tensor
-
-
 class CausalAttention(nn.Module):
     """Multi-head causal softmax attention with independent `W_Q, W_K, W_V, W_O` and no bias.
 
@@ -137,9 +154,6 @@ class CausalAttention(nn.Module):
     deviation of the normal initialisation; `qk_norm`, whether queries and keys are normed per head
     (RMS, with a learned gain per channel), which bounds the attention's logits.
     """
-
-    _trace: list[Attended] | None = None  # where a forward pass leaves what it computed
-    _known: Attended | None = None  # what is known where this is linearised
 
     def __init__(self, d_model: int, heads: int, init_std: float, qk_norm: bool = False) -> None:
         super().__init__()
@@ -159,30 +173,7 @@ class CausalAttention(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         """Return the attention's output, `(B, T, C) → (B, T, C)`."""
-        qkv = self._joint(z)
-        mixed = nnf.scaled_dot_product_attention(*self._split(qkv), is_causal=True)
-        if self._trace is not None:
-            self._trace.append(Attended(qkv.detach(), mixed.detach()))
-        return self._merge(mixed)
-
-    @contextmanager
-    def tracing(self) -> Iterator[list[Attended]]:
-        """Have every forward pass inside leave in the list what it computed on the way."""
-        trace: list[Attended] = []
-        self._trace = trace
-        try:
-            yield trace
-        finally:
-            self._trace = None
-
-    @contextmanager
-    def knowing(self, known: Attended) -> Iterator[None]:
-        """Have `linearise` inside take what a forward pass at the same state has computed."""
-        self._known = known
-        try:
-            yield
-        finally:
-            self._known = None
+        return self._merge(nnf.scaled_dot_product_attention(*self._project(z), is_causal=True))
 
     def extend(self, z: Tensor, cache: KeyValues | None) -> Tensor:
         """Return the output of new tokens, `(B, t, C)`, that attend to a cache and each other."""
@@ -207,27 +198,21 @@ class CausalAttention(nn.Module):
     @torch.no_grad()
     def linearise(self, z: Tensor) -> LinearisedAttention:
         """Return the attention linearised at `z`, `(B, T, C)`."""
-        w_qkv = torch.cat([self.W_Q, self.W_K, self.W_V])
-        norms = None
-        if self.norm_q is not None and self.norm_k is not None:
-            norms = (self.norm_q, self.norm_k)
-        w_o = self.W_O.detach()
-        if self._known is None:
-            return LinearisedAttention(nnf.linear(z, w_qkv), w_qkv, w_o, self.heads, norms)
-        qkv, mixed = self._known
-        return LinearisedAttention(qkv, w_qkv, w_o, self.heads, norms, mixed)
+        weights = self.W_Q, self.W_K, self.W_V, self.W_O
+        return LinearisedAttention(z, weights, self.heads, self._norms())
+
+    def _norms(self) -> tuple[nn.RMSNorm, nn.RMSNorm] | None:
+        if self.norm_q is None or self.norm_k is None:
+            return None
+        return self.norm_q, self.norm_k
 
     def _project(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return self._split(self._joint(z))
-
-    def _joint(self, z: Tensor) -> Tensor:
-        return nnf.linear(z, torch.cat([self.W_Q, self.W_K, self.W_V]))
-
-    def _split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        B, T, C = qkv.shape[0], qkv.shape[1], self.W_O.shape[0]
+        B, T, C = z.shape
+        qkv = nnf.linear(z, torch.cat([self.W_Q, self.W_K, self.W_V]))
         q, k, v = qkv.view(B, T, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)
-        if self.norm_q is not None and self.norm_k is not None:
-            q, k = self.norm_q(q), self.norm_k(k)
+        norms = self._norms()
+        if norms is not None:
+            q, k = norms[0](q), norms[1](k)
         return q, k, v
 
     def _merge(self, mixed: Tensor) -> Tensor:
@@ -235,13 +220,18 @@ class CausalAttention(nn.Module):
 
     def analytic(self, z: Tensor) -> Tensor:
         """Return the attention's output at a complex state, `(B, T, C)`."""
-        norms = None
-        if self.norm_q is not None and self.norm_k is not None:
-            norms = (self.norm_q, self.norm_k)
-        return causal_attention(z, self.W_Q, self.W_K, self.W_V, self.W_O, self.heads, norms)
+        weights = self.W_Q, self.W_K, self.W_V, self.W_O
+        return analytic.causal_attention(z, *weights, self.heads, self._norms())
 
     def extra_repr(self) -> str:
         return f"d_model={self.W_Q.shape[0]}, heads={self.heads}"
+
+
+def feed_forward(x: Tensor, up: nn.Module, down: nn.Module) -> Tensor:
+    """Return `down(gelu(up(x)))`, `(..., C) → (..., C)`; in place where nobody sees it."""
+    h = up(x)
+    seen = torch.is_grad_enabled() or up._forward_hooks
+    return down(nnf.gelu(h) if seen else torch.ops.aten.gelu_(h))
 
 
 class AbstractAttentive(AbstractDynamics):
@@ -263,18 +253,6 @@ class AbstractAttentive(AbstractDynamics):
 
     def forward(self, z: Tensor, x: Tensor) -> Tensor:
         return self.combine(z, x, self.attention(self.attended(z, x)))
-
-    def record(self, z: Tensor, x: Tensor) -> tuple[Tensor, Callable[[], AbstractLinearisation]]:
-        with self.attention.tracing() as trace:
-            force = self(z, x)
-        if len(trace) != 1:  # a force of one's own that attends twice, or not at all
-            return force, partial(self.linearise, z.detach(), x.detach())
-
-        def linearise() -> AbstractLinearisation:
-            with self.attention.knowing(trace[0]):
-                return self.linearise(z.detach(), x.detach())
-
-        return force, linearise
 
     def extend(self, cache: KeyValues | None, x: Tensor) -> Extension:
         return Extension(
@@ -312,12 +290,11 @@ class DampedAttention(AbstractAttentive):
         return z
 
     def combine(self, z: Tensor, x: Tensor, mixed: Tensor) -> Tensor:
-        return x - (1 + self.scale * self.damping) * z + self.scale * mixed
+        pulled = torch.sub(x, z, alpha=1 + self.scale * self.damping)
+        return torch.add(pulled, mixed, alpha=self.scale)
 
-    def linearise(self, z: Tensor, x: Tensor) -> AbstractLinearisation:
-        return _LinearisedDamping(
-            self.attention.linearise(z), self.scale, 1 + self.scale * self.damping
-        )
+    def evaluate(self, z: Tensor, x: Tensor) -> AbstractEvaluation:
+        return _DampedEvaluation(self, z, x)
 
     def analytic(self, z: Tensor, x: Tensor) -> Tensor:
         attended = self.scale * self.attention.analytic(z)
@@ -359,48 +336,63 @@ class GatedBlock(AbstractAttentive):
 
     def combine(self, z: Tensor, x: Tensor, mixed: Tensor) -> Tensor:
         u = x + mixed
-        return u + self.down(nnf.gelu(self.up(self.norm2(u)))) - z
+        return u + feed_forward(self.norm2(u), self.up, self.down) - z
 
-    def linearise(self, z: Tensor, x: Tensor) -> AbstractLinearisation:
-        return _LinearisedGate(self, z, x)
+    def evaluate(self, z: Tensor, x: Tensor) -> AbstractEvaluation:
+        return _GatedEvaluation(self, z, x)
 
     def analytic(self, z: Tensor, x: Tensor) -> Tensor:
         w = x + self.alpha * (z - x)
-        u = x + self.attention.analytic(apply_norm(self.norm1, w))
-        return u + feed_forward(apply_norm(self.norm2, u), self.up, self.down) - z
+        u = x + self.attention.analytic(analytic.apply_norm(self.norm1, w))
+        normed = analytic.apply_norm(self.norm2, u)
+        return u + analytic.feed_forward(normed, self.up, self.down) - z
 
 
-class _LinearisedDamping(AbstractLinearisation):
+class _DampedEvaluation(AbstractEvaluation):
     """`J = s A − (1 + sc) I` with the attention's Jacobian `A`."""
 
-    def __init__(self, attention: LinearisedAttention, scale: float, leak: float) -> None:
-        self._attention, self._scale, self._leak = attention, scale, leak
+    @torch.no_grad()
+    def __init__(self, dynamics: DampedAttention, z: Tensor, x: Tensor) -> None:
+        self._z, self._x = z, x.detach()
+        self._scale, self._leak = dynamics.scale, 1 + dynamics.scale * dynamics.damping
+        self._attention = dynamics.attention.linearise(z)
+        self.sources = (x, *self._attention.sources)
+
+    @torch.no_grad()
+    def force(self) -> Tensor:
+        pulled = torch.sub(self._x, self._z, alpha=self._leak)
+        return pulled.add_(self._attention.value, alpha=self._scale)
 
     @torch.no_grad()
     def vjp(self, a: Tensor) -> Tensor:
-        return self._scale * self._attention.vjp(a) - self._leak * a
+        return self._attention.vjp(a).mul_(self._scale).sub_(a, alpha=self._leak)
 
     @torch.no_grad()
     def jvp(self, v: Tensor) -> Tensor:
-        return self._scale * self._attention.jvp(v) - self._leak * v
+        return self._attention.jvp(v).mul_(self._scale).sub_(v, alpha=self._leak)
+
+    def pull(self, a: Tensor) -> Gradients:
+        pulled = a if self._scale == 1 else self._scale * a
+        return a, *self._attention.pull(pulled)[1]
 
 
-class _LinearisedGate(AbstractLinearisation):
+class _GatedEvaluation(AbstractEvaluation):
     """`J = (I + E N₂) A N₁ diag(α) − I`, by the parts' own Jacobians."""
 
     @torch.no_grad()
     def __init__(self, block: GatedBlock, z: Tensor, x: Tensor) -> None:
-        self._alpha = block.alpha.detach()
-        self._norm1 = linearise_norm(block.norm1, x + self._alpha * (z - x))
+        self._z, self._x, self._alpha = z, x.detach(), block.alpha.detach()
+        self._norm1 = linearise_norm(block.norm1, self._x + self._alpha * (z - self._x))
         self._attention = block.attention.linearise(self._norm1.value)
-        u = x + self._attention.value
-        self._norm2 = linearise_norm(block.norm2, u)
-        self._feed_forward = LinearisedFeedForward(
-            self._norm2.value,
-            block.up.weight.detach(),
-            block.up.bias.detach(),
-            block.down.weight.detach(),
-        )
+        self._u = self._x + self._attention.value
+        self._norm2 = linearise_norm(block.norm2, self._u)
+        self._feed_forward = LinearisedFeedForward(self._norm2.value, block.up, block.down)
+        parts = self._norm1, self._attention, self._norm2, self._feed_forward
+        self.sources = (x, block.alpha, *(s for part in parts for s in part.sources))
+
+    @torch.no_grad()
+    def force(self) -> Tensor:
+        return self._u + self._feed_forward.value - self._z
 
     @torch.no_grad()
     def vjp(self, a: Tensor) -> Tensor:
@@ -411,3 +403,13 @@ class _LinearisedGate(AbstractLinearisation):
     def jvp(self, v: Tensor) -> Tensor:
         du = self._attention.jvp(self._norm1.jvp(self._alpha * v))
         return du + self._feed_forward.jvp(self._norm2.jvp(du)) - v
+
+    def pull(self, a: Tensor) -> Gradients:
+        carried, feed_forward = self._feed_forward.pull(a)
+        carried, norm2 = self._norm2.pull(carried)
+        du = a + carried
+        carried, attention = self._attention.pull(du)
+        dw, norm1 = self._norm1.pull(carried)
+        to_x = du + (1 - self._alpha) * dw
+        to_alpha = total(dw * (self._z - self._x))
+        return to_x, to_alpha, *norm1, *attention, *norm2, *feed_forward

@@ -1,9 +1,14 @@
-"""Closed-form products with the Jacobians of a transformer's parts, frozen at one state.
+"""Closed forms of a transformer's parts, frozen at one state: products and parameters' gradients.
 
 A nudged phase needs many products `Jv` and `Jᵀa` at the same state. Everything that does not
 depend on `v` or `a` (projections, attention matrix, norms' statistics, the activation's slope) is
 computed once here; each product then costs about one forward evaluation, where forward-mode or
-double-backward automatic differentiation costs several.
+double-backward automatic differentiation costs several. What is kept is about what autograd would
+keep of one evaluation, so it serves for the gradients of the parameters too.
+
+Every part has `value`, its output; `jvp` and `vjp`; `sources`, the parameters that it is made of;
+and `pull`, from a cotangent of its output to that of its input, as `vjp`, and the gradients of its
+sources in their order (`None` for one that does not learn).
 
 Shapes: `B` samples, `T` tokens, `C` channels, `H` heads, `D = C/H`.
 """
@@ -11,39 +16,49 @@ Shapes: `B` samples, `T` tokens, `C` channels, `H` heads, `D = C/H`.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
 
+from altprop.equilibrium.products import Gradients
+
 _DENSE = 128  # up to so many tokens the whole attention matrix is cheaper to keep than to recompute
+_Heads = tuple[Tensor, Tensor, Tensor]
 
 
 class LinearisedAttention:
     """Causal softmax attention `z ↦ softmax(QKᵀ/√D) V W_Oᵀ`, linearised at `z`, `(B, T, C)`.
 
-    **Arguments:** `qkv`, the projections of `z`, `(B, T, 3C)`; `w_qkv`, `(3C, C)`; `w_o`, `(C, C)`;
-    `heads`; `norms`, of the queries and keys per head, if they have any; `mixed`, the heads' values
-    at `z`, `(B, H, T, D)`, where they are known.
+    **Arguments:** `z`; `weights`, `W_Q, W_K, W_V, W_O`, `(C, C)`; `heads`; `norms`, of the queries
+    and keys per head, if they have any.
     """
 
     def __init__(
         self,
-        qkv: Tensor,
-        w_qkv: Tensor,
-        w_o: Tensor,
+        z: Tensor,
+        weights: tuple[Tensor, Tensor, Tensor, Tensor],
         heads: int,
         norms: tuple[nn.RMSNorm, nn.RMSNorm] | None = None,
-        mixed: Tensor | None = None,
     ) -> None:
-        self._w_qkv, self._w_o, self._heads = w_qkv, w_o, heads
-        q, k, v = self._split(qkv)
+        w_q, w_k, w_v, self._w_o = (w.detach() for w in weights)
+        self._z, self._heads = z, heads
+        # The scale 1/√D is folded into what makes queries and keys, half into each.
+        self._root = (z.shape[-1] // heads) ** -0.25
+        if norms is None:
+            w_q, w_k = self._root * w_q, self._root * w_k
+        self._w_qkv = torch.cat([w_q, w_k, w_v])
+        self.sources = (*weights, *(norm.weight for norm in norms or ()))
+        q, k, v = self._split(nnf.linear(z, self._w_qkv))
         self._norms: tuple[LinearisedRMSNorm, LinearisedRMSNorm] | None = None
         if norms is not None:
-            normed = linearise_rms_norm(norms[0], q), linearise_rms_norm(norms[1], k)
+            normed = (
+                linearise_rms_norm(norms[0], q, self._root),
+                linearise_rms_norm(norms[1], k, self._root),
+            )
             self._norms, q, k = normed, normed[0].value, normed[1].value
-        dense = qkv.shape[1] <= _DENSE
-        self._core = _Dense(q, k, v, mixed) if dense else _Fused(q, k, v)
+        self._core = (_Dense if z.shape[1] <= _DENSE else _Fused)(q, k, v)
 
     @property
     def value(self) -> Tensor:
@@ -57,15 +72,44 @@ class LinearisedAttention:
         return nnf.linear(self._merge(self._core.jvp(dq, dk, dv)), self._w_o)
 
     def vjp(self, a: Tensor) -> Tensor:
+        out: Tensor | None = None
+        for slot, part in self._to_projections(a):
+            if self._norms is not None and slot < 2:
+                part = self._norms[slot].vjp(part)
+            out = self._add(out, slot, self._merge(part))
+            del part  # before the next one is made
+        assert out is not None
+        return out
+
+    def pull(self, a: Tensor) -> tuple[Tensor, Gradients]:
+        gradients: list[Tensor | None] = [None] * len(self.sources)
+        gradients[3] = product(self.sources[3], a, self._merge(self._core.value))
+        out: Tensor | None = None
+        for slot, part in self._to_projections(a):
+            if self._norms is not None and slot < 2:
+                part, (gradients[4 + slot],) = self._norms[slot].pull(part)
+            merged = self._merge(part)
+            weight = product(self.sources[slot], merged, self._z)
+            if weight is not None and self._norms is None and slot < 2:
+                weight *= self._root
+            gradients[slot] = weight
+            out = self._add(out, slot, merged)
+            del part, merged, weight
+        assert out is not None
+        return out, tuple(gradients)
+
+    def _to_projections(self, a: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """Yield the cotangents of queries, keys and values, `(B, H, T, D)`, with their places."""
         (da,) = self._split(a @ self._w_o)
-        dq, dk, dv = self._core.vjp(da)
-        if self._norms is not None:
-            dq, dk = self._norms[0].vjp(dq), self._norms[1].vjp(dk)
-        B, H, T, D = dv.shape
-        joint = dv.new_empty(B, T, 3, H, D)
-        for slot, part in enumerate((dq, dk, dv)):
-            joint[:, :, slot] = part.transpose(1, 2)
-        return joint.view(B, T, 3 * H * D) @ self._w_qkv
+        return self._core.vjp(da)
+
+    def _add(self, out: Tensor | None, slot: int, part: Tensor) -> Tensor:
+        """Add to the cotangent of `z` what comes by a projection's, both `(B, T, C)`."""
+        weight = self._w_qkv.chunk(3)[slot]
+        if out is None:
+            return part @ weight
+        out.flatten(0, 1).addmm_(part.flatten(0, 1), weight)
+        return out
 
     def _split(self, y: Tensor) -> tuple[Tensor, ...]:
         """Return the `(B, H, T, D)` parts of `(B, T, nC)`."""
@@ -80,20 +124,16 @@ class LinearisedAttention:
 
 
 class _Dense:
-    """`softmax(QKᵀ/√D) V`, linearised with its attention matrix at hand; for short windows.
+    """`softmax(QKᵀ) V`, linearised with its attention matrix at hand; for short windows.
 
-    **Arguments:** `q`, `k`, `v`, `(B, H, T, D)`. `value` is its output, of that shape; it is
-    computed unless it is given.
+    **Arguments:** `q`, `k`, `v`, `(B, H, T, D)`. `value` is its output, of that shape.
     """
 
-    def __init__(self, q: Tensor, k: Tensor, v: Tensor, value: Tensor | None = None) -> None:
-        T, D = q.shape[-2:]
-        scale = D**-0.5
-        # the scale is folded into both, for each product needs it once
-        self._q, self._k, self._v = scale * q, scale * k, v
-        future = torch.ones(T, T, dtype=torch.bool, device=q.device).triu_(1)
-        self._p = (q @ self._k.mT).masked_fill_(future, -math.inf).softmax(-1)
-        self.value = self._p @ v if value is None else value.contiguous()
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor) -> None:
+        self._q, self._k, self._v = q, k, v
+        future = torch.ones(q.shape[-2], q.shape[-2], dtype=torch.bool, device=q.device).triu_(1)
+        self._p = (q @ k.mT).masked_fill_(future, -math.inf).softmax(-1)
+        self.value = self._p @ v
 
     def jvp(self, dq: Tensor, dk: Tensor, dv: Tensor) -> Tensor:
         # where P = 0, in the future, what these score changes hold never counts
@@ -102,10 +142,13 @@ class _Dense:
         mixed = (weighted @ self._v).addcmul_(total, self.value, value=-1)
         return mixed.add_(self._p @ dv)
 
-    def vjp(self, da: Tensor) -> tuple[Tensor, ...]:
+    def vjp(self, da: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """Yield the cotangents of `q`, `k`, `v` with their places, one at a time to save memory."""
+        yield 2, self._p.mT @ da
         mean = (da * self.value).sum(-1, keepdim=True)
         ds = (da @ self._v.mT).sub_(mean).mul_(self._p)
-        return ds @ self._k, ds.mT @ self._q, self._p.mT @ da
+        yield 0, ds @ self._k
+        yield 1, ds.mT @ self._q
 
 
 class _Fused:
@@ -118,21 +161,21 @@ class _Fused:
     def __init__(self, q: Tensor, k: Tensor, v: Tensor) -> None:
         with torch.enable_grad():
             q, k, v = (t.detach().requires_grad_() for t in (q, k, v))
-            self._out = nnf.scaled_dot_product_attention(q, k, v, is_causal=True)
+            self._out = nnf.scaled_dot_product_attention(q, k, v, is_causal=True, scale=1.0)
         self._parts = (q, k, v)
         self.value = self._out.detach()
 
-    def vjp(self, da: Tensor) -> tuple[Tensor, ...]:
-        return torch.autograd.grad(self._out, self._parts, da, retain_graph=True)
+    def vjp(self, da: Tensor) -> Iterator[tuple[int, Tensor]]:
+        yield from enumerate(torch.autograd.grad(self._out, self._parts, da, retain_graph=True))
 
     def jvp(self, dq: Tensor, dk: Tensor, dv: Tensor) -> Tensor:
         q, k, v = (t.detach() for t in self._parts)
-        T, D = q.shape[-2:]
+        T = q.shape[-2]
         out = torch.empty_like(dv)
         for i in range(0, T, _DENSE):
             j = min(i + _DENSE, T)
             rows, seen = slice(i, j), slice(0, j)
-            own, moved = D**-0.5 * q[..., rows, :], D**-0.5 * dq[..., rows, :]
+            own, moved = q[..., rows, :], dq[..., rows, :]
             future = torch.ones(j - i, j, dtype=torch.bool, device=q.device).triu_(i + 1)
             p = (own @ k[..., seen, :].mT).masked_fill_(future, -math.inf).softmax(-1)
             weighted = (moved @ k[..., seen, :].mT).add_(own @ dk[..., seen, :].mT).mul_(p)
@@ -143,38 +186,47 @@ class _Fused:
 
 
 class LinearisedNorm:
-    """Layer norm over the last axis, linearised at `x`, `(..., C)`; `value` is its output."""
+    """Layer norm over the last axis, linearised at `x`, `(..., C)`."""
 
     def __init__(self, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> None:
-        self._x, self._weight, self._bias = x, weight, bias
+        self._x, self.sources = x, (weight, bias)
+        self._weight, self._bias = weight.detach(), bias.detach()
         self.value, self._mean, self._rstd = torch.native_layer_norm(
-            x, weight.shape, weight, bias, eps
+            x, weight.shape, self._weight, self._bias, eps
         )
 
     def jvp(self, dx: Tensor) -> Tensor:
-        return self._project(dx, None) * self._weight  # the projection is symmetric
+        return self._backward(dx, None)[0] * self._weight  # the projection is symmetric
 
     def vjp(self, a: Tensor) -> Tensor:
-        return self._project(a, self._weight)
+        return self._backward(a, self._weight)[0]
 
-    def _project(self, v: Tensor, weight: Tensor | None) -> Tensor:
+    def pull(self, a: Tensor) -> tuple[Tensor, Gradients]:
+        dx, *gradients = self._backward(a, self._weight, *(s.requires_grad for s in self.sources))
+        return dx, tuple(gradients)
+
+    def _backward(
+        self, v: Tensor, weight: Tensor | None, *learn: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Return `rstd (u − mean(u) − x̂ mean(x̂ u))` with `u = weight v`, by torch's own kernel."""
         bias = None if weight is None else self._bias
         saved = self._weight.shape, self._mean, self._rstd, weight, bias
-        out: Tensor = torch.ops.aten.native_layer_norm_backward(
-            v.contiguous(), self._x, *saved, [True, False, False]
-        )[0]
+        wanted = [True, *(learn or (False, False))]
+        out: tuple[Tensor, Tensor, Tensor] = torch.ops.aten.native_layer_norm_backward(
+            v.contiguous(), self._x, *saved, wanted
+        )
         return out
 
 
 class LinearisedRMSNorm:
-    """`x ↦ weight ⊙ x / rms(x)` over the last axis, linearised at `x`, `(..., C)`."""
+    """`x ↦ root weight ⊙ x / rms(x)` over the last axis, linearised at `x`, `(..., C)`."""
 
-    def __init__(self, x: Tensor, weight: Tensor, eps: float) -> None:
-        self._weight = weight
+    def __init__(self, x: Tensor, weight: Tensor, eps: float, root: float = 1.0) -> None:
+        self._root, self.sources = root, (weight,)
+        self._weight = root * weight.detach()
         self._rstd = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
         self._unit = x * self._rstd
-        self.value = self._unit * weight
+        self.value = self._unit * self._weight
 
     def jvp(self, dx: Tensor) -> Tensor:
         return self._project(dx) * self._weight
@@ -182,16 +234,21 @@ class LinearisedRMSNorm:
     def vjp(self, a: Tensor) -> Tensor:
         return self._project(a * self._weight)
 
+    def pull(self, a: Tensor) -> tuple[Tensor, Gradients]:
+        learns = self.sources[0].requires_grad
+        weight = self._root * total(a * self._unit) if learns else None
+        return self.vjp(a), (weight,)
+
     def _project(self, v: Tensor) -> Tensor:
         """Return `rstd (v − x̂ mean(x̂ v))`, which is symmetric in `v`."""
         along = (self._unit * v).mean(-1, keepdim=True)
         return self._rstd * (v - self._unit * along)
 
 
-def linearise_rms_norm(norm: nn.RMSNorm, x: Tensor) -> LinearisedRMSNorm:
-    """Return an RMS norm over the last axis, linearised at `x`."""
+def linearise_rms_norm(norm: nn.RMSNorm, x: Tensor, root: float = 1.0) -> LinearisedRMSNorm:
+    """Return `root` times an RMS norm over the last axis, linearised at `x`."""
     eps = torch.finfo(x.dtype).eps if norm.eps is None else norm.eps
-    return LinearisedRMSNorm(x, norm.weight.detach(), eps)
+    return LinearisedRMSNorm(x, norm.weight, eps, root)
 
 
 def linearise_norm(
@@ -200,19 +257,48 @@ def linearise_norm(
     """Return a norm over the last axis, linearised at `x`, `(..., C)`."""
     if isinstance(norm, nn.RMSNorm):
         return linearise_rms_norm(norm, x)
-    return LinearisedNorm(x, norm.weight.detach(), norm.bias.detach(), norm.eps)
+    return LinearisedNorm(x, norm.weight, norm.bias, norm.eps)
 
 
 class LinearisedFeedForward:
     """`x ↦ down(gelu(up(x)))`, linearised at `x`, `(..., C)`."""
 
-    def __init__(self, x: Tensor, up: Tensor, up_bias: Tensor, down: Tensor) -> None:
-        self._up, self._down = up, down
-        h = nnf.linear(x, up, up_bias)
+    def __init__(self, x: Tensor, up: nn.Linear, down: nn.Linear) -> None:
+        self._x, self.sources = x, (up.weight, up.bias, down.weight, down.bias)
+        self._up, self._down = up.weight.detach(), down.weight.detach()
+        h = nnf.linear(x, self._up, up.bias.detach())
         self._slope = torch.ops.aten.gelu_backward(torch.ones_like(h), h)  # Φ(h) + h φ(h)
+        self._active = torch.ops.aten.gelu_(h)
+
+    @property
+    def value(self) -> Tensor:
+        """The output at `x`, `(..., C)`."""
+        return nnf.linear(self._active, self._down, self.sources[3].detach())
 
     def jvp(self, dx: Tensor) -> Tensor:
         return nnf.linear(nnf.linear(dx, self._up).mul_(self._slope), self._down)
 
     def vjp(self, a: Tensor) -> Tensor:
         return (a @ self._down).mul_(self._slope) @ self._up
+
+    def pull(self, a: Tensor) -> tuple[Tensor, Gradients]:
+        up, up_bias, down, down_bias = self.sources
+        dh = (a @ self._down).mul_(self._slope)
+        return dh @ self._up, (
+            product(up, dh, self._x),
+            total(dh) if up_bias.requires_grad else None,
+            product(down, a, self._active),
+            total(a) if down_bias.requires_grad else None,
+        )
+
+
+def product(weight: Tensor, cotangent: Tensor, x: Tensor) -> Tensor | None:
+    """Return the gradient `gᵀx` of a weight, `(out, in)`, of the map `x ↦ x Wᵀ`, if it learns."""
+    if not weight.requires_grad:
+        return None
+    return cotangent.flatten(0, -2).mT @ x.flatten(0, -2)
+
+
+def total(x: Tensor) -> Tensor:
+    """Return the sum over all axes but the last, `(..., C) → (C,)`."""
+    return x.flatten(0, -2).sum(0)

@@ -149,8 +149,16 @@ class Equilibrium(nn.Module):
             return value, remember(value)
 
     def _site(self, driven: Driven, cost: Cost | None) -> Site:
-        start, quiet = driven.start(), _quiet(driven)
+        start, quiet, chunk = driven.start(), _quiet(driven), self.chunk
         held = tuple(self.dynamics.parameters())
+        parts = driven.split(chunk)
+
+        def pieces(z: Tensor) -> tuple[Tensor, ...]:
+            return (z,) if len(parts) == 1 else z.split(chunk or len(z))
+
+        def record(z: Tensor) -> Tensor:
+            forces = [part.record(own) for part, own in zip(parts, pieces(z), strict=True)]
+            return forces[0] if len(forces) == 1 else torch.cat(forces)
 
         def problems(z: Tensor, still: Tensor) -> Iterator[Problem]:
             if any(p is not q for p, q in zip(held, self.dynamics.parameters(), strict=True)):
@@ -162,20 +170,22 @@ class Equilibrium(nn.Module):
             if driven.coarse:
                 still = quiet(z)
             seen = _read_cost(cost, driven)
-            if seen is not None and self.chunk is not None and self.chunk < len(z):
+            if seen is not None and len(parts) > 1:
                 raise RuleError(
-                    f"chunk is {self.chunk}, but a cost= is a function of the whole batch: write "
+                    f"chunk is {chunk}, but a cost= is a function of the whole batch: write "
                     "chunk=None"
                 )
-            for rows, part in driven.split(self.chunk):
-                yield self._problem(part, z[rows], still[rows], seen)
+            for part, state, left in zip(parts, pieces(z), pieces(still), strict=True):
+                yield self._problem(part, state, left, seen)
 
         def free_phase() -> tuple[Solution, Tensor]:
             state = driven.settled()
             if state is None:
-                begin = start.detach()
-                parts = driven.split(self.chunk)
-                near = [_approach_freely(self.solver, part, begin[rows]) for rows, part in parts]
+                begin = pieces(start.detach())
+                near = [
+                    _approach_freely(self.solver, part, own)
+                    for part, own in zip(parts, begin, strict=True)
+                ]
                 ahead = [state for _, state in near]
                 whole = ahead[0] if len(ahead) == 1 else torch.cat(ahead)
                 return _join([found for found, _ in near]), whole
@@ -185,9 +195,11 @@ class Equilibrium(nn.Module):
             return Solution(state, rest, residual, 0, result), state
 
         def resume(z: Tensor) -> Solution:
-            parts = driven.split(self.chunk)
             return _join(
-                [self.solver.solve(_quiet(part), z[rows], step=part.step) for rows, part in parts]
+                [
+                    self.solver.solve(_quiet(part), own, step=part.step)
+                    for part, own in zip(parts, pieces(z), strict=True)
+                ]
             )
 
         def finish(certificate: Certificate) -> None:
@@ -198,7 +210,7 @@ class Equilibrium(nn.Module):
             start=start,
             step=driven.step,
             force=driven.force,
-            record=driven.record,
+            record=record,
             solver=self.solver,
             free_phase=free_phase,
             resume=resume,

@@ -1,9 +1,14 @@
-"""The products with a force's Jacobian at one state, and how autograd gives them for any force."""
+"""The products with a force's Jacobian at one state, and how autograd gives them for any force.
+
+Where a dynamics has closed forms, one evaluation of its force gives all that a call needs: the
+force, the Jacobian's products, and the way back to parameters and input.
+"""
 
 from __future__ import annotations
 
 import importlib
 import warnings
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import cache
@@ -11,6 +16,10 @@ from functools import cache
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from altprop.assign import assign_pull
+
+Gradients = tuple[Tensor | None, ...]
 
 
 class AbstractLinearisation(ABC):
@@ -30,6 +39,51 @@ class AbstractLinearisation(ABC):
         Where there is one, estimators correct with it instead of relaxing.
         """
         return None
+
+
+class AbstractEvaluation(AbstractLinearisation):
+    """A force evaluated at one state and linearised there, with all its gradients in closed form.
+
+    `sources`: what the force is a function of beside the state, the input first, then parameters,
+    as they are in autograd's graph.
+    """
+
+    sources: tuple[Tensor, ...]
+
+    @abstractmethod
+    def force(self) -> Tensor:
+        """Return the force `(B, ...)`, detached; to be called once, for it is not kept."""
+
+    @abstractmethod
+    def pull(self, a: Tensor) -> Gradients:
+        """Return `aᵀ ∂F/∂s` for every source `s`, in its shape; `None` for one that learns not."""
+
+
+def record(
+    made: AbstractEvaluation, again: Callable[[], AbstractLinearisation]
+) -> tuple[Tensor, Callable[[], AbstractLinearisation]]:
+    """Return a force with its evaluation as autograd's record of it, and what gives that back.
+
+    The evaluation lives exactly as long as what autograd would have saved: until the backward pass
+    frees the graph, and not at all where activations are checkpointed.
+
+    **Arguments:** `made`, the evaluation; `again`, which makes it anew where it is asked for after
+    that.
+    """
+    keeper = torch.empty(0)
+    setattr(keeper, _KEPT, made)  # only this tensor holds it, and only autograd holds the tensor
+    known = weakref.ref(made)
+
+    def pull(keeper: Tensor, a: Tensor) -> Gradients:
+        kept = getattr(keeper, _KEPT, None) or again()  # hooks on saved tensors may give a copy
+        assert isinstance(kept, AbstractEvaluation)
+        return kept.pull(a)
+
+    force = assign_pull(made.force(), pull, keeper, made.sources)
+    return force, lambda: known() or again()
+
+
+_KEPT = "_altprop_evaluation"
 
 
 class AutogradLinearisation(AbstractLinearisation):

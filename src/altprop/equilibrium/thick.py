@@ -5,13 +5,12 @@ from __future__ import annotations
 from typing import Literal, get_args
 
 import torch
-import torch.nn.functional as nnf
 from torch import Tensor, nn
 
-from altprop.equilibrium.analytic import apply_norm, feed_forward
-from altprop.equilibrium.dynamics import AbstractAttentive, CausalAttention
-from altprop.equilibrium.linearised import LinearisedFeedForward, linearise_norm
-from altprop.equilibrium.products import AbstractLinearisation
+from altprop.equilibrium import analytic
+from altprop.equilibrium.dynamics import AbstractAttentive, CausalAttention, feed_forward
+from altprop.equilibrium.linearised import LinearisedFeedForward, linearise_norm, total
+from altprop.equilibrium.products import AbstractEvaluation, Gradients
 from altprop.errors import ConfigError
 
 Norm = Literal["layer", "rms"]
@@ -72,15 +71,16 @@ class ThickBlock(AbstractAttentive):
         return self.norm1(z)
 
     def combine(self, z: Tensor, x: Tensor, mixed: Tensor) -> Tensor:
-        body = mixed + self.down(nnf.gelu(self.up(self.norm2(z))))
+        body = mixed + feed_forward(self.norm2(z), self.up, self.down)
         return x - (1 + self.damping) * z + self.scale * body
 
-    def linearise(self, z: Tensor, x: Tensor) -> AbstractLinearisation:
-        return _LinearisedThick(self, z)
+    def evaluate(self, z: Tensor, x: Tensor) -> AbstractEvaluation:
+        return _ThickEvaluation(self, z, x)
 
     def analytic(self, z: Tensor, x: Tensor) -> Tensor:
-        body = self.attention.analytic(apply_norm(self.norm1, z))
-        body = body + feed_forward(apply_norm(self.norm2, z), self.up, self.down)
+        body = self.attention.analytic(analytic.apply_norm(self.norm1, z))
+        normed = analytic.apply_norm(self.norm2, z)
+        body = body + analytic.feed_forward(normed, self.up, self.down)
         return x - (1 + self.damping) * z + self.scale * body
 
     def extra_repr(self) -> str:
@@ -88,23 +88,27 @@ class ThickBlock(AbstractAttentive):
         return f"scale={scale}, damping={self.damping}"
 
 
-class _LinearisedThick(AbstractLinearisation):
+class _ThickEvaluation(AbstractEvaluation):
     """`J = diag(s)(A N₁ + E N₂) − (1 + c) I`, by the parts' own Jacobians."""
 
     @torch.no_grad()
-    def __init__(self, block: ThickBlock, z: Tensor) -> None:
-        scale = block.scale
-        self._scale = scale.detach() if isinstance(scale, Tensor) else scale
-        self._leak = 1 + block.damping
+    def __init__(self, block: ThickBlock, z: Tensor, x: Tensor) -> None:
+        self._z, self._x, self._leak = z, x.detach(), 1 + block.damping
+        learned = (block.scale,) if isinstance(block.scale, Tensor) else ()
+        self._scale = block.scale.detach() if isinstance(block.scale, Tensor) else block.scale
         self._norm1 = linearise_norm(block.norm1, z)
         self._norm2 = linearise_norm(block.norm2, z)
         self._attention = block.attention.linearise(self._norm1.value)
-        self._feed_forward = LinearisedFeedForward(
-            self._norm2.value,
-            block.up.weight.detach(),
-            block.up.bias.detach(),
-            block.down.weight.detach(),
-        )
+        self._feed_forward = LinearisedFeedForward(self._norm2.value, block.up, block.down)
+        parts = self._norm1, self._attention, self._norm2, self._feed_forward
+        self.sources = (x, *learned, *(s for part in parts for s in part.sources))
+
+    @torch.no_grad()
+    def force(self) -> Tensor:
+        return self._x - self._leak * self._z + self._scale * self._body()
+
+    def _body(self) -> Tensor:
+        return self._attention.value + self._feed_forward.value
 
     @torch.no_grad()
     def vjp(self, a: Tensor) -> Tensor:
@@ -117,3 +121,12 @@ class _LinearisedThick(AbstractLinearisation):
         pushed = self._attention.jvp(self._norm1.jvp(v))
         pushed = pushed + self._feed_forward.jvp(self._norm2.jvp(v))
         return self._scale * pushed - self._leak * v
+
+    def pull(self, a: Tensor) -> Gradients:
+        scale = (total(a * self._body()),) if isinstance(self._scale, Tensor) else ()
+        out = self._scale * a
+        carried, attention = self._attention.pull(out)
+        norm1 = self._norm1.pull(carried)[1]
+        carried, feed_forward = self._feed_forward.pull(out)
+        norm2 = self._norm2.pull(carried)[1]
+        return a, *scale, *norm1, *attention, *norm2, *feed_forward

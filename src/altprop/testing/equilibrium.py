@@ -236,7 +236,8 @@ def _check_autograd(case: _Case) -> None:
 
     for scale in (1e4, 1e-6):
         scaled = {k: g / scale for k, g in case.gradients(scale).items()}
-        _same(scaled, once, 1e-9, f"the gradient of {scale:g} times the loss is not that multiple")
+        # looser, for a solver that differences the force sees the last bits of the cotangent
+        _same(scaled, once, 1e-8, f"the gradient of {scale:g} times the loss is not that multiple")
     for name, gradient in case.gradients(0.0).items():
         require(not bool(gradient.any()), f"a zero cotangent gives {name} a gradient")
 

@@ -251,7 +251,7 @@ def solve_adjoint(
         return _later_tokens_first(problem, products, cotangent, tol, max_steps)
     return problem.solve(
         lambda a: products.vjp(a) + cotangent,
-        problem.step * cotangent,
+        cotangent if problem.step == 1 else problem.step * cotangent,
         tol=tol,
         max_steps=max_steps,
         scale=torch.ones_like(sample_norm(cotangent)),  # unit or zero by contract
@@ -278,9 +278,9 @@ def _later_tokens_first(
     last: list[Tensor] = []
 
     def later(a: Tensor) -> Tensor:
-        residual = products.vjp(torch.cat([nothing, a], 1)) + cotangent
-        last[:] = [a, residual[:, :k]]
-        return residual[:, k:]
+        pulled = products.vjp(torch.cat([nothing, a], 1))
+        last[:] = [a, pulled[:, :k] + cotangent[:, :k]]
+        return pulled[:, k:] + cotangent[:, k:]
 
     tail = problem.solve(later, start[:, k:], **limits)
     evaluations = tail.evaluations

@@ -29,6 +29,7 @@ from altprop.equilibrium.solvers.solver import (
 # A step is taken to shrink the residual as the slowest of the last few did, and this much less: to
 # foresee too much costs the whole batch three evaluations, and to foresee too little costs one.
 _SEEN, _CAUTION = 3, 1.3
+_USUAL = 3  # differences that most solves need: memory for more is taken when they are there
 
 
 @dataclass(frozen=True)
@@ -103,28 +104,31 @@ class Anderson(AbstractSolver):
                 break
             proposed = memory.extrapolate(z, f)
             if course is not None and count < len(z):
-                ahead = torch.where(per_sample(moving, z), proposed, ahead)
+                ahead = _where(moving, proposed, ahead)
             moving = going
             # A finished sample stays where it is; its difference then is zero and weighs nothing.
-            z = proposed if count == len(z) else torch.where(per_sample(moving, z), proposed, z)
+            z = proposed if count == len(z) else _where(moving, proposed, z)
             f = force(z)
             steps += 1
             residual = relative_residual(f, z, scale)
             better = residual < best
-            if bool(better.all()):
-                best_z, best_f, best = z, f, residual
-            else:
-                shaped = per_sample(better, z)
-                best_z = torch.where(shaped, z, best_z)
-                best_f = torch.where(shaped, f, best_f)
-                best = torch.where(better, residual, best)
+            best_z, best_f = _where(better, z, best_z), _where(better, f, best_f)
+            best = torch.where(better, residual, best)
         lost = ~torch.isfinite(residual) & ~(best <= self.tol)
         if course is not None:
-            beside = per_sample(lost | moving & (best < residual), z)
-            ahead = torch.where(per_sample(moving, z), memory.extrapolate(z, f), ahead)
-            ahead = torch.where(beside, best_z + self.stride(step) * best_f, ahead)
+            ahead = _where(moving, memory.extrapolate(z, f), ahead)
+            beside = lost | moving & (best < residual)
+            if bool(beside.any()):
+                ahead = _where(beside, best_z + self.stride(step) * best_f, ahead)
         result = Result.NON_FINITE if bool(lost.any()) else conclude(best, self.tol)
         return Solution(best_z, best_f, best, steps, result), ahead
+
+
+def _where(chosen: Tensor, those: Tensor, others: Tensor) -> Tensor:
+    """Return the chosen samples of one state and the others of another, without copying it all."""
+    if bool(chosen.all()):
+        return those
+    return torch.where(per_sample(chosen, those), those, others)
 
 
 class _Course:
@@ -173,6 +177,7 @@ class _Differences:
             return g.view(z.shape)
         slot, rows = self._count % self._memory, min(self._count + 1, self._memory)
         self._count += 1
+        self._grow(rows)
         dg, df = self._dg[:, :rows], self._df[:, :rows]
         torch.sub(g, last[0], out=dg[:, slot])
         torch.sub(f, last[1], out=df[:, slot])
@@ -181,12 +186,23 @@ class _Differences:
         self._gram[:, slot, :rows] = column
         self._gram[:, :rows, slot] = column
         weights = self._weights(rows, (f.unsqueeze(1) @ known).mT.double()).to(g.dtype)
-        return g.sub((weights.mT @ dg).squeeze(1)).view(z.shape)
+        return torch.baddbmm(g.unsqueeze(1), weights.mT, dg, alpha=-1).view(z.shape)
 
     def _allocate(self, z: Tensor) -> None:
         B, n = z.shape
-        self._df, self._dg = z.new_empty(B, self._memory, n), z.new_empty(B, self._memory, n)
+        rows = min(_USUAL, self._memory)
+        self._df, self._dg = z.new_empty(B, rows, n), z.new_empty(B, rows, n)
         self._gram = z.new_zeros(B, self._memory, self._memory, dtype=torch.float64)
+
+    def _grow(self, rows: int) -> None:
+        """Make room for so many differences; that for the last ones is made at once."""
+        have = self._df.shape[1]
+        if rows <= have:
+            return
+        more = self._memory - have
+        B, _, n = self._df.shape
+        self._df = torch.cat([self._df, self._df.new_empty(B, more, n)], 1)
+        self._dg = torch.cat([self._dg, self._dg.new_empty(B, more, n)], 1)
 
     def _weights(self, rows: int, right: Tensor) -> Tensor:
         """Return `γ`, `(B, rows, 1)`, from `ΔFᵀf` of that shape."""
