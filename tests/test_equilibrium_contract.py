@@ -12,6 +12,7 @@ from torch import Tensor
 
 import altprop as ap
 from altprop.equilibrium.estimators.estimator import Adjoint, Problem
+from altprop.equilibrium.products import AutogradLinearisation
 from altprop.equilibrium.solvers.solver import Force, check_solver_fields, relative_residual
 from altprop.testing import check_dynamics, check_estimator, check_solver
 from helpers import SymmetricMemory, damped, gated
@@ -339,6 +340,65 @@ class Random(SymmetricMemory):
 
     def forward(self, z: Tensor, x: Tensor) -> Tensor:
         return super().forward(torch.nn.functional.dropout(z), x)
+
+
+class Closed(SymmetricMemory):
+    """Has an evaluation in closed form, with a fault in it or none."""
+
+    fault = ""
+
+    def forward(self, z: Tensor, x: Tensor) -> Tensor:
+        return super().forward(z, x)
+
+    def evaluate(self, z: Tensor, x: Tensor) -> ap.AbstractEvaluation:
+        return _Evaluation(self, z, x)
+
+
+class _Evaluation(ap.AbstractEvaluation):
+    """By automatic differentiation, so that nothing but the fault is wrong."""
+
+    def __init__(self, dynamics: Closed, z: Tensor, x: Tensor) -> None:
+        self.sources = (x, *dynamics.parameters())
+        self._fault = dynamics.fault
+        with torch.enable_grad():
+            self._z, self._x = z.clone().requires_grad_(), x.detach().clone().requires_grad_()
+            self._force = dynamics(self._z, self._x)
+        self._own = (self._x, *dynamics.parameters())
+        self.jvp = AutogradLinearisation(lambda s: dynamics(s, x.detach()), z).jvp  # type: ignore[method-assign]
+
+    def force(self) -> Tensor:
+        return self._force.detach() * (1.001 if self._fault == "force" else 1)
+
+    def vjp(self, a: Tensor) -> Tensor:
+        return torch.autograd.grad(self._force, self._z, a, retain_graph=True)[0]
+
+    def jvp(self, v: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def pull(self, a: Tensor) -> tuple[Tensor | None, ...]:
+        x, *rest = torch.autograd.grad(self._force, self._own, a, retain_graph=True)
+        if self._fault == "gradient":
+            rest[0] = rest[0] * 1.001
+        return (None if self._fault == "loses" else x, *rest)
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("", None),
+        ("force", "is not the force"),
+        ("gradient", "a wrong gradient"),
+        ("loses", "loses the gradient of x"),
+    ],
+)
+def test_the_contract_of_dynamics_catches_a_wrong_record(fault: str, message: str | None) -> None:
+    dynamics = Closed(6, 3).double()
+    dynamics.fault = fault
+    x = torch.randn(2, 3, 6).double()
+    if message is None:
+        return check_dynamics(dynamics, x)
+    with pytest.raises(AssertionError, match=message):
+        check_dynamics(dynamics, x)
 
 
 @pytest.mark.parametrize(

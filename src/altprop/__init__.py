@@ -62,6 +62,7 @@ if TYPE_CHECKING:  # what the table below means, for type checkers and editors
         using as using,
     )
     from altprop.equilibrium.products import (
+        AbstractEvaluation as AbstractEvaluation,
         AbstractLinearisation as AbstractLinearisation,
     )
     from altprop.equilibrium.solvers.adaptive import Adaptive as Adaptive, Moment as Moment
@@ -149,7 +150,7 @@ _EXPORTS = {
     "altprop.equilibrium.hopfield": "HopfieldMemory",
     "altprop.equilibrium.layered": "Layered",
     "altprop.equilibrium.module": "Equilibrium equilibria using",
-    "altprop.equilibrium.products": "AbstractLinearisation",
+    "altprop.equilibrium.products": "AbstractEvaluation AbstractLinearisation",
     "altprop.equilibrium.solvers.adaptive": "Adaptive Moment",
     "altprop.equilibrium.solvers.anderson": "Anderson",
     "altprop.equilibrium.solvers.euler": "Euler",

@@ -37,9 +37,10 @@ Gradients = dict[str, Tensor]
 def check_dynamics(dynamics: AbstractDynamics, x: Tensor) -> None:
     """Check that `dynamics` keeps the contract of `AbstractDynamics` at input `x`, `(B, ...)`.
 
-    The force is deterministic and has the state's shape, samples do not interact, and `linearise`
-    gives the products of automatic differentiation. Use parameters that are not at a special point
-    (a gate of zero hides what is behind it) and `x` in float64, with `B ≥ 2`.
+    The force is deterministic and has the state's shape, samples do not interact, `linearise` gives
+    the products of automatic differentiation, and `record`, closed form or not, the force itself
+    and the gradients of all parameters and of the input. Use parameters that are not at a special
+    point (a gate of zero hides what is behind it) and `x` in float64, with `B ≥ 2`.
 
     **Raises:** `AssertionError`, naming the promise that is broken.
     """
@@ -60,10 +61,29 @@ def check_dynamics(dynamics: AbstractDynamics, x: Tensor) -> None:
         product = getattr(own, name)(argument)
         require(not product.requires_grad, f"linearise(...).{name} records for autograd")
         close(product, getattr(exact, name)(argument), 1e-10, f"linearise(...).{name} is wrong")
+    _check_record(dynamics, z, x, a)
     require(
         math.isfinite(dynamics.step) and dynamics.step > 0,
         f"step is {dynamics.step}, expected a number > 0",
     )
+
+
+def _check_record(dynamics: AbstractDynamics, z: Tensor, x: Tensor, a: Tensor) -> None:
+    """Check the recorded force at `z` and, for the cotangent `a`, its gradients."""
+    leaf = x.detach().clone().requires_grad_()
+    learned = {"x": leaf, **{n: p for n, p in dynamics.named_parameters() if p.requires_grad}}
+    found, wanted = dynamics.record(z, leaf)[0], dynamics(z, leaf)
+    close(found.detach(), wanted.detach(), 1e-10, "record(...) is not the force")
+    for force in (found, wanted):
+        require(force.requires_grad, "the force is not differentiable by the input")
+    gradients = [
+        torch.autograd.grad(force, list(learned.values()), a, allow_unused=True)
+        for force in (found, wanted)
+    ]
+    for name, own, exact in zip(learned, *gradients, strict=True):
+        require((own is None) == (exact is None), f"record(...) loses the gradient of {name}")
+        if own is not None and exact is not None:
+            close(own, exact, 1e-10, f"record(...) gives {name} a wrong gradient")
 
 
 def check_estimator(

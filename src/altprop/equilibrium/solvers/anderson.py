@@ -112,8 +112,13 @@ class Anderson(AbstractSolver):
             steps += 1
             residual = relative_residual(f, z, scale)
             better = residual < best
-            best_z, best_f = _where(better, z, best_z), _where(better, f, best_f)
-            best = torch.where(better, residual, best)
+            if bool(better.all()):
+                best_z, best_f, best = z, f, residual
+            else:
+                shaped = per_sample(better, z)
+                best_z = torch.where(shaped, z, best_z)
+                best_f = torch.where(shaped, f, best_f)
+                best = torch.where(better, residual, best)
         lost = ~torch.isfinite(residual) & ~(best <= self.tol)
         if course is not None:
             ahead = _where(moving, memory.extrapolate(z, f), ahead)
