@@ -74,7 +74,8 @@ class _AssignPull(torch.autograd.Function):
         *sources: Tensor,
     ) -> Tensor:
         ctx.pull = pull
-        ctx.save_for_backward(keeper, *sources)
+        # tensors made in inference mode cannot be saved, and nothing can be learned of them
+        ctx.save_for_backward(keeper, *(None if s.is_inference() else s for s in sources))
         return value
 
     @staticmethod

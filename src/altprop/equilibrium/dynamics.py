@@ -23,6 +23,7 @@ from altprop.equilibrium.linearised import (
     linearise_norm,
     total,
 )
+from altprop.equilibrium.plain import FORCE, consists_of, is_overridden, is_watched
 from altprop.equilibrium.products import (
     AbstractEvaluation,
     AbstractLinearisation,
@@ -83,7 +84,8 @@ class AbstractDynamics(nn.Module, ABC):
         """Return the force, its products and all its gradients at `z`; `None` for no closed form.
 
         Override it where closed forms are cheaper than automatic differentiation. It counts for
-        the force of the class that defines it: a subclass with another one has none.
+        the force of the class that defines it: a subclass with another one has none. Where there
+        are hooks or parametrisations, the recorded force is the ordinary one.
         """
         return None
 
@@ -96,20 +98,22 @@ class AbstractDynamics(nn.Module, ABC):
     def record(self, z: Tensor, x: Tensor) -> tuple[Tensor, Callable[[], AbstractLinearisation]]:
         """Return the force at `z`, recorded for autograd, and what linearises it there."""
         z = z.detach()
-        own = getattr(self.linearise, "__func__", None) is AbstractDynamics.linearise
-        # a hook may want to see the call, or make the weights in it
-        hooked = any(m._forward_hooks or m._forward_pre_hooks for m in self.modules())
-        made = self.evaluate(z, x) if own and not hooked and self._evaluates() else None
+        own = getattr(self.linearise, "__func__", None)
+        usual = own in (AbstractDynamics.linearise, AbstractAttentive.linearise)
+        closed = usual and self._evaluates() and not is_watched(self)
+        made = self.evaluate(z, x) if closed else None
         if made is None:
             return self(z, x), partial(self.linearise, z, x.detach())
         return record(made, partial(self.linearise, z, x))
 
     def _evaluates(self) -> bool:
-        """Tell whether `evaluate` is of the force that this class has."""
+        """Tell whether `evaluate` is of the force that this module has."""
+        if is_overridden(self):
+            return False
         for kind in type(self).__mro__:
             if "evaluate" in vars(kind):
                 return True
-            if {"forward", "combine", "attended"} & vars(kind).keys():
+            if not FORCE.isdisjoint(vars(kind)):
                 return False
         return False
 
@@ -230,8 +234,11 @@ class CausalAttention(nn.Module):
 def feed_forward(x: Tensor, up: nn.Module, down: nn.Module) -> Tensor:
     """Return `down(gelu(up(x)))`, `(..., C) → (..., C)`; in place where nobody sees it."""
     h = up(x)
-    seen = torch.is_grad_enabled() or up._forward_hooks
-    return down(nnf.gelu(h) if seen else torch.ops.aten.gelu_(h))
+    own = not torch.is_grad_enabled() and type(up) is nn.Linear and not is_watched(up)
+    return down(torch.ops.aten.gelu_(h) if own else nnf.gelu(h))
+
+
+PARTS = (CausalAttention, nn.Linear, nn.LayerNorm, nn.RMSNorm)  # what has closed forms
 
 
 class AbstractAttentive(AbstractDynamics):
@@ -242,6 +249,12 @@ class AbstractAttentive(AbstractDynamics):
     """
 
     attention: CausalAttention
+
+    def linearise(self, z: Tensor, x: Tensor) -> AbstractLinearisation:
+        # an override that calls this one asks for the products of the force it overrides
+        asked = type(self).linearise is not AbstractAttentive.linearise
+        made = self.evaluate(z.detach(), x.detach()) if asked else None
+        return super().linearise(z, x) if made is None else made
 
     @abstractmethod
     def attended(self, z: Tensor, x: Tensor) -> Tensor:
@@ -293,8 +306,8 @@ class DampedAttention(AbstractAttentive):
         pulled = torch.sub(x, z, alpha=1 + self.scale * self.damping)
         return torch.add(pulled, mixed, alpha=self.scale)
 
-    def evaluate(self, z: Tensor, x: Tensor) -> AbstractEvaluation:
-        return _DampedEvaluation(self, z, x)
+    def evaluate(self, z: Tensor, x: Tensor) -> AbstractEvaluation | None:
+        return _DampedEvaluation(self, z, x) if consists_of(self, PARTS) else None
 
     def analytic(self, z: Tensor, x: Tensor) -> Tensor:
         attended = self.scale * self.attention.analytic(z)
@@ -338,8 +351,8 @@ class GatedBlock(AbstractAttentive):
         u = x + mixed
         return u + feed_forward(self.norm2(u), self.up, self.down) - z
 
-    def evaluate(self, z: Tensor, x: Tensor) -> AbstractEvaluation:
-        return _GatedEvaluation(self, z, x)
+    def evaluate(self, z: Tensor, x: Tensor) -> AbstractEvaluation | None:
+        return _GatedEvaluation(self, z, x) if consists_of(self, PARTS) else None
 
     def analytic(self, z: Tensor, x: Tensor) -> Tensor:
         w = x + self.alpha * (z - x)

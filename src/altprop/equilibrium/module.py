@@ -151,7 +151,7 @@ class Equilibrium(nn.Module):
     def _site(self, driven: Driven, cost: Cost | None) -> Site:
         start, quiet, chunk = driven.start(), _quiet(driven), self.chunk
         held = tuple(self.dynamics.parameters())
-        parts = driven.split(chunk)
+        parts = [driven]  # as many as are solved one after the other
 
         def pieces(z: Tensor) -> tuple[Tensor, ...]:
             return (z,) if len(parts) == 1 else z.split(chunk or len(z))
@@ -170,7 +170,9 @@ class Equilibrium(nn.Module):
             if driven.coarse:
                 still = quiet(z)
             seen = _read_cost(cost, driven)
-            if seen is not None and len(parts) > 1:
+            if len(parts) == 1:
+                driven.split(chunk)  # refuses what cannot be split
+            elif seen is not None:
                 raise RuleError(
                     f"chunk is {chunk}, but a cost= is a function of the whole batch: write "
                     "chunk=None"
@@ -181,6 +183,7 @@ class Equilibrium(nn.Module):
         def free_phase() -> tuple[Solution, Tensor]:
             state = driven.settled()
             if state is None:
+                parts[:] = driven.split(chunk)
                 begin = pieces(start.detach())
                 near = [
                     _approach_freely(self.solver, part, own)

@@ -70,17 +70,22 @@ def record(
     **Arguments:** `made`, the evaluation; `again`, which makes it anew where it is asked for after
     that.
     """
-    keeper = torch.empty(0)
+    keeper = made.sources[0].new_empty(0)
     setattr(keeper, _KEPT, made)  # only this tensor holds it, and only autograd holds the tensor
     known = weakref.ref(made)
 
     def pull(keeper: Tensor, a: Tensor) -> Gradients:
-        kept = getattr(keeper, _KEPT, None) or again()  # hooks on saved tensors may give a copy
+        kept = getattr(keeper, _KEPT, None)
+        if kept is None:  # hooks on saved tensors gave a copy
+            kept = again()
         assert isinstance(kept, AbstractEvaluation)
         return kept.pull(a)
 
-    force = assign_pull(made.force(), pull, keeper, made.sources)
-    return force, lambda: known() or again()
+    def linearise() -> AbstractLinearisation:
+        kept = known()
+        return again() if kept is None else kept
+
+    return assign_pull(made.force(), pull, keeper, made.sources), linearise
 
 
 _KEPT = "_altprop_evaluation"

@@ -8,8 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from altprop.equilibrium import analytic
-from altprop.equilibrium.dynamics import AbstractAttentive, CausalAttention, feed_forward
+from altprop.equilibrium.dynamics import (
+    PARTS,
+    AbstractAttentive,
+    CausalAttention,
+    feed_forward,
+)
 from altprop.equilibrium.linearised import LinearisedFeedForward, linearise_norm, total
+from altprop.equilibrium.plain import consists_of
 from altprop.equilibrium.products import AbstractEvaluation, Gradients
 from altprop.errors import ConfigError
 
@@ -74,8 +80,8 @@ class ThickBlock(AbstractAttentive):
         body = mixed + feed_forward(self.norm2(z), self.up, self.down)
         return x - (1 + self.damping) * z + self.scale * body
 
-    def evaluate(self, z: Tensor, x: Tensor) -> AbstractEvaluation:
-        return _ThickEvaluation(self, z, x)
+    def evaluate(self, z: Tensor, x: Tensor) -> AbstractEvaluation | None:
+        return _ThickEvaluation(self, z, x) if consists_of(self, PARTS) else None
 
     def analytic(self, z: Tensor, x: Tensor) -> Tensor:
         body = self.attention.analytic(analytic.apply_norm(self.norm1, z))

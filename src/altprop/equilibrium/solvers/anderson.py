@@ -136,6 +136,14 @@ def _where(chosen: Tensor, those: Tensor, others: Tensor) -> Tensor:
     return torch.where(per_sample(chosen, those), those, others)
 
 
+def _extended(held: Tensor, rows: int) -> Tensor:
+    """Return a copy of `held`, `(B, m, n)`, with room for `rows` of them."""
+    B, m, n = held.shape
+    out = held.new_empty(B, rows, n)
+    out[:, :m] = held
+    return out
+
+
 class _Course:
     """How fast the residual of each sample shrinks, and so where its next one will be."""
 
@@ -200,14 +208,11 @@ class _Differences:
         self._gram = z.new_zeros(B, self._memory, self._memory, dtype=torch.float64)
 
     def _grow(self, rows: int) -> None:
-        """Make room for so many differences; that for the last ones is made at once."""
+        """Make room for so many differences, and for as many again as there were."""
         have = self._df.shape[1]
-        if rows <= have:
-            return
-        more = self._memory - have
-        B, _, n = self._df.shape
-        self._df = torch.cat([self._df, self._df.new_empty(B, more, n)], 1)
-        self._dg = torch.cat([self._dg, self._dg.new_empty(B, more, n)], 1)
+        if rows > have:
+            more = min(2 * have, self._memory)
+            self._df, self._dg = (_extended(d, more) for d in (self._df, self._dg))
 
     def _weights(self, rows: int, right: Tensor) -> Tensor:
         """Return `γ`, `(B, rows, 1)`, from `ΔFᵀf` of that shape."""

@@ -1,0 +1,49 @@
+"""Whether modules compute what their classes say, so that closed forms may stand for them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from typing import Any
+
+from torch import nn
+from torch.nn.modules import module as _module
+from torch.nn.utils.parametrize import type_before_parametrizations
+
+FORCE = frozenset({"forward", "combine", "attended"})
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_MADE = "parametrizations"
+
+
+def is_overridden(root: nn.Module) -> bool:
+    """Tell whether methods were put in place on the instance of any module."""
+    return not all(FORCE.isdisjoint(vars(m)) for m in root.modules())
+
+
+def is_watched(root: nn.Module) -> bool:
+    """Tell whether something is to happen at the calls of any module, or at reads of its weights.
+
+    Hooks may want to see a call, and they or parametrisations may make weights that are to be
+    recorded with it.
+    """
+    if _module._has_any_global_hook():
+        return True
+    for m in root.modules():
+        own: dict[str, Any] = vars(m)
+        if any(own.get(name) for name in _HOOKS) or _MADE in own["_modules"]:
+            return True
+    return False
+
+
+def consists_of(root: nn.Module, kinds: Collection[type[nn.Module]]) -> bool:
+    """Tell whether all modules below `root` are exactly of these kinds, and no bias is missing."""
+    return all(
+        type_before_parametrizations(m) in kinds and getattr(m, "bias", m) is not None
+        for m in _parts(root)
+    )
+
+
+def _parts(root: nn.Module) -> Iterator[nn.Module]:
+    for name, child in root.named_children():
+        if name != _MADE:
+            yield child
+            yield from _parts(child)
