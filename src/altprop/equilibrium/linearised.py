@@ -261,35 +261,48 @@ def linearise_norm(
 
 
 class LinearisedFeedForward:
-    """`x ↦ down(gelu(up(x)))`, linearised at `x`, `(..., C)`."""
+    """`x ↦ down(gelu(up(x)))`, linearised at `x`, `(..., C)`.
+
+    The activation's slope is computed once a product asks for it: who only evaluates does not.
+    """
 
     def __init__(self, x: Tensor, up: nn.Linear, down: nn.Linear) -> None:
         self._x, self.sources = x, (up.weight, up.bias, down.weight, down.bias)
         self._up, self._down = up.weight.detach(), down.weight.detach()
-        h = nnf.linear(x, self._up, up.bias.detach())
-        self._slope = torch.ops.aten.gelu_backward(torch.ones_like(h), h)  # Φ(h) + h φ(h)
-        self._active = torch.ops.aten.gelu_(h)
+        self._h = nnf.linear(x, self._up, up.bias.detach())
+        self._slope: Tensor | None = None
 
     @property
     def value(self) -> Tensor:
         """The output at `x`, `(..., C)`."""
-        return nnf.linear(self._active, self._down, self.sources[3].detach())
+        return nnf.linear(nnf.gelu(self._h), self._down, self.sources[3].detach())
 
     def jvp(self, dx: Tensor) -> Tensor:
-        return nnf.linear(nnf.linear(dx, self._up).mul_(self._slope), self._down)
+        return nnf.linear(self._bend(nnf.linear(dx, self._up)), self._down)
 
     def vjp(self, a: Tensor) -> Tensor:
-        return (a @ self._down).mul_(self._slope) @ self._up
+        return self._bend(a @ self._down) @ self._up
 
     def pull(self, a: Tensor) -> tuple[Tensor, Gradients]:
         up, up_bias, down, down_bias = self.sources
-        dh = (a @ self._down).mul_(self._slope)
+        to_down = product(down, a, nnf.gelu(self._h)) if down.requires_grad else None
+        dh = a @ self._down
+        if self._slope is None:
+            dh = torch.ops.aten.gelu_backward(dh, self._h)
+        else:
+            dh.mul_(self._slope)
         return dh @ self._up, (
             product(up, dh, self._x),
             total(dh) if up_bias.requires_grad else None,
-            product(down, a, self._active),
+            to_down,
             total(a) if down_bias.requires_grad else None,
         )
+
+    def _bend(self, dh: Tensor) -> Tensor:
+        """Return, in place, the derivative of the activation, `Φ(h) + h φ(h)`, times `dh`."""
+        if self._slope is None:
+            self._slope = torch.ops.aten.gelu_backward(torch.ones_like(self._h), self._h)
+        return dh.mul_(self._slope)
 
 
 def product(weight: Tensor, cotangent: Tensor, x: Tensor) -> Tensor | None:
