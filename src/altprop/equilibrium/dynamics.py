@@ -200,10 +200,10 @@ class CausalAttention(nn.Module):
         return KeyValues(torch.cat([cache.keys, k], 2), torch.cat([cache.values, v], 2))
 
     @torch.no_grad()
-    def linearise(self, z: Tensor) -> LinearisedAttention:
-        """Return the attention linearised at `z`, `(B, T, C)`."""
+    def linearise(self, read: Callable[[], Tensor]) -> LinearisedAttention:
+        """Return the attention linearised at the `(B, T, C)` state that `read` returns."""
         weights = self.W_Q, self.W_K, self.W_V, self.W_O
-        return LinearisedAttention(z, weights, self.heads, self._norms())
+        return LinearisedAttention(read, weights, self.heads, self._norms())
 
     def _norms(self) -> tuple[nn.RMSNorm, nn.RMSNorm] | None:
         if self.norm_q is None or self.norm_k is None:
@@ -368,7 +368,7 @@ class _DampedEvaluation(AbstractEvaluation):
     def __init__(self, dynamics: DampedAttention, z: Tensor, x: Tensor) -> None:
         self._z, self._x = z, x.detach()
         self._scale, self._leak = dynamics.scale, 1 + dynamics.scale * dynamics.damping
-        self._attention = dynamics.attention.linearise(z)
+        self._attention = dynamics.attention.linearise(lambda: z)
         self.sources = (x, *self._attention.sources)
 
     @torch.no_grad()
@@ -395,11 +395,12 @@ class _GatedEvaluation(AbstractEvaluation):
     @torch.no_grad()
     def __init__(self, block: GatedBlock, z: Tensor, x: Tensor) -> None:
         self._z, self._x, self._alpha = z, x.detach(), block.alpha.detach()
-        self._norm1 = linearise_norm(block.norm1, self._x + self._alpha * (z - self._x))
-        self._attention = block.attention.linearise(self._norm1.value)
+        w = self._x + self._alpha * (z - self._x)
+        self._norm1 = norm1 = linearise_norm(block.norm1, w)
+        self._attention = block.attention.linearise(lambda: norm1.value)
         self._u = self._x + self._attention.value
-        self._norm2 = linearise_norm(block.norm2, self._u)
-        self._feed_forward = LinearisedFeedForward(self._norm2.value, block.up, block.down)
+        self._norm2 = norm2 = linearise_norm(block.norm2, self._u)
+        self._feed_forward = LinearisedFeedForward(lambda: norm2.value, block.up, block.down)
         parts = self._norm1, self._attention, self._norm2, self._feed_forward
         self.sources = (x, block.alpha, *(s for part in parts for s in part.sources))
 

@@ -16,7 +16,7 @@ Shapes: `B` samples, `T` tokens, `C` channels, `H` heads, `D = C/H`.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as nnf
@@ -25,25 +25,28 @@ from torch import Tensor, nn
 from altprop.equilibrium.products import Gradients
 
 _DENSE = 128  # up to so many tokens the whole attention matrix is cheaper to keep than to recompute
-_Heads = tuple[Tensor, Tensor, Tensor]
+_ROWS = 2 * _DENSE**2  # of such a matrix that is computed anew, so many entries at a time
+Read = Callable[[], Tensor]
 
 
 class LinearisedAttention:
     """Causal softmax attention `z ↦ softmax(QKᵀ/√D) V W_Oᵀ`, linearised at `z`, `(B, T, C)`.
 
-    **Arguments:** `z`; `weights`, `W_Q, W_K, W_V, W_O`, `(C, C)`; `heads`; `norms`, of the queries
-    and keys per head, if they have any.
+    **Arguments:** `read`, which returns `z`, and is called again for the weights' gradients, so
+    that a `z` made for this alone need not be kept; `weights`, `W_Q, W_K, W_V, W_O`, `(C, C)`;
+    `heads`; `norms`, of the queries and keys per head, if they have any.
     """
 
     def __init__(
         self,
-        z: Tensor,
+        read: Read,
         weights: tuple[Tensor, Tensor, Tensor, Tensor],
         heads: int,
         norms: tuple[nn.RMSNorm, nn.RMSNorm] | None = None,
     ) -> None:
         w_q, w_k, w_v, self._w_o = (w.detach() for w in weights)
-        self._z, self._heads = z, heads
+        self._read, self._heads = read, heads
+        z = read()
         # The scale 1/√D is folded into what makes queries and keys, half into each.
         self._root = (z.shape[-1] // heads) ** -0.25
         if norms is None:
@@ -84,12 +87,13 @@ class LinearisedAttention:
     def pull(self, a: Tensor) -> tuple[Tensor, Gradients]:
         gradients: list[Tensor | None] = [None] * len(self.sources)
         gradients[3] = product(self.sources[3], a, self._merge(self._core.value))
+        z = self._read()
         out: Tensor | None = None
         for slot, part in self._to_projections(a):
             if self._norms is not None and slot < 2:
                 part, (gradients[4 + slot],) = self._norms[slot].pull(part)
             merged = self._merge(part)
-            weight = product(self.sources[slot], merged, self._z)
+            weight = product(self.sources[slot], merged, z)
             if weight is not None and self._norms is None and slot < 2:
                 weight *= self._root
             gradients[slot] = weight
@@ -171,9 +175,10 @@ class _Fused:
     def jvp(self, dq: Tensor, dk: Tensor, dv: Tensor) -> Tensor:
         q, k, v = (t.detach() for t in self._parts)
         T = q.shape[-2]
+        slice_ = min(_DENSE, max(1, _ROWS // T))
         out = torch.empty_like(dv)
-        for i in range(0, T, _DENSE):
-            j = min(i + _DENSE, T)
+        for i in range(0, T, slice_):
+            j = min(i + slice_, T)
             rows, seen = slice(i, j), slice(0, j)
             own, moved = q[..., rows, :], dq[..., rows, :]
             future = torch.ones(j - i, j, dtype=torch.bool, device=q.device).triu_(i + 1)
@@ -190,10 +195,22 @@ class LinearisedNorm:
 
     def __init__(self, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> None:
         self._x, self.sources = x, (weight, bias)
-        self._weight, self._bias = weight.detach(), bias.detach()
-        self.value, self._mean, self._rstd = torch.native_layer_norm(
-            x, weight.shape, self._weight, self._bias, eps
+        self._weight, self._bias, self._eps = weight.detach(), bias.detach(), eps
+        self._fresh: Tensor | None
+        self._fresh, self._mean, self._rstd = self._forward()
+
+    @property
+    def value(self) -> Tensor:
+        """The output at `x`, `(..., C)`; not kept once it was read, for it is cheap to make."""
+        fresh, self._fresh = self._fresh, None
+        return self._forward()[0] if fresh is None else fresh
+
+    def _forward(self) -> tuple[Tensor, Tensor, Tensor]:
+        weights = self._weight, self._bias
+        out: tuple[Tensor, Tensor, Tensor] = torch.native_layer_norm(
+            self._x, self._weight.shape, *weights, self._eps
         )
+        return out
 
     def jvp(self, dx: Tensor) -> Tensor:
         return self._backward(dx, None)[0] * self._weight  # the projection is symmetric
@@ -264,12 +281,14 @@ class LinearisedFeedForward:
     """`x ↦ down(gelu(up(x)))`, linearised at `x`, `(..., C)`.
 
     The activation's slope is computed once a product asks for it: who only evaluates does not.
+
+    **Arguments:** `read`, which returns `x`, as for `LinearisedAttention`; `up`; `down`.
     """
 
-    def __init__(self, x: Tensor, up: nn.Linear, down: nn.Linear) -> None:
-        self._x, self.sources = x, (up.weight, up.bias, down.weight, down.bias)
+    def __init__(self, read: Read, up: nn.Linear, down: nn.Linear) -> None:
+        self._read, self.sources = read, (up.weight, up.bias, down.weight, down.bias)
         self._up, self._down = up.weight.detach(), down.weight.detach()
-        self._h = nnf.linear(x, self._up, up.bias.detach())
+        self._h = nnf.linear(read(), self._up, up.bias.detach())
         self._slope: Tensor | None = None
 
     @property
@@ -292,7 +311,7 @@ class LinearisedFeedForward:
         else:
             dh.mul_(self._slope)
         return dh @ self._up, (
-            product(up, dh, self._x),
+            product(up, dh, self._read()) if up.requires_grad else None,
             total(dh) if up_bias.requires_grad else None,
             to_down,
             total(a) if down_bias.requires_grad else None,

@@ -102,10 +102,10 @@ class _ThickEvaluation(AbstractEvaluation):
         self._z, self._x, self._leak = z, x.detach(), 1 + block.damping
         learned = (block.scale,) if isinstance(block.scale, Tensor) else ()
         self._scale = block.scale.detach() if isinstance(block.scale, Tensor) else block.scale
-        self._norm1 = linearise_norm(block.norm1, z)
-        self._norm2 = linearise_norm(block.norm2, z)
-        self._attention = block.attention.linearise(self._norm1.value)
-        self._feed_forward = LinearisedFeedForward(self._norm2.value, block.up, block.down)
+        self._norm1 = norm1 = linearise_norm(block.norm1, z)
+        self._norm2 = norm2 = linearise_norm(block.norm2, z)
+        self._attention = block.attention.linearise(lambda: norm1.value)
+        self._feed_forward = LinearisedFeedForward(lambda: norm2.value, block.up, block.down)
         parts = self._norm1, self._attention, self._norm2, self._feed_forward
         self.sources = (x, *learned, *(s for part in parts for s in part.sources))
 

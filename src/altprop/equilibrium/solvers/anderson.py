@@ -208,11 +208,10 @@ class _Differences:
         self._gram = z.new_zeros(B, self._memory, self._memory, dtype=torch.float64)
 
     def _grow(self, rows: int) -> None:
-        """Make room for so many differences, and for as many again as there were."""
-        have = self._df.shape[1]
-        if rows > have:
-            more = min(2 * have, self._memory)
-            self._df, self._dg = (_extended(d, more) for d in (self._df, self._dg))
+        """Make room for so many differences."""
+        if rows > self._df.shape[1]:
+            self._df = _extended(self._df, rows)
+            self._dg = _extended(self._dg, rows)
 
     def _weights(self, rows: int, right: Tensor) -> Tensor:
         """Return `γ`, `(B, rows, 1)`, from `ΔFᵀf` of that shape."""
