@@ -34,6 +34,7 @@ def instance(kind: str, tokens: int = 3) -> System:
 def dense(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[bool]:
     if not request.param:
         monkeypatch.setattr(linearised, "_DENSE", 2)  # three tokens are a long window then
+        monkeypatch.setattr(linearised, "_LEAST", 1)
     yield request.param
 
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from altprop.equilibrium.products import Gradients
 
 _DENSE = 128  # up to so many tokens the whole attention matrix is cheaper to keep than to recompute
-_ROWS = 2 * _DENSE**2  # of such a matrix that is computed anew, so many entries at a time
+_LEAST = 32  # of a matrix that is computed anew, so many rows at a time, or more if they are short
 Read = Callable[[], Tensor]
 
 
@@ -175,7 +175,7 @@ class _Fused:
     def jvp(self, dq: Tensor, dk: Tensor, dv: Tensor) -> Tensor:
         q, k, v = (t.detach() for t in self._parts)
         T = q.shape[-2]
-        slice_ = min(_DENSE, max(1, _ROWS // T))
+        slice_ = max(_LEAST, _DENSE**2 // T)
         out = torch.empty_like(dv)
         for i in range(0, T, slice_):
             j = min(i + slice_, T)
