@@ -39,6 +39,13 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def results(name: str) -> Any:
+    """Return what a benchmark wrote last on a machine like this one, or else an empty list."""
+    file = RESULTS / f"{name}.json"
+    record = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    return record["results"] if record.get("machine") == machine() else []
+
+
 def write(name: str, title: str, parts: Sequence[str], data: Any) -> None:
     """Write and print the report of one benchmark; `parts` are Markdown paragraphs or tables."""
     script = Path(sys.argv[0]).name

@@ -2,6 +2,7 @@
 
     python benchmarks/gradient.py            the tables, some minutes each
     python benchmarks/gradient.py --quick    a minute; exits with 1 if a ratio is behind its floor
+    python benchmarks/gradient.py --problems gated-128    one of them anew; the others are kept
 
 What is timed is one forward and backward pass of the block alone, from a fixed input and under a
 fixed loss head, to the gradients of the block's parameters and of its input, the same for every
@@ -41,7 +42,7 @@ from arms import (
     ordinary,
     unrolled,
 )
-from common import markdown, write
+from common import markdown, results, write
 from problems import Gradients, Problem, gated, reference
 from published import EVALUATIONS, published_aep
 from timing import Ratio, Times, paired, ratio
@@ -158,8 +159,8 @@ def verdicts(rows: list[Row], times: Times) -> Iterator[list[str]]:
         yield [claim.text, target, shown, "met" if met else "**missed**"]
 
 
-def report(problem: Problem, rounds: int) -> tuple[list[str], dict[str, Any]]:
-    """Return the paragraphs of one problem and its data."""
+def report(problem: Problem, rounds: int) -> dict[str, Any]:
+    """Return the data of one problem, with its paragraphs as `text`."""
     exact = problem.exact()
     arms = build(problem, exact)
     if problem.x.is_cuda:
@@ -174,7 +175,8 @@ def report(problem: Problem, rounds: int) -> tuple[list[str], dict[str, Any]]:
     ]
     if problem.x.is_cuda:
         parts.append(gpu.shares(arms, {row.name: row.seconds for row in rows}, problem.x.device))
-    return parts, {"problem": problem.name, "rows": [asdict(row) for row in rows], "times": times}
+    data = {"problem": problem.name, "rows": [asdict(row) for row in rows], "times": times}
+    return {**data, "text": parts}
 
 
 def explain(rounds: int, device: torch.device) -> list[str]:
@@ -238,22 +240,21 @@ def main() -> int:
     device = pick_device(options.device)
     if options.quick:
         return quick(options.data, device)
-    parts, data = explain(options.rounds, device), []
+    file = "gradient" if device.type == "cpu" else f"gradient_{device.type}"
+    found = {} if options.rounds < ROUNDS else {each["key"]: each for each in results(file)}
     for name in options.problems:
         if name == "reference":
             problem = reference(options.data, device)
         else:
             width, context = {"gated-128": (128, 64), "gated-256": (256, 128)}[name]
             problem = gated(options.data, device, width, context, options.train_steps)
-        own, found = report(problem, options.rounds)
-        parts += own
-        data.append(found)
-        print("\n\n".join(own), flush=True)
+        found[name] = {"key": name, **report(problem, options.rounds)}
+        print("\n\n".join(found[name]["text"]), flush=True)
     if options.rounds >= ROUNDS:
-        write(
-            "gradient" if device.type == "cpu" else f"gradient_{device.type}",
-            "What an equilibrium's gradient costs", parts, data,
-        )  # fmt: skip
+        data = [found[name] for name in PROBLEMS if name in found]
+        parts = [part for each in data for part in each["text"]]
+        title = "What an equilibrium's gradient costs"
+        write(file, title, [*explain(options.rounds, device), *parts], data)
     return 0
 
 
