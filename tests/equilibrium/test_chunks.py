@@ -57,7 +57,7 @@ def test_chunks_need_less_memory() -> None:
     for chunk in (None, 2):
         block = ap.Equilibrium(dynamics, chunk=chunk)
         peaks.append(peak_live_bytes(lambda b=block: b(x).square().sum().backward()))
-    assert peaks[1] < 0.6 * peaks[0]  # the evaluations of all samples are kept either way
+    assert peaks[1] < 0.5 * peaks[0]
 
 
 def test_what_belongs_to_the_whole_batch_is_refused() -> None:

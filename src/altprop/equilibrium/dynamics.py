@@ -21,7 +21,7 @@ from altprop.equilibrium.linearised import (
     LinearisedAttention,
     LinearisedFeedForward,
     linearise_norm,
-    total,
+    summed,
 )
 from altprop.equilibrium.plain import FORCE, consists_of, is_overridden, is_watched
 from altprop.equilibrium.products import (
@@ -92,28 +92,26 @@ class AbstractDynamics(nn.Module, ABC):
     def linearise(self, z: Tensor, x: Tensor) -> AbstractLinearisation:
         """Return the Jacobian's products at `z`; override it for closed forms of these alone."""
         x = x.detach()
-        made = self.evaluate(z.detach(), x) if self._evaluates() else None
+        made = self.evaluate(z.detach(), x) if self._evaluates(FORCE) else None
         return AutogradLinearisation(lambda state: self(state, x), z) if made is None else made
 
     def record(self, z: Tensor, x: Tensor) -> tuple[Tensor, Callable[[], AbstractLinearisation]]:
         """Return the force at `z`, recorded for autograd, and what linearises it there."""
         z = z.detach()
-        own = getattr(self.linearise, "__func__", None)
-        usual = own in (AbstractDynamics.linearise, AbstractAttentive.linearise)
-        closed = usual and self._evaluates() and not is_watched(self)
+        closed = self._evaluates(FORCE | {"linearise"}) and not is_watched(self)
         made = self.evaluate(z, x) if closed else None
         if made is None:
             return self(z, x), partial(self.linearise, z, x.detach())
         return record(made, partial(self.linearise, z, x))
 
-    def _evaluates(self) -> bool:
-        """Tell whether `evaluate` is of the force that this module has."""
-        if is_overridden(self):
+    def _evaluates(self, methods: frozenset[str]) -> bool:
+        """Tell whether `evaluate` stands for these methods: nothing below it overrides them."""
+        if is_overridden(self, methods):
             return False
         for kind in type(self).__mro__:
             if "evaluate" in vars(kind):
                 return True
-            if not FORCE.isdisjoint(vars(kind)):
+            if not methods.isdisjoint(vars(kind)):
                 return False
         return False
 
@@ -425,5 +423,5 @@ class _GatedEvaluation(AbstractEvaluation):
         carried, attention = self._attention.pull(du)
         dw, norm1 = self._norm1.pull(carried)
         to_x = du + (1 - self._alpha) * dw
-        to_alpha = total(dw * (self._z - self._x))
+        to_alpha = summed(dw * (self._z - self._x))
         return to_x, to_alpha, *norm1, *attention, *norm2, *feed_forward

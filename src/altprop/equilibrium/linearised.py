@@ -44,22 +44,17 @@ class LinearisedAttention:
         heads: int,
         norms: tuple[nn.RMSNorm, nn.RMSNorm] | None = None,
     ) -> None:
-        w_q, w_k, w_v, self._w_o = (w.detach() for w in weights)
+        *self._projections, self._w_o = (w.detach() for w in weights)
         self._read, self._heads = read, heads
         z = read()
         # The scale 1/√D is folded into what makes queries and keys, half into each.
-        self._root = (z.shape[-1] // heads) ** -0.25
-        if norms is None:
-            w_q, w_k = self._root * w_q, self._root * w_k
-        self._w_qkv = torch.cat([w_q, w_k, w_v])
+        root = (z.shape[-1] // heads) ** -0.25
+        self._roots = (root, root, 1.0) if norms is None else (1.0, 1.0, 1.0)
         self.sources = (*weights, *(norm.weight for norm in norms or ()))
-        q, k, v = self._split(nnf.linear(z, self._w_qkv))
+        q, k, v = self._split(self._project(z))
         self._norms: tuple[LinearisedRMSNorm, LinearisedRMSNorm] | None = None
         if norms is not None:
-            normed = (
-                linearise_rms_norm(norms[0], q, self._root),
-                linearise_rms_norm(norms[1], k, self._root),
-            )
+            normed = linearise_rms_norm(norms[0], q, root), linearise_rms_norm(norms[1], k, root)
             self._norms, q, k = normed, normed[0].value, normed[1].value
         self._core = (_Dense if z.shape[1] <= _DENSE else _Fused)(q, k, v)
 
@@ -69,7 +64,7 @@ class LinearisedAttention:
         return nnf.linear(self._merge(self._core.value), self._w_o)
 
     def jvp(self, dz: Tensor) -> Tensor:
-        dq, dk, dv = self._split(nnf.linear(dz, self._w_qkv))
+        dq, dk, dv = self._split(self._project(dz))
         if self._norms is not None:
             dq, dk = self._norms[0].jvp(dq), self._norms[1].jvp(dk)
         return nnf.linear(self._merge(self._core.jvp(dq, dk, dv)), self._w_o)
@@ -86,19 +81,17 @@ class LinearisedAttention:
 
     def pull(self, a: Tensor) -> tuple[Tensor, Gradients]:
         gradients: list[Tensor | None] = [None] * len(self.sources)
-        gradients[3] = product(self.sources[3], a, self._merge(self._core.value))
+        gradients[3] = product(self.sources[3], a, lambda: self._merge(self._core.value))
         z = self._read()
         out: Tensor | None = None
         for slot, part in self._to_projections(a):
             if self._norms is not None and slot < 2:
                 part, (gradients[4 + slot],) = self._norms[slot].pull(part)
             merged = self._merge(part)
-            weight = product(self.sources[slot], merged, z)
-            if weight is not None and self._norms is None and slot < 2:
-                weight *= self._root
-            gradients[slot] = weight
+            weight = product(self.sources[slot], merged, lambda: z)
+            gradients[slot] = weight if weight is None else weight.mul_(self._roots[slot])
             out = self._add(out, slot, merged)
-            del part, merged, weight
+            del part, merged
         assert out is not None
         return out, tuple(gradients)
 
@@ -109,11 +102,20 @@ class LinearisedAttention:
 
     def _add(self, out: Tensor | None, slot: int, part: Tensor) -> Tensor:
         """Add to the cotangent of `z` what comes by a projection's, both `(B, T, C)`."""
-        weight = self._w_qkv.chunk(3)[slot]
+        weight = self._weight(slot)
         if out is None:
             return part @ weight
         out.flatten(0, 1).addmm_(part.flatten(0, 1), weight)
         return out
+
+    def _project(self, z: Tensor) -> Tensor:
+        """Return queries, keys and values of `z` side by side, `(B, T, C) → (B, T, 3C)`."""
+        return nnf.linear(z, torch.cat([self._weight(slot) for slot in range(3)]))
+
+    def _weight(self, slot: int) -> Tensor:
+        """Return a projection's weight with its scale; not kept, for there may be many chunks."""
+        weight, root = self._projections[slot], self._roots[slot]
+        return weight if root == 1 else root * weight
 
     def _split(self, y: Tensor) -> tuple[Tensor, ...]:
         """Return the `(B, H, T, D)` parts of `(B, T, nC)`."""
@@ -175,10 +177,10 @@ class _Fused:
     def jvp(self, dq: Tensor, dk: Tensor, dv: Tensor) -> Tensor:
         q, k, v = (t.detach() for t in self._parts)
         T = q.shape[-2]
-        slice_ = max(_LEAST, _DENSE**2 // T)
+        height = max(_LEAST, _DENSE**2 // T)
         out = torch.empty_like(dv)
-        for i in range(0, T, slice_):
-            j = min(i + slice_, T)
+        for i in range(0, T, height):
+            j = min(i + height, T)
             rows, seen = slice(i, j), slice(0, j)
             own, moved = q[..., rows, :], dq[..., rows, :]
             future = torch.ones(j - i, j, dtype=torch.bool, device=q.device).triu_(i + 1)
@@ -253,7 +255,7 @@ class LinearisedRMSNorm:
 
     def pull(self, a: Tensor) -> tuple[Tensor, Gradients]:
         learns = self.sources[0].requires_grad
-        weight = self._root * total(a * self._unit) if learns else None
+        weight = self._root * summed(a * self._unit) if learns else None
         return self.vjp(a), (weight,)
 
     def _project(self, v: Tensor) -> Tensor:
@@ -304,17 +306,17 @@ class LinearisedFeedForward:
 
     def pull(self, a: Tensor) -> tuple[Tensor, Gradients]:
         up, up_bias, down, down_bias = self.sources
-        to_down = product(down, a, nnf.gelu(self._h)) if down.requires_grad else None
+        to_down = product(down, a, lambda: nnf.gelu(self._h))
         dh = a @ self._down
         if self._slope is None:
             dh = torch.ops.aten.gelu_backward(dh, self._h)
         else:
             dh.mul_(self._slope)
         return dh @ self._up, (
-            product(up, dh, self._read()) if up.requires_grad else None,
-            total(dh) if up_bias.requires_grad else None,
+            product(up, dh, self._read),
+            summed(dh) if up_bias.requires_grad else None,
             to_down,
-            total(a) if down_bias.requires_grad else None,
+            summed(a) if down_bias.requires_grad else None,
         )
 
     def _bend(self, dh: Tensor) -> Tensor:
@@ -324,13 +326,13 @@ class LinearisedFeedForward:
         return dh.mul_(self._slope)
 
 
-def product(weight: Tensor, cotangent: Tensor, x: Tensor) -> Tensor | None:
+def product(weight: Tensor, cotangent: Tensor, read: Read) -> Tensor | None:
     """Return the gradient `gᵀx` of a weight, `(out, in)`, of the map `x ↦ x Wᵀ`, if it learns."""
     if not weight.requires_grad:
         return None
-    return cotangent.flatten(0, -2).mT @ x.flatten(0, -2)
+    return cotangent.flatten(0, -2).mT @ read().flatten(0, -2)
 
 
-def total(x: Tensor) -> Tensor:
+def summed(x: Tensor) -> Tensor:
     """Return the sum over all axes but the last, `(..., C) → (C,)`."""
     return x.flatten(0, -2).sum(0)

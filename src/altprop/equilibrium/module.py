@@ -154,11 +154,10 @@ class Equilibrium(nn.Module):
         parts = [driven]  # as many as are solved one after the other
 
         def pieces(z: Tensor) -> tuple[Tensor, ...]:
-            return (z,) if len(parts) == 1 else z.split(chunk or len(z))
+            return (z,) if len(parts) == 1 else z.split([len(part.x) for part in parts])
 
         def record(z: Tensor) -> Tensor:
-            forces = [part.record(own) for part, own in zip(parts, pieces(z), strict=True)]
-            return forces[0] if len(forces) == 1 else torch.cat(forces)
+            return _whole([part.record(own) for part, own in zip(parts, pieces(z), strict=True)])
 
         def problems(z: Tensor, still: Tensor) -> Iterator[Problem]:
             if any(p is not q for p, q in zip(held, self.dynamics.parameters(), strict=True)):
@@ -189,9 +188,7 @@ class Equilibrium(nn.Module):
                     _approach_freely(self.solver, part, own)
                     for part, own in zip(parts, begin, strict=True)
                 ]
-                ahead = [state for _, state in near]
-                whole = ahead[0] if len(ahead) == 1 else torch.cat(ahead)
-                return _join([found for found, _ in near]), whole
+                return _join([found for found, _ in near]), _whole([state for _, state in near])
             rest = state - state  # zero, or NaN where the state is not finite
             residual = relative_residual(rest, state, None)
             result = conclude(residual, self.solver.tol or 1.0)
@@ -399,6 +396,11 @@ def _approach_freely(
     found, ahead = solver.approach(_quiet(driven), start, step=driven.step)
     spent = found.evaluations + math.ceil(head.evaluations * k / T)
     return replace(found, evaluations=spent), ahead
+
+
+def _whole(parts: list[Tensor]) -> Tensor:
+    """Return the samples of all parts in one tensor; the part itself if it is the only one."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _join(parts: list[Solution]) -> Solution:

@@ -14,9 +14,9 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 _MADE = "parametrizations"
 
 
-def is_overridden(root: nn.Module) -> bool:
-    """Tell whether methods were put in place on the instance of any module."""
-    return not all(FORCE.isdisjoint(vars(m)) for m in root.modules())
+def is_overridden(root: nn.Module, methods: frozenset[str]) -> bool:
+    """Tell whether any of these methods was put in place on the instance of any module."""
+    return not all(methods.isdisjoint(vars(m)) for m in root.modules())
 
 
 def is_watched(root: nn.Module) -> bool:

@@ -14,7 +14,7 @@ from altprop.equilibrium.dynamics import (
     CausalAttention,
     feed_forward,
 )
-from altprop.equilibrium.linearised import LinearisedFeedForward, linearise_norm, total
+from altprop.equilibrium.linearised import LinearisedFeedForward, linearise_norm, summed
 from altprop.equilibrium.plain import consists_of
 from altprop.equilibrium.products import AbstractEvaluation, Gradients
 from altprop.errors import ConfigError
@@ -129,7 +129,7 @@ class _ThickEvaluation(AbstractEvaluation):
         return self._scale * pushed - self._leak * v
 
     def pull(self, a: Tensor) -> Gradients:
-        scale = (total(a * self._body()),) if isinstance(self._scale, Tensor) else ()
+        scale = (summed(a * self._body()),) if isinstance(self._scale, Tensor) else ()
         out = self._scale * a
         carried, attention = self._attention.pull(out)
         norm1 = self._norm1.pull(carried)[1]
