@@ -30,8 +30,8 @@ class Graphed(ap.AbstractDynamics):
     """A dynamics whose force is replayed from a CUDA graph wherever it is not recorded.
 
     A graph writes every result into the same memory, and a solver keeps earlier forces, so each is
-    copied out. The one recorded evaluation is an ordinary one: what it keeps for its backward pass
-    must outlive the phases between the two.
+    copied out. The one recorded evaluation is the inner dynamics' own: what it keeps for its
+    backward pass must outlive the phases between the two.
     """
 
     def __init__(self, inner: ap.AbstractDynamics) -> None:
@@ -45,8 +45,8 @@ class Graphed(ap.AbstractDynamics):
         torch.compiler.cudagraph_mark_step_begin()
         return self._compiled(z, x).clone()
 
-    def linearise(self, z: Tensor, x: Tensor) -> ap.AbstractLinearisation:
-        return self.inner.linearise(z, x)
+    def evaluate(self, z: Tensor, x: Tensor) -> ap.AbstractEvaluation | None:
+        return self.inner.evaluate(z, x)
 
 
 def arms(problem: Problem) -> dict[str, Arm]:
