@@ -414,7 +414,7 @@ def test_the_contract_of_dynamics_catches(kind: type[SymmetricMemory], message: 
     ("kind", "field"),
     [
         (ap.AEP, "tol"),
-        (ap.AEP, "response"),
+        (ap.EP, "response"),
         (ap.EP, "tol"),
         (ap.HolomorphicEP, "tol"),
         (ap.Anderson, "ridge"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from instances import error, exact, gradient, system
@@ -62,10 +64,11 @@ def test_a_cost_nudge_without_its_cost_is_refused(estimator: ap.AbstractEstimato
 
 def test_one_side_costs_less_than_two() -> None:
     s = system("damped", seed=2)
-    for kind in (ap.EP, ap.AEP):
-        one = gradient(s, kind(sides=1, beta=1e-3, tol=1e-6))[1].adjoint_evaluations
-        two = gradient(s, kind(sides=2, beta=1e-3, tol=1e-6))[1].adjoint_evaluations
-        assert one < two
+    for kind in (ap.EP(beta=1e-3, tol=1e-6), ap.AEP()):
+        one, two, four = (
+            gradient(s, replace(kind, sides=sides))[1].adjoint_evaluations for sides in (1, 2, 4)
+        )
+        assert one < two < four
 
 
 class Plain(ap.AbstractDynamics):
@@ -102,11 +105,22 @@ def test_wrong_options_are_refused_by_name(wrong: object, named: str) -> None:
 
 def test_automatic_nudges_reach_their_response_and_their_gradient() -> None:
     s = system("gated", seed=3)
-    for estimator in (ap.EP(), ap.AEP(), ap.AEP(linearise="tracking"), ap.AEP(nudge="cost")):
+    finest = ap.AEP()
+    for estimator in (
+        ap.EP(),
+        replace(finest, response=1e-3),
+        replace(finest, response=1e-3, linearise="tracking"),
+        replace(finest, response=1e-3, nudge="cost"),
+    ):
         _, certificate = gradient(s, estimator)
         assert certificate.response is not None
         assert 2.5e-4 < float(certificate.response.min()) <= float(certificate.response.max())
         assert float(certificate.response.max()) < 4e-3
+    _, certificate = gradient(s, finest)
+    assert certificate.response is not None
+    torch.testing.assert_close(
+        certificate.response, torch.full((2,), 2.0**-26, dtype=torch.float64), rtol=0.01, atol=0
+    )
     _, certificate = gradient(s, ap.HolomorphicEP(response=0.05))
     assert certificate.response is not None
     torch.testing.assert_close(

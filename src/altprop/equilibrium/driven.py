@@ -28,6 +28,8 @@ class Driven:
 
     coarse: bool = False
     """Whether the recorded force has less precision than the one that phases evaluate."""
+    widths: tuple[int, ...] = ()
+    """Where the state is a stack of levels, `(B, n)`, the numbers per sample that each holds."""
 
     def __init__(
         self, dynamics: AbstractDynamics, x: Tensor, args: Any = (), kwargs: Any = None

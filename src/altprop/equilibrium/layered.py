@@ -158,6 +158,7 @@ class DrivenLayers(Driven):
     def close(self) -> None:
         """Make state and force of the levels that were pushed."""
         self._shapes = [out.shape for out in self._outs]
+        self.widths = tuple(shape[1:].numel() for shape in self._shapes)
         self._read_as = self._outs[-1].dtype
         outs = torch.cat([out.flatten(1) for out in self._outs], 1)
         if outs.itemsize < 4 and not self.coarse:
@@ -197,8 +198,7 @@ class DrivenLayers(Driven):
 
     def _levels(self, z: Tensor) -> list[Tensor]:
         """Return the levels' outputs that a state `(B, n)` holds."""
-        sizes = [shape[1:].numel() for shape in self._shapes]
-        parts = zip(z.split(sizes, 1), self._shapes, strict=True)
+        parts = zip(z.split(self.widths, 1), self._shapes, strict=True)
         return [part.reshape(shape).contiguous() for part, shape in parts]
 
     def _block(self, level: int, h: Tensor) -> Tensor:

@@ -261,6 +261,7 @@ class Equilibrium(nn.Module):
             cost,
             analytic,
             None if first is None else (tokens, partial(first.linearise, z[:, :tokens])),
+            driven.widths,
         )
 
     def _settle(self, result: Result, residual: Tensor, tol: float, what: str) -> None:

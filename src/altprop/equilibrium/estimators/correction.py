@@ -32,11 +32,6 @@ class Antisymmetric:
     def know_vjp(self, u: Tensor, vjp: Tensor) -> None:
         self._transposed = _Known(u, vjp)
 
-    def mirror(self, u: Tensor, mirrored: Tensor) -> None:
-        """Carry what is known at `u` over to `mirrored`, which is `−u`."""
-        if self._whole is not None and self._whole.at(u):
-            self._whole = _Known(mirrored, -self._whole.product)
-
     def __call__(self, u: Tensor) -> Tensor:
         if self._whole is not None and self._whole.at(u):
             return self._whole.product

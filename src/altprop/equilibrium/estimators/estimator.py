@@ -53,6 +53,9 @@ class Certificate:
     residual as a vector, `(B, ...)`. `nudged_residuals`: each nudged phase's own, `(phases, B)`;
     None for an estimator without any. `antisymmetry`: `‖Jv − Jᵀv‖/‖Jv‖`, `(B,)`, along the adjoint,
     where the estimator has both products anyway: how wrong naive EP would be here.
+    `adjoint_floor`: the round-off below which a contrast of phases tells nothing, relative to the
+    nudge, `(1, B)`, or to the level's own adjoint in a layered system, `(levels, B)`; where it is
+    above 1 the adjoint of that level is that of the linear problem alone.
     `adjoint_evaluations`: force, JVP and VJP products in the backward pass. `beta`: the nudge per
     sample for a cotangent of unit norm, `(B,)`. `response`: `‖z^β − z*‖ / ‖z*‖`, `(B,)`.
     """
@@ -70,13 +73,15 @@ class Certificate:
     response: Tensor | None = None
     nudged_residuals: Tensor | None = None
     antisymmetry: Tensor | None = None
+    adjoint_floor: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Adjoint:
     """What an estimator returns: `value` is `a`, `(B, ...)`; the rest certifies it.
 
-    The fields are those of `Certificate`. `residual` is None where nothing was measured.
+    The fields are those of `Certificate`. `residual` is None where nothing was measured; `floor` is
+    its `adjoint_floor`.
     """
 
     value: Tensor
@@ -88,6 +93,7 @@ class Adjoint:
     response: Tensor | None = None
     nudged_residuals: Tensor | None = None
     antisymmetry: Tensor | None = None
+    floor: Tensor | None = None
 
 
 Solve = Callable[..., Solution]
@@ -106,6 +112,7 @@ class Problem:
     solver. `cost`: `C(z)` where the caller gave it. `analytic`: `F(·; x)` continued to complex
     states; a `RuleError` says where there is none. `first`: where the adjoint of a causal window's
     later tokens is to be solved before that of the first ones, their number and their own Jacobian.
+    `widths`: where the state is a stack of levels, the numbers per sample that each holds.
     """
 
     state: Tensor
@@ -118,6 +125,7 @@ class Problem:
     cost: Cost | None = None
     analytic: Force | None = None
     first: tuple[int, Callable[[], Products]] | None = None
+    widths: tuple[int, ...] = ()
 
 
 @dataclass
@@ -190,6 +198,7 @@ class AbstractEstimator(AbstractRule):
             certificate.beta, certificate.response = adjoint.beta, adjoint.response
             certificate.nudged_residuals = adjoint.nudged_residuals
             certificate.antisymmetry = adjoint.antisymmetry
+            certificate.adjoint_floor = adjoint.floor
             site.finish(certificate)  # a recomputation (checkpointing) has put its own in place
             if adjoint.residual is not None:
                 site.settle(adjoint.result, adjoint.residual, self.tolerance(), "adjoint")
@@ -219,6 +228,9 @@ class AbstractEstimator(AbstractRule):
         return replace(adjoint, value=adjoint.value * per_sample(undo, cotangent))
 
 
+_BY_PHASE = ("nudged_residuals", "floor")  # samples on the last axis
+
+
 def join(parts: list[Adjoint]) -> Adjoint:
     """Return the adjoint of a batch from those of its parts, in order.
 
@@ -230,7 +242,7 @@ def join(parts: list[Adjoint]) -> Adjoint:
     for name in (field.name for field in fields(Adjoint)):
         values = [getattr(part, name) for part in parts]
         if isinstance(values[0], Tensor):
-            joined[name] = torch.cat(values, dim=1 if name == "nudged_residuals" else 0)
+            joined[name] = torch.cat(values, dim=values[0].dim() - 1 if name in _BY_PHASE else 0)
         else:
             joined[name] = values[0]
     joined["evaluations"] = max(part.evaluations for part in parts)

@@ -16,7 +16,6 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from altprop.equilibrium.estimators.correction import Antisymmetric
 from altprop.equilibrium.estimators.estimator import Adjoint, Problem
 from altprop.equilibrium.estimators.nudge import Map
 from altprop.equilibrium.solvers.solver import (
@@ -84,33 +83,33 @@ class Phases:
 
 
 def response_beta(problem: Problem, adjoint: Tensor, response: float) -> Tensor:
-    """Return the nudge, `(B,)`, at which `‖z^β − z*‖ = response ‖z*‖` if `‖z^β − z*‖ = β‖a‖`."""
+    """Return the nudge, `(B,)`, at which `‖z^β − z*‖ = response ‖z*‖` if `‖z^β − z*‖ = β‖a‖`.
+
+    A state at zero has no size to be relative to; it moves by `response` itself.
+    """
     tiny = torch.finfo(adjoint.dtype).tiny
-    size = sample_norm(adjoint)
-    beta = response * sample_norm(problem.state).clamp_min(tiny) / size.clamp_min(tiny)
+    size, state = sample_norm(adjoint), sample_norm(problem.state)
+    beta = response * torch.where(state > 0, state, 1.0) / size.clamp_min(tiny)
     return torch.where(size > 0, beta, torch.full_like(beta, response))
 
 
-def contrast(
-    phases: Phases, plus: Solution, sides: Sides, correction: Antisymmetric | None = None
-) -> Adjoint:
-    """Solve what is left after the positive phase, and return the adjoint read off all phases.
+def finest_response(like: Tensor) -> float:
+    """Return the response at which round-off, of order `eps/β`, is no more than the response."""
+    return float(torch.finfo(like.dtype).eps ** 0.5)
 
-    **Arguments:** `correction`, what is subtracted from the force in every phase.
-    """
+
+def contrast(phases: Phases, plus: Solution, sides: Sides) -> Adjoint:
+    """Solve what is left after the positive phase, and return the adjoint read off all phases."""
     if sides == 1:
         return _read(phases, plus, None)
-    mirrored = -plus.value
-    if correction is not None:
-        correction.mirror(plus.value, mirrored)
-    minus = phases.run(-1.0, mirrored, correction)
+    minus = phases.run(-1.0, -plus.value)
     pair = _read(phases, plus, minus)
     if sides == 2:
         return pair
     near = phases.halved()
     # the displacements at half the nudge, but for what is of order β²
     up, down = 0.75 * plus.value - 0.25 * minus.value, 0.75 * minus.value - 0.25 * plus.value
-    ends = near.run(1.0, up, correction), near.run(-1.0, down, correction)
+    ends = near.run(1.0, up), near.run(-1.0, down)
     return extrapolate(_read(near, *ends), pair)
 
 

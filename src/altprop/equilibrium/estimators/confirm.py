@@ -1,0 +1,84 @@
+"""Phases that are read where they start: what their contrast shows beside the linear problem.
+
+At mirror images of the linear solution `a` the contrast's residual is that of the linear problem,
+which is known, and what the nudge adds to it: a bias of order `β²`, kinks that lie between the two
+phases, and round-off, of order `1/β`. So no phase has to be iterated. Where a sample shows more
+than round-off beside its linear problem its nudge is made smaller; what a smaller nudge does not
+make smaller is no curvature, and is not taken either.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from altprop.equilibrium.estimators.correction import Antisymmetric
+from altprop.equilibrium.estimators.estimator import Adjoint
+from altprop.equilibrium.estimators.phases import Phases, Sides, displacement, finest_response
+from altprop.equilibrium.estimators.roundoff import ROUNDING, choose, floor_of, level_norms
+from altprop.equilibrium.solvers.solver import Solution, conclude, sample_norm
+
+_SHRINK = 8.0  # a bias of order β² falls 64-fold
+_LOOKS = 4  # smaller nudges that are tried; in float32 the first is near the floor
+
+
+def confirm(
+    phases: Phases, linear: Solution, first: Tensor, correction: Antisymmetric, sides: Sides
+) -> Adjoint:
+    """Make one nonlinear update of each phase from the linear solution, and read the adjoint.
+
+    **Arguments:** `phases`, at the nudge to begin with; `linear`, the solution of `Jᵀ a + g = 0`
+    and its residual; `first`, minus its value, where the correction knows a product.
+    """
+    problem, widths = phases.problem, phases.problem.widths
+    size = level_norms(first, widths)
+    # what a nudge of the finest response hides of a level whatever its state's size
+    allowed = ROUNDING * finest_response(first) * size
+    seen, ends = _look(phases, first, correction, sides)
+    looks, hidden = 1, torch.zeros_like(size, dtype=torch.bool)
+    beside = level_norms(seen - linear.force, widths)
+    for _ in range(_LOOKS):
+        curved = (beside > torch.maximum(allowed, floor_of(problem, phases.beta))) & ~hidden
+        samples = curved.any(1)
+        if not bool(samples.any()):
+            break
+        phases = replace(phases, beta=torch.where(samples, phases.beta / _SHRINK, phases.beta))
+        seen, ends = _look(phases, first, correction, sides)
+        looks += 1
+        before, beside = beside, level_norms(seen - linear.force, widths)
+        hidden |= curved & ~(beside < before / 2)
+    floor = torch.where(hidden, beside, floor_of(problem, phases.beta))
+    # below its floor a level keeps what the linear problem itself still shows
+    left = choose(level_norms(seen, widths) > floor, seen, linear.force, widths)
+    tiny = torch.finfo(size.dtype).tiny
+    scale = size.clamp_min(tiny) if widths else torch.ones_like(size)
+    residual = (level_norms(left, widths) / scale).amax(1)
+    return Adjoint(
+        value=linear.value + problem.step * left,
+        residual=residual,
+        remainder=left,
+        evaluations=looks * len(ends),
+        result=conclude(residual, phases.tol),
+        beta=phases.beta,
+        response=displacement(phases.beta, sample_norm(first), problem),
+        nudged_residuals=torch.stack([sample_norm(end) for end in ends]),
+        floor=(floor / scale).mT,
+    )
+
+
+def _look(
+    phases: Phases, first: Tensor, correction: Antisymmetric, sides: Sides
+) -> tuple[Tensor, list[Tensor]]:
+    """Return the residual of the contrast, and of each phase, with the phases at `±first`."""
+    across = correction(first)
+    plus = phases.drive(1.0, first) - across
+    if sides == 1:
+        return -plus, [plus]
+    minus = phases.drive(-1.0, -first) + across
+    pair = (minus - plus) / 2
+    if sides == 2:
+        return pair, [plus, minus]
+    near, ends = _look(phases.halved(), first, correction, 2)
+    return (4 * near - pair) / 3, [plus, minus, *ends]

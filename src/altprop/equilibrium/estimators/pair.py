@@ -1,0 +1,81 @@
+"""Both nudged phases as one system, judged by their contrast.
+
+With `u± = m ∓ a` the residuals `ψ±` of the two phases have the contrast `c = (ψ⁻ − ψ⁺)/2`, which
+moves `a`, and the mean `s = (ψ⁺ + ψ⁻)/2`, which moves `m`. An error in `m` enters the contrast only
+multiplied by the curvature, so `s` need only be as small as the square root of what `c` must be.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from altprop.equilibrium.estimators.correction import Antisymmetric, antisymmetry
+from altprop.equilibrium.estimators.estimator import Adjoint
+from altprop.equilibrium.estimators.phases import Phases, displacement
+from altprop.equilibrium.estimators.roundoff import choose, floor_of, level_norms
+from altprop.equilibrium.solvers.solver import per_sample, sample_norm
+
+
+def solve_pair(phases: Phases, start: Tensor, correction: Antisymmetric | None) -> Adjoint:
+    """Solve both phases until their contrast is within the tolerance, and read the adjoint.
+
+    **Arguments:** `start`, the first `a`, `(B, ...)`; `correction`, `u ↦ (J − Jᵀ)u` at the free
+    state; `None` to linearise anew at the phases' mean, wherever it is.
+    """
+    problem, widths = phases.problem, phases.problem.widths
+    weight = phases.tol**0.5  # so that ‖(c, weight · s)‖ ≤ tol says ‖c‖ ≤ tol and ‖s‖ ≤ √tol
+    floor = floor_of(problem, phases.beta)
+    size = per_sample(phases.beta, start)
+    measured: list[Tensor] = []
+    calls = 0
+
+    def loud(v: Tensor) -> Tensor:
+        """Return what of `v` is above the round-off."""
+        return choose(level_norms(v, widths) > floor, v, v.new_zeros(()), widths)
+
+    def residual(pair: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        a, m = pair[:, 0], pair[:, 1] / weight
+        if correction is None:
+            products = problem.linearise(problem.state + size * m)
+            forward, transposed = products.jvp(a), products.vjp(a)
+            measured[:] = [antisymmetry(forward, transposed)]
+            of_a, of_m = forward - transposed, products.jvp(m) - products.vjp(m)
+        else:
+            of_m, of_a = correction(m), correction(a)  # what it measures is its last
+        plus = phases.drive(1.0, m - a) - (of_m - of_a)
+        minus = phases.drive(-1.0, m + a) - (of_m + of_a)
+        return torch.stack([loud((minus - plus) / 2), weight * loud((plus + minus) / 2)], 1)
+
+    def inverse(pair: Tensor) -> Tensor:
+        assert phases.inverse is not None
+        return torch.stack([phases.inverse(part) for part in pair.unbind(1)], 1)
+
+    both = torch.stack([start, torch.zeros_like(start)], 1)
+    solution = problem.solve(
+        residual,
+        both,
+        tol=phases.tol,
+        max_steps=phases.max_steps,
+        scale=torch.ones_like(phases.beta),
+        solver=phases.solver,
+        inverse=None if phases.inverse is None else inverse,
+    )
+    a, (c, s) = solution.value[:, 0], (solution.force[:, 0], solution.force[:, 1] / weight)
+    moved = solution.value[:, 1] / weight
+    furthest = torch.maximum(sample_norm(moved - a), sample_norm(moved + a))
+    return Adjoint(
+        value=a + problem.step * c,
+        residual=solution.residual,
+        remainder=c,
+        # the correction counts its own products
+        evaluations=(2 if correction is not None else 7) * calls,
+        result=solution.result,
+        beta=phases.beta,
+        response=displacement(phases.beta, furthest, problem),
+        nudged_residuals=torch.stack([sample_norm(s - c), sample_norm(s + c)]),
+        antisymmetry=measured[0] if measured else None,
+        floor=floor.mT,
+    )
