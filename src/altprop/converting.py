@@ -15,7 +15,8 @@ from torch import nn
 
 from altprop.channel import Channel, Switch
 from altprop.equilibrium.estimators.estimator import AbstractEstimator
-from altprop.equilibrium.module import STACK
+from altprop.equilibrium.module import STACK, OnFailure
+from altprop.equilibrium.solvers.solver import AbstractSolver
 from altprop.equilibrium.stack import convert_stack, revert_stack
 from altprop.errors import ConfigError, RuleError
 from altprop.feedback import generator_for
@@ -44,6 +45,8 @@ def convert(
     output: str | None = None,
     seed: int = 0,
     stack: str | None = None,
+    solver: AbstractSolver | None = None,
+    on_failure: OnFailure | None = None,
 ) -> M:
     """Let a learning rule decide what `.backward()` writes, in place, and return the model.
 
@@ -58,7 +61,7 @@ def convert(
     the linear map that makes the logits: where broadcast rules take their error. `seed`, from
     which, with the module's path, every feedback matrix is drawn. `stack`, with an estimator such
     as `AEP()` for a rule: the list of blocks that become one layered equilibrium, as in
-    `convert_stack`.
+    `convert_stack`, which says what `solver` and `on_failure` are.
 
     **Raises:** `RuleError`, one for everything that cannot be converted, with paths and what to
     write instead; `ConfigError` for arguments of a wrong kind. The model is then untouched.
@@ -68,7 +71,11 @@ def convert(
             raise ConfigError(
                 f"stack={stack!r} takes an estimator such as AEP() for all its blocks, not {rule!r}"
             )
-        return convert_stack(model, rule, stack)
+        return convert_stack(model, rule, stack, solver, on_failure or "raise")
+    if solver is not None or on_failure is not None:
+        raise ConfigError(
+            "solver and on_failure say how a stack of blocks is solved: write stack='blocks' too"
+        )
     mapping = {"*": rule} if isinstance(rule, AbstractRule) else rule
     if not isinstance(mapping, Mapping) or not mapping:
         hint = f": write {rule.__name__}()" if isinstance(rule, type) else ""

@@ -7,7 +7,8 @@ evaluate the nonlinear force of the whole stack at the nudged states (Scurria et
 2602.03670).
 
 Shapes: `B` samples, `L` levels, `n` numbers per sample over all levels; a state is `(B, n)`, the
-levels' outputs flattened and laid side by side, for they may differ in shape.
+levels' outputs flattened and laid side by side, for they may differ in shape. On which axis the
+levels have their samples is found out (`habits.py`).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from altprop.equilibrium.driven import Draws, Driven
 from altprop.equilibrium.dynamics import AbstractDynamics
+from altprop.equilibrium.habits import Habits, Layout
 from altprop.equilibrium.products import AbstractLinearisation, AutogradLinearisation
 from altprop.errors import ConfigError, RuleError
 
@@ -34,9 +36,11 @@ class Layered(AbstractDynamics):
 
     `Equilibrium(Layered(blocks))(x)` is bit for bit `f_L(… f_1(x))`, in one pass, and its gradient
     the estimator's: backprop's up to `O(β²)` for `AEP()`, and without any bias in the limit for
-    every exact estimator. Each block is evaluated once per evaluation of the force. Blocks may be
-    any modules that keep samples on the first axis and apart: batch norm mixes them. Dropout draws
-    the same masks in all phases of one call.
+    every exact estimator. Each block is evaluated once per evaluation of the force. Blocks may have
+    the samples on axis 0 or, as torch's own layers do by default, on axis 1, whichever keeps them
+    apart; where neither does, all samples are solved and certified as one. Batch norm, whose
+    statistics every evaluation would change, is refused. Dropout draws the same masks in all phases
+    of one call.
 
     What is given to the module beside `x` goes to every block, `block(h, *args, **kwargs)`, and
     the first output of a block that returns a tuple is its level.
@@ -61,6 +65,7 @@ class Layered(AbstractDynamics):
         if phases not in get_args(Phases):
             raise ConfigError(f"phases is {phases!r}, expected 'sweep' or 'synchronous'")
         self.phases: Phases = phases
+        self.habits = Habits()
         mixing = [path for path, m in self.blocks.named_modules() if isinstance(m, _BatchNorm)]
         if mixing:
             raise RuleError(
@@ -87,7 +92,7 @@ class Layered(AbstractDynamics):
 
     def under(self, x: Tensor, *args: Any, **kwargs: Any) -> DrivenLayers:
         calls = [Call(block, args, kwargs) for block in self.blocks]
-        return DrivenLayers(x, calls, self.phases, self.training)
+        return DrivenLayers(x, calls, self.habits, self.phases, self.training)
 
     def extra_repr(self) -> str:
         return f"phases={self.phases!r}"
@@ -104,15 +109,22 @@ class Call(NamedTuple):
 class DrivenLayers(Driven):
     """A stack of blocks under one input.
 
-    **Arguments:** `x`; `calls`, one per level; `phases`; `training`, whether blocks may draw.
+    **Arguments:** `x`; `calls`, one per level; `habits`, what is known of the blocks; `phases`;
+    `training`, whether blocks may draw.
     """
 
     step = 1.0
 
     def __init__(
-        self, x: Tensor, calls: Sequence[Call], phases: Phases = "sweep", training: bool = True
+        self,
+        x: Tensor,
+        calls: Sequence[Call],
+        habits: Habits,
+        phases: Phases = "sweep",
+        training: bool = True,
     ) -> None:
         self.x, self.phases = x, phases
+        self._habits, self._layout = habits, Layout(0)
         self._calls, self._training = calls, training
         self._draws_of: list[Draws | None] = []
         self._outs: list[Tensor] = []
@@ -121,16 +133,24 @@ class DrivenLayers(Driven):
 
     def push(self, h: Tensor, call: Call) -> Any:
         """Make the first evaluation of the next level at `h`, and return all that it gives out."""
+        level = len(self._outs)
         self._draws_of.append(Draws(h.device) if self._training else None)
+        h = self._spare(level, h)
+        version = h._version
         whole = call.block(h, *call.args, **call.kwargs)
-        out = first_of(whole)
-        if out.dim() < 1 or out.shape[:1] != self.x.shape[:1]:
+        if h._version == version:
+            self._habits.pure.add(level)
+        elif level in self._habits.pure:
             raise RuleError(
-                f"block {len(self._outs)} turned {tuple(h.shape)} into {tuple(out.shape)}: a block "
-                "must keep samples on the first axis"
+                f"block {level} has overwritten its input, which it did not do before: let it "
+                "write into a tensor of its own"
             )
-        self._outs.append(out)
+        self._outs.append(first_of(whole))
         return whole
+
+    def _spare(self, level: int, h: Tensor) -> Tensor:
+        """Return what a block may overwrite without harm, if it may do so."""
+        return h if level in self._habits.pure else h.clone()
 
     def analytic(self, z: Tensor) -> Tensor:
         raise RuleError(
@@ -158,18 +178,36 @@ class DrivenLayers(Driven):
     def close(self) -> None:
         """Make state and force of the levels that were pushed."""
         self._shapes = [out.shape for out in self._outs]
-        self.widths = tuple(shape[1:].numel() for shape in self._shapes)
         self._read_as = self._outs[-1].dtype
-        outs = torch.cat([out.flatten(1) for out in self._outs], 1)
-        if outs.itemsize < 4 and not self.coarse:
+        outs = [out.float() if out.itemsize < 4 and self.coarse else out for out in self._outs]
+        half = next((out for out in outs if out.itemsize < 4), None)
+        if half is not None:
             raise ConfigError(
-                f"the blocks compute in {outs.dtype}: the nudges are smaller than that "
+                f"the blocks compute in {half.dtype}: the nudges are smaller than that "
                 "precision's round-off; keep their weights in float32 and use torch.autocast"
             )
-        outs = outs.float() if outs.itemsize < 4 else outs
-        state = outs.detach()
-        self._known = (state, outs - state)
+
+        def linearise(layout: Layout) -> tuple[AbstractLinearisation, Tensor]:
+            self._lay(layout)
+            z = self._joined(outs).detach()
+            return self.linearise(z), z
+
+        self._lay(self._habits.layout(self._shapes, linearise))
+        force = self._joined(outs)
+        state = force.detach()
+        self._known = (state, force - state)
         self._outs = []
+
+    def _lay(self, layout: Layout) -> None:
+        self._layout = layout
+        self.widths = tuple(
+            shape.numel() // (1 if layout.axis is None else max(1, shape[layout.axis]))
+            for shape in self._shapes
+        )
+
+    def _joined(self, levels: Sequence[Tensor]) -> Tensor:
+        """Return the state, `(B, n)`, of levels of their own shapes."""
+        return torch.cat([self._layout.flat(h) for h in levels], 1)
 
     def force(self, z: Tensor) -> Tensor:
         # the recorded pass is held until it is asked for, so that its memory is not held longer
@@ -183,7 +221,7 @@ class DrivenLayers(Driven):
         """Return the force at any state, `(B, n)`, evaluating every block once."""
         below = [self.x, *self._levels(z)[:-1]]
         outs = [self._block(level, h) for level, h in enumerate(below)]
-        return torch.cat([out.flatten(1) for out in outs], 1) - z
+        return self._joined(outs) - z
 
     def linearise(self, z: Tensor) -> AbstractLinearisation:
         levels = self._levels(z.detach())
@@ -191,7 +229,7 @@ class DrivenLayers(Driven):
             AutogradLinearisation(partial(self._block, level), h)
             for level, h in enumerate(levels[:-1], start=1)
         ]
-        return _LinearisedLayers(parts, self._levels, self.phases)
+        return _LinearisedLayers(parts, self._levels, self._joined, self.phases)
 
     def read(self, z: Tensor) -> Tensor:
         return self._levels(z)[-1].to(self._read_as)
@@ -199,12 +237,12 @@ class DrivenLayers(Driven):
     def _levels(self, z: Tensor) -> list[Tensor]:
         """Return the levels' outputs that a state `(B, n)` holds."""
         parts = zip(z.split(self.widths, 1), self._shapes, strict=True)
-        return [part.reshape(shape).contiguous() for part, shape in parts]
+        return [self._layout.shaped(rows, shape) for rows, shape in parts]
 
     def _block(self, level: int, h: Tensor) -> Tensor:
         call, draws = self._calls[level], self._draws_of[level]
         with nullcontext() if draws is None else draws.again():
-            return first_of(call.block(h, *call.args, **call.kwargs))
+            return first_of(call.block(self._spare(level, h), *call.args, **call.kwargs))
 
 
 class _LinearisedLayers(AbstractLinearisation):
@@ -214,19 +252,20 @@ class _LinearisedLayers(AbstractLinearisation):
         self,
         parts: Sequence[AutogradLinearisation],
         levels: Callable[[Tensor], list[Tensor]],
+        joined: Callable[[Sequence[Tensor]], Tensor],
         phases: Phases,
     ) -> None:
-        self._parts, self._levels, self._phases = parts, levels, phases
+        self._parts, self._levels, self._joined, self._phases = parts, levels, joined, phases
 
     def vjp(self, a: Tensor) -> Tensor:
-        up = self._levels(a)[1:]
+        first, *up = self._levels(a)
         carried = [part.vjp(g) for part, g in zip(self._parts, up, strict=True)]
-        return _side_by_side(carried, a, last=True) - a
+        return self._joined([*carried, torch.zeros_like(up[-1] if up else first)]) - a
 
     def jvp(self, v: Tensor) -> Tensor:
-        below = self._levels(v)[:-1]
-        carried = [part.jvp(h) for part, h in zip(self._parts, below, strict=True)]
-        return _side_by_side(carried, v, last=False) - v
+        levels = self._levels(v)
+        carried = [part.jvp(h) for part, h in zip(self._parts, levels[:-1], strict=True)]
+        return self._joined([torch.zeros_like(levels[0]), *carried]) - v
 
     def inverse(self, *, transposed: bool) -> Callable[[Tensor], Tensor] | None:
         if self._phases == "synchronous":
@@ -238,21 +277,14 @@ class _LinearisedLayers(AbstractLinearisation):
         levels = self._levels(r)
         for level in reversed(range(len(self._parts))):
             levels[level] = levels[level] + self._parts[level].vjp(levels[level + 1])
-        return torch.cat([h.flatten(1) for h in levels], 1)
+        return self._joined(levels)
 
     def _up(self, r: Tensor) -> Tensor:
         """Return `(I − N)⁻¹ r`: the sweep from the bottom level to the top."""
         levels = self._levels(r)
         for level, part in enumerate(self._parts):
             levels[level + 1] = levels[level + 1] + part.jvp(levels[level])
-        return torch.cat([h.flatten(1) for h in levels], 1)
-
-
-def _side_by_side(carried: Sequence[Tensor], like: Tensor, *, last: bool) -> Tensor:
-    """Return levels `(B, ...)` as a state, filled up to the shape of `like` by a zero level."""
-    flat = [h.flatten(1) for h in carried]
-    zero = like.new_zeros(like.shape[0], like.shape[1] - sum(h.shape[1] for h in flat))
-    return torch.cat([*flat, zero] if last else [zero, *flat], 1)
+        return self._joined(levels)
 
 
 def first_of(out: Any) -> Tensor:

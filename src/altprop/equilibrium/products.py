@@ -10,14 +10,17 @@ import importlib
 import warnings
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from altprop.assign import assign_pull
+from altprop.errors import RuleError
 
 Gradients = tuple[Tensor | None, ...]
 
@@ -113,10 +116,37 @@ class AutogradLinearisation(AbstractLinearisation):
 
     def jvp(self, v: Tensor) -> Tensor:
         load_forward_mode()
+        try:
+            return self._jvp(v)
+        except NotImplementedError:  # fused kernels, of recurrent layers for one, have none
+            try:
+                with _plain_kernels():
+                    return self._jvp(v)
+            except NotImplementedError as error:
+                raise RuleError(
+                    f"an operation of the force has no forward-mode derivative ({error}): write "
+                    "estimator=Implicit(), which needs none"
+                ) from error
+
+    def _jvp(self, v: Tensor) -> Tensor:
         # the fused attention kernels have no forward-mode derivative
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
             pair: tuple[Tensor, ...] = torch.func.jvp(self._force, (self._state,), (v,))
         return pair[1]
+
+
+@contextmanager
+def _plain_kernels() -> Iterator[None]:
+    """Run without the libraries of fused kernels inside."""
+    libraries: tuple[Any, ...] = (torch.backends.mkldnn, torch.backends.cudnn)
+    before = [library.enabled for library in libraries]
+    try:
+        for library in libraries:
+            library.enabled = False
+        yield
+    finally:
+        for library, enabled in zip(libraries, before, strict=True):
+            library.enabled = enabled
 
 
 @cache

@@ -219,9 +219,12 @@ class _DrivenStack(DrivenLayers):
     """The levels of one forward pass of the model itself."""
 
     def __init__(self, x: Tensor, calls: Sequence[Call], stack: Stack) -> None:
-        phases = stack.equilibrium.dynamics.phases
+        layered = stack.equilibrium.dynamics
+        assert isinstance(layered, Layered)
         training = any(block.training for block in stack.blocks)
-        super().__init__(x.float() if x.itemsize < 4 else x, calls, phases, training)
+        super().__init__(
+            x.float() if x.itemsize < 4 else x, calls, layered.habits, layered.phases, training
+        )
         self._stack = stack
         self.coarse = torch.is_autocast_enabled(x.device.type)
 

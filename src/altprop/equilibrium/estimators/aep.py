@@ -153,9 +153,7 @@ class AEP(AbstractEstimator):
             return out
         return extrapolate(solve_pair(phases.halved(), out.value, frozen), out)
 
-    def _linear(
-        self, problem: Problem, correction: Antisymmetric, cotangent: Tensor
-    ) -> Solution:
+    def _linear(self, problem: Problem, correction: Antisymmetric, cotangent: Tensor) -> Solution:
         """Solve the phases' linearisation, `Jᵀ a + g = 0`."""
         return solve_adjoint(
             problem,

@@ -1,0 +1,102 @@
+"""What is found out about a stack's blocks while they run: who the samples are, who overwrites.
+
+Nothing tells beforehand on which axis a block keeps the samples apart (torch's own layers put time
+first), nor whether it overwrites its input. Both show: the Jacobian's product with a cotangent of
+one sample alone must vanish in all others, and a tensor counts what is written into it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from altprop.equilibrium.products import AbstractLinearisation
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How levels of any shape lie in one state, `(B, n)`.
+
+    `axis`: where all levels have their samples; None where samples interact, so that all of them
+    are one sample to the solvers, whose state is `(1, n)`.
+    """
+
+    axis: int | None
+
+    def fits(self, shapes: Sequence[torch.Size]) -> bool:
+        """Tell whether all levels have that axis, beside another, and as many samples on it."""
+        if self.axis is None:
+            return True
+        if any(len(shape) <= max(1, self.axis + (self.axis > 0)) for shape in shapes):
+            return False
+        return len({shape[self.axis] for shape in shapes}) == 1
+
+    def flat(self, h: Tensor) -> Tensor:
+        """Return a level's value, of its own shape, as rows, `(B, ...) → (B, n)`."""
+        if self.axis is None:
+            return h.reshape(1, -1)
+        return h.movedim(self.axis, 0).flatten(1)
+
+    def shaped(self, rows: Tensor, shape: torch.Size) -> Tensor:
+        """Return a level's value in its own shape from its rows."""
+        if not self.axis:
+            return rows.reshape(shape).contiguous()
+        first = (shape[self.axis], *(n for i, n in enumerate(shape) if i != self.axis))
+        return rows.reshape(first).movedim(0, self.axis).contiguous()
+
+
+@dataclass
+class Habits:
+    """What was found out so far; `pure`: the levels that leave their input as it is."""
+
+    pure: set[int] = field(default_factory=set)
+    _axes: dict[int, int | None] = field(default_factory=dict)
+    _calls: dict[int, int] = field(default_factory=dict)
+
+    def layout(
+        self,
+        shapes: Sequence[torch.Size],
+        linearise: Callable[[Layout], tuple[AbstractLinearisation, Tensor]],
+    ) -> Layout:
+        """Return how these levels lie in a state.
+
+        The Jacobian is asked in the first call and again in the second, fourth, eighth and so on,
+        for what is at zero before learning hides what is behind it.
+
+        **Arguments:** `shapes`, of the levels; `linearise`, from a layout to the products with the
+        stack's Jacobian and the state there, `(B, n)`.
+        """
+        kind = len(shapes[0])
+        known = Layout(self._axes.get(kind, 0))
+        count = self._calls.get(kind, 0) + 1
+        if count & (count - 1) and known.fits(shapes):
+            self._calls[kind] = count
+            return known
+        candidates = [Layout(axis) for axis in (0, 1, None)]
+        found = next(
+            layout
+            for layout in candidates
+            if layout.fits(shapes) and (layout.axis is None or not _interact(*linearise(layout)))
+        )
+        if min(shape[found.axis or 0] for shape in shapes) > 1:  # one sample tells nothing
+            self._axes[kind], self._calls[kind] = found.axis, count
+        return found
+
+
+def _interact(products: AbstractLinearisation, z: Tensor) -> bool:
+    """Tell whether the rows of a state see each other.
+
+    They are asked from both ends, for a causal axis has one that sees no other.
+    """
+    generator = torch.Generator("cpu").manual_seed(0)
+    for row in {0, len(z) - 1} if len(z) > 1 else ():
+        cotangent = torch.zeros_like(z)
+        cotangent[row] = torch.randn(z.shape[1], generator=generator, device="cpu").to(z)
+        touched = (products.vjp(cotangent).abs() > 0).any(1)  # NaN of a lost sample is no sign
+        touched[row] = False
+        if bool(touched.any()):
+            return True
+    return False

@@ -1,0 +1,165 @@
+"""AEP is judged by the contrast of its phases: on kinks, deep stacks, zeros and hard samples."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from instances import error, exact, gradient, system
+from torch import Tensor, nn
+
+import altprop as ap
+
+TARGET = {torch.float32: 1e-3, torch.float64: 1e-6}
+
+
+def layer_errors(model: nn.Module, x: Tensor, loss: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return `‖AEP − backprop‖ / ‖backprop‖` of every parameter that has a gradient."""
+    plain = copy.deepcopy(model)
+    loss(plain(x)).backward()
+    loss(ap.convert(model, ap.AEP(), stack="")(x)).backward()
+    pairs = [
+        (p.grad, q.grad)
+        for p, q in zip(model.parameters(), plain.parameters(), strict=True)
+        if q.grad is not None and bool(q.grad.any())
+    ]
+    assert pairs
+    return torch.stack([(a - b).norm() / b.norm() for a, b in pairs])  # type: ignore[operator]
+
+
+def stack(width: int, depth: int, act: Callable[[], nn.Module] = nn.ReLU) -> nn.Sequential:
+    return nn.Sequential(*[m for _ in range(depth) for m in (nn.Linear(width, width), act())])
+
+
+@pytest.mark.parametrize("precision", TARGET, ids=str)
+@pytest.mark.parametrize("width", [16, 64, 256])
+def test_a_relu_stack_gets_backprops_gradient_at_every_layer(
+    width: int, precision: torch.dtype
+) -> None:
+    for seed in range(20 if width < 256 else 5):
+        torch.manual_seed(seed)
+        model = stack(width, 3).to(precision)
+        errors = layer_errors(model, torch.randn(32, width, dtype=precision), mean_square)
+        assert float(errors.max()) <= TARGET[precision]
+
+
+def mean_square(out: Tensor) -> Tensor:
+    return out.square().mean()
+
+
+@pytest.mark.parametrize("act", [nn.ReLU, nn.LeakyReLU, nn.Tanh, nn.Hardswish], ids=str)
+def test_layers_whose_gradient_is_far_below_the_tops_are_exact_in_float32(
+    act: Callable[[], nn.Module],
+) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(stack(16, 20, act), nn.Linear(16, 3))
+    model = nn.Sequential(*[nn.Sequential(*model[0][i : i + 2]) for i in range(0, 40, 2)], model[1])
+    x, y = torch.randn(64, 16), torch.randint(3, (64,))
+    assert float(layer_errors(model, x, lambda z: nn.functional.cross_entropy(z, y)).max()) <= 1e-3
+    (equilibrium,) = (e for _, e in ap.equilibria(model))
+    floor = equilibrium.certificate.adjoint_floor  # type: ignore[union-attr]
+    # the certificate says that no phase could see so small a level, whose nudge is the top's
+    assert floor is not None and floor.shape == (21, 64)
+    assert float(floor[0].min()) > 1 > float(floor[-1].max())
+
+
+@pytest.mark.parametrize("precision", TARGET, ids=str)
+@pytest.mark.parametrize("what", ["a sample of zeros", "a pruned row", "both, without biases"])
+def test_units_exactly_at_their_kink_raise_nothing_and_keep_autograds_slope(
+    what: str, precision: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    model, x = stack(8, 3).to(precision), torch.randn(4, 8, dtype=precision)
+    with torch.no_grad():
+        if what != "a pruned row":
+            x[1] = 0
+        if what == "both, without biases":
+            for m in model[::2]:
+                m.bias.zero_()  # type: ignore[operator, union-attr]
+        if what != "a sample of zeros":
+            model[2].weight[3] = 0  # type: ignore[index]
+            model[2].bias[3] = 0  # type: ignore[index]
+    assert float(layer_errors(model, x, mean_square).max()) <= TARGET[precision]
+
+
+class Normed(nn.Module):
+    def __init__(self, C: int) -> None:
+        super().__init__()
+        self.norm, self.inner = nn.LayerNorm(C), nn.Linear(C, C)
+
+    def forward(self, h: Tensor) -> Tensor:
+        return h + torch.tanh(self.inner(self.norm(h)))
+
+
+@pytest.mark.parametrize("precision", TARGET, ids=str)
+def test_tokens_of_zeros_before_a_norm_are_exact(precision: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(*[Normed(8) for _ in range(3)]).to(precision)
+    for block in model:
+        nn.init.zeros_(block.inner.bias)  # type: ignore[union-attr, arg-type]
+    x = torch.randn(3, 5, 8, dtype=precision)
+    x[0, 2:] = 0
+    x[1] = 0
+    assert (
+        float(layer_errors(model, x, lambda z: torch.sin(3 * z).sum()).max()) <= TARGET[precision]
+    )
+
+
+class Bent(ap.AbstractDynamics):
+    """A force that bends where its input is below `1/bend`, which is small against the state."""
+
+    def __init__(self, bend: float) -> None:
+        super().__init__()
+        self.W = nn.Parameter(torch.linalg.qr(torch.randn(5, 5))[0] / 2)
+        self.bend = bend
+
+    def forward(self, z: Tensor, x: Tensor) -> Tensor:
+        moved = torch.tanh(self.bend * (z[:, 1:] @ self.W.T)) / self.bend
+        return x - z + nn.functional.pad(moved, (1, 0))
+
+
+def bent(bend: float, estimator: ap.AbstractEstimator) -> tuple[Tensor, ap.Certificate]:
+    """Return the input's gradient on two samples that bend and two on the flat part."""
+    torch.manual_seed(0)
+    dynamics, x = Bent(bend), torch.randn(4, 6)
+    x[:, 1:] *= torch.tensor([0.5, 0.02, 20, 20])[:, None] / bend
+    x[:, 0] = 1
+    block = ap.Equilibrium(dynamics, ap.Anderson(tol=1e-6, max_steps=200), estimator)
+    leaf = x.requires_grad_()
+    torch.sin(block(leaf)).sum().backward()
+    assert leaf.grad is not None and block.certificate is not None
+    return leaf.grad, block.certificate
+
+
+def test_only_samples_that_bend_get_a_smaller_nudge_and_all_are_exact() -> None:
+    wanted, _ = bent(1000, ap.Implicit(tol=1e-6))
+    got, certificate = bent(1000, ap.AEP())
+    assert error(got, wanted) <= 1e-5
+    finest = 2.0**-11.5
+    assert certificate.response is not None
+    expected = torch.tensor([finest / 8, finest / 8, finest, finest])
+    torch.testing.assert_close(certificate.response, expected, rtol=1e-3, atol=0)
+    # at one nudge for all, the contrast itself is off there, whatever the tolerance
+    stiff, _ = bent(1000, ap.AEP(response=finest, tol=1e-4, max_steps=400))
+    assert error(stiff, wanted) >= 1e-4
+
+
+def test_a_contrast_within_the_tolerance_is_enough_though_no_phase_has_settled() -> None:
+    wanted, _ = bent(15, ap.Implicit(tol=1e-6))
+    found, certificate = bent(15, ap.AEP(response=2e-2, tol=2e-3))
+    assert certificate.nudged_residuals is not None and certificate.adjoint_residual is not None
+    assert float(certificate.adjoint_residual.max()) <= 2e-3
+    assert float(certificate.nudged_residuals.amax()) > 4e-3  # curvature, which cancels
+    assert error(found, wanted) <= 2e-3
+
+
+def test_the_phases_decide_where_the_linear_problem_was_not_solved() -> None:
+    """What is accepted is what the contrast shows, so a wrong start is corrected or told."""
+    s = system("gated", seed=3)
+    reference = exact(s)
+    found, certificate = gradient(s, ap.AEP(tol=1e-8))
+    assert error(found, reference) <= 1e-7
+    assert certificate.adjoint_residual is not None
+    assert float(certificate.adjoint_residual.max()) <= 1e-8

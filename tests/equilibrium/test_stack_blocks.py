@@ -1,0 +1,159 @@
+"""Stacks of blocks as people write them: time first, overwriting, recurrent, seeing each other."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import altprop as ap
+
+Gradients = dict[str, Tensor]
+ESTIMATORS = [ap.AEP(), ap.Implicit(tol=1e-10), ap.AEP(beta=1e-4, tol=1e-9)]
+
+
+def gradients(model: nn.Module, x: Tensor, weight: Tensor) -> Gradients:
+    """Return the gradients by input and parameters of a cost that weighs samples unequally."""
+    leaf = x.clone().requires_grad_()
+    model.zero_grad()
+    out = model(leaf)
+    out = out if isinstance(out, Tensor) else out[0]
+    (torch.tanh(out) * weight).sum().backward()
+    named = {"x": leaf, **dict(model.named_parameters())}
+    return {name: p.grad.clone() for name, p in named.items() if p.grad is not None}
+
+
+def worst(got: Gradients, wanted: Gradients) -> float:
+    assert got.keys() == wanted.keys()
+    return max(float((got[k] - w).norm() / w.norm()) for k, w in wanted.items())
+
+
+def encoder(batch_first: bool) -> nn.Module:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 8, dropout=0.0, batch_first=batch_first)
+    return nn.TransformerEncoder(layer, 3, enable_nested_tensor=False).double()
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS, ids=str)
+@pytest.mark.parametrize("shape", [(5, 3, 8), (4, 4, 8), (1, 3, 8), (3, 1, 8)], ids=str)
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_either_layout_of_a_torch_encoder_gets_backprops_gradient(
+    batch_first: bool, shape: tuple[int, ...], estimator: ap.AbstractEstimator
+) -> None:
+    model, x = encoder(batch_first), torch.randn(shape, dtype=torch.float64)
+    # weights of very different size, so that samples told apart along time would show
+    weight = torch.logspace(-2, 1, shape[0], dtype=torch.float64)[:, None, None]
+    wanted = gradients(model, x, weight)
+    got = gradients(ap.convert(model, estimator, stack="layers"), x, weight)
+    assert worst(got, wanted) <= 1e-6
+    (equilibrium,) = (e for _, e in ap.equilibria(model))
+    assert equilibrium.certificate is not None
+    assert (
+        len(equilibrium.certificate.free_residual) == shape[0 if batch_first else 1] or 1 in shape
+    )
+
+
+def test_the_samples_are_found_again_once_what_hid_them_has_learned() -> None:
+    model = encoder(batch_first=False)
+    for layer in model.layers:
+        nn.init.zeros_(layer.self_attn.out_proj.weight)  # time steps do not see each other yet
+    x, weight = torch.randn(2, 5, 3, 8, dtype=torch.float64)
+    ap.convert(model, ap.AEP(), stack="layers")
+    gradients(model, x, weight)
+    for layer in model.layers:
+        nn.init.normal_(layer.self_attn.out_proj.weight)
+    plain = ap.revert(copy.deepcopy(model))
+    assert worst(gradients(model, x, weight), gradients(plain, x, weight)) <= 1e-6
+
+
+class Centred(nn.Module):
+    """A block in which all samples see each other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(6, 6)
+
+    def forward(self, h: Tensor) -> Tensor:
+        return h + torch.tanh(self.inner(h - h.mean(0)))
+
+
+def test_samples_that_see_each_other_are_one_sample_with_the_right_gradient() -> None:
+    model = nn.Sequential(Centred(), Centred(), Centred()).double()
+    x, weight = torch.randn(2, 4, 6, dtype=torch.float64)
+    wanted = gradients(model, x, weight)
+    assert worst(gradients(ap.convert(model, ap.AEP(), stack=""), x, weight), wanted) <= 1e-6
+    (equilibrium,) = (e for _, e in ap.equilibria(model))
+    assert equilibrium.certificate is not None and len(equilibrium.certificate.free_residual) == 1
+
+
+class AddInPlace(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+
+    def forward(self, h: Tensor) -> Tensor:
+        h += torch.tanh(self.inner(h.clone()))
+        return h
+
+
+class First(nn.Module):
+    """A recurrent layer whose block hands on a tuple, and one that does not."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, h: Tensor) -> Tensor:
+        out: Tensor = self.inner(h if isinstance(h, Tensor) else h[0])[0]
+        return out
+
+
+BLOCKS: dict[str, Callable[[], list[nn.Module]]] = {
+    "in-place ReLU": lambda: [nn.Linear(4, 4), nn.ReLU(inplace=True), nn.Linear(4, 4)],
+    "in-place first": lambda: [nn.SiLU(inplace=True), nn.Linear(4, 4), nn.Hardtanh(inplace=True)],
+    "in-place sum": lambda: [AddInPlace(), AddInPlace(), AddInPlace()],
+    "LSTM": lambda: [nn.Linear(4, 4), First(nn.LSTM(4, 4, batch_first=True)), nn.Linear(4, 4)],
+    "LSTM last": lambda: [nn.Linear(4, 4), nn.GRU(4, 4, batch_first=True)],
+}
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("name", BLOCKS)
+def test_blocks_that_overwrite_or_return_tuples_get_backprops_gradient(
+    name: str, precision: torch.dtype
+) -> None:
+    torch.manual_seed(1)
+    model = nn.Sequential(*BLOCKS[name]()).to(precision)
+    x = torch.randn(2, 5, 4, dtype=precision) + 0.5
+    plain = copy.deepcopy(model)
+    weight = torch.randn(2, 5, 4, dtype=precision)
+    wanted = gradients(nn.Sequential(Copy(), *plain), x, weight)
+    wanted = {k if k == "x" else str(int(k[0]) - 1) + k[1:]: g for k, g in wanted.items()}
+    before = x.clone()
+    ap.convert(model, ap.AEP(), stack="")
+    for _ in range(2):  # nothing that the first call found out spoils the second
+        got = gradients(model, x, weight)
+        assert worst(got, wanted) <= (1e-3 if precision is torch.float32 else 1e-6)
+    assert torch.equal(x, before)
+    again = pickle.loads(pickle.dumps(model))
+    assert worst(gradients(again, x, weight), got) == 0
+
+
+class Copy(nn.Module):
+    def forward(self, h: Tensor) -> Tensor:
+        return h.clone()
+
+
+def test_convert_takes_solver_and_policy_of_a_stack_and_refuses_them_without_one() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3))
+    ap.convert(model, ap.AEP(), stack="", solver=ap.Euler(step=1.0), on_failure="accept")
+    (equilibrium,) = (e for _, e in ap.equilibria(model))
+    assert equilibrium.solver == ap.Euler(step=1.0) and equilibrium.on_failure == "accept"
+    assert equilibrium.dynamics.phases == "synchronous"
+    for options in ({"solver": ap.Euler()}, {"on_failure": "accept"}):
+        with pytest.raises(ap.ConfigError, match="write stack="):
+            ap.convert(nn.Linear(4, 4), ap.FeedbackAlignment(), **options)  # type: ignore[arg-type]
