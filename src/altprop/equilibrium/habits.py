@@ -76,11 +76,14 @@ class Habits:
             self._calls[kind] = count
             return known
         candidates = [Layout(axis) for axis in (0, 1, None)]
-        found = next(
-            layout
-            for layout in candidates
-            if layout.fits(shapes) and (layout.axis is None or not _interact(*linearise(layout)))
-        )
+        # whoever counts or recomputes what a forward pass saves must not see what is saved here
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
+            found = next(
+                layout
+                for layout in candidates
+                if layout.fits(shapes)
+                and (layout.axis is None or not _interact(*linearise(layout)))
+            )
         if min(shape[found.axis or 0] for shape in shapes) > 1:  # one sample tells nothing
             self._axes[kind], self._calls[kind] = found.axis, count
         return found
