@@ -18,11 +18,214 @@ class Bug(NamedTuple):
     harmless: str = ""
 
 
-_AEP = "equilibrium/estimators/"
+_EQ = "equilibrium/"
+_AEP = _EQ + "estimators/"
 _CONTRAST = "equilibrium/test_contrast.py equilibrium/test_warm_start.py"
 _STACK = "equilibrium/test_stack_blocks.py test_layered.py"
 
 BUGS = [
-    Bug(_AEP + "confirm.py", "minus = phases.drive(-1.0, -first) + across", "minus = phases.drive(-1.0, -first) - across", _CONTRAST),  # noqa: E501
-    Bug(_AEP + "confirm.py", "return (4 * near - pair) / 3", "return (4 * near - pair) / 4", "equilibrium/test_nudges.py"),  # noqa: E501
+    Bug(
+        _AEP + "confirm.py",
+        "minus = phases.drive(-1.0, -first) + across",
+        "minus = phases.drive(-1.0, -first) - across",
+        _CONTRAST,
+    ),
+    Bug(
+        _AEP + "confirm.py",
+        "return (4 * near - pair) / 3",
+        "return (4 * near - pair) / 4",
+        "equilibrium/test_nudges.py",
+    ),
+    Bug(
+        _AEP + "confirm.py",
+        "_SHRINK = 8.0",
+        "_SHRINK = 1.0",
+        _CONTRAST,
+    ),
+    Bug(
+        _AEP + "confirm.py",
+        "hidden |= curved & ~(beside < before / 2)",
+        "hidden |= curved",
+        _CONTRAST,
+    ),
+    Bug(
+        _AEP + "confirm.py",
+        "floor = torch.where(hidden, beside, floor_of(problem, phases.beta))",
+        "floor = floor_of(problem, phases.beta)",
+        _CONTRAST,
+    ),
+    Bug(
+        _AEP + "confirm.py",
+        "left = choose(level_norms(seen, widths) > floor, seen, linear.force, widths)",
+        "left = seen",
+        _CONTRAST,
+    ),
+    Bug(
+        _AEP + "confirm.py",
+        "value=linear.value + problem.step * left,",
+        "value=linear.value,",
+        _CONTRAST + " equilibrium/test_exact_estimators.py",
+    ),
+    Bug(
+        _AEP + "confirm.py",
+        "scale = size.clamp_min(tiny) if widths else torch.ones_like(size)",
+        "scale = torch.ones_like(size)",
+        _CONTRAST,
+    ),
+    Bug(
+        _AEP + "roundoff.py",
+        "ROUNDING = 4.0",
+        "ROUNDING = 0.01",
+        _CONTRAST,
+    ),
+    Bug(
+        _AEP + "roundoff.py",
+        "return ROUNDING * eps * level_norms(problem.state, problem.widths) / beta.unsqueeze(1)",
+        "return ROUNDING * eps * level_norms(problem.state, problem.widths) * beta.unsqueeze(1)",
+        _CONTRAST,
+    ),
+    Bug(
+        _AEP + "roundoff.py",
+        "return torch.stack([sample_norm(part) for part in v.flatten(1).split(widths, 1)], 1)",
+        "return sample_norm(v).unsqueeze(1).expand(-1, len(widths))",
+        _CONTRAST,
+    ),
+    Bug(
+        _AEP + "pair.py",
+        "weight = phases.tol**0.5",
+        "weight = 1.0",
+        _CONTRAST,
+    ),
+    Bug(
+        _AEP + "pair.py",
+        "plus = phases.drive(1.0, m - a) - (of_m - of_a)",
+        "plus = phases.drive(1.0, m - a) - (of_m + of_a)",
+        "equilibrium/test_warm_start.py",
+    ),
+    Bug(
+        _AEP + "pair.py",
+        "minus = phases.drive(-1.0, m + a) - (of_m + of_a)",
+        "minus = phases.drive(-1.0, a) - of_a",
+        "equilibrium/test_warm_start.py equilibrium/test_exact_estimators.py",
+    ),
+    Bug(
+        _AEP + "phases.py",
+        "beta = response * torch.where(state > 0, state, 1.0) / size.clamp_min(tiny)",
+        "beta = response * state.clamp_min(tiny) / size.clamp_min(tiny)",
+        _CONTRAST,
+    ),
+    Bug(
+        _AEP + "phases.py",
+        "value=(4 * near.value - far.value) / 3,",
+        "value=(4 * near.value + far.value) / 5,",
+        "equilibrium/test_exact_estimators.py",
+    ),
+    Bug(
+        _AEP + "phases.py",
+        "return replace(self, beta=self.beta / 2)",
+        "return replace(self, beta=self.beta)",
+        "equilibrium/test_exact_estimators.py equilibrium/test_nudges.py",
+    ),
+    Bug(
+        _AEP + "phases.py",
+        "return (self.problem.force(z) - self.problem.still) / size - sign * self.nudge(z)",
+        "return self.problem.force(z) / size - sign * self.nudge(z)",
+        "equilibrium/test_exact_estimators.py test_equilibrium_gradients.py",
+    ),
+    Bug(
+        _AEP + "aep.py",
+        "_HEADROOM = 0.5",
+        "_HEADROOM = 20.0",
+        "test_equilibrium_gradients.py",
+    ),
+    Bug(
+        _AEP + "aep.py",
+        "if out is None or (linear is not None and linear.result and not out.result):",
+        "if out is None:",
+        "test_equilibrium_gradients.py",
+    ),
+    Bug(
+        _AEP + "correction.py",
+        "out = forward - transposed",
+        "out = transposed - forward",
+        "equilibrium/test_exact_estimators.py",
+    ),
+    Bug(
+        _AEP + "correction.py",
+        "return u is self._u and u._version == self._version",
+        "return u.shape == self._u.shape",
+        "equilibrium/test_exact_estimators.py equilibrium/test_warm_start.py",
+    ),
+    Bug(
+        _AEP + "estimator.py",
+        "undo = torch.where(usable, size, size - size)",
+        "undo = torch.ones_like(size)",
+        "test_equilibrium_gradients.py",
+    ),
+    Bug(
+        _EQ + "habits.py",
+        "candidates = [Layout(axis) for axis in (0, 1, None)]",
+        "candidates = [Layout(axis) for axis in (0, None)]",
+        _STACK,
+    ),
+    Bug(
+        _EQ + "habits.py",
+        "for row in {0, len(z) - 1} if len(z) > 1 else ():",
+        "for row in {0} if len(z) > 1 else ():",
+        _STACK,
+    ),
+    Bug(
+        _EQ + "habits.py",
+        "if count & (count - 1) and known.fits(shapes):",
+        "if count > 1 and known.fits(shapes):",
+        _STACK,
+    ),
+    Bug(
+        _EQ + "habits.py",
+        "return rows.reshape(first).movedim(0, self.axis).contiguous()",
+        "return rows.reshape(shape).contiguous()",
+        _STACK,
+    ),
+    Bug(
+        _EQ + "layered.py",
+        "return h if level in self._habits.pure else h.clone()",
+        "return h",
+        _STACK,
+    ),
+    Bug(
+        _EQ + "layered.py",
+        "levels[level + 1] = levels[level + 1] + part.jvp(levels[level])",
+        "levels[level + 1] = part.jvp(levels[level])",
+        _STACK + " test_layered.py",
+    ),
+    Bug(
+        _EQ + "layered.py",
+        "for level in reversed(range(len(self._parts))):",
+        "for level in range(len(self._parts)):",
+        _STACK,
+    ),
+    Bug(
+        _EQ + "layered.py",
+        "with nullcontext() if draws is None else draws.again():",
+        "with nullcontext():",
+        "test_layered.py",
+    ),
+    Bug(
+        _EQ + "stack.py",
+        "if self.busy or not self.on:",
+        "if self.busy:",
+        "test_layered.py",
+    ),
+    Bug(
+        _EQ + "stack.py",
+        "value = out.detach()\n    return assign_adjoint",
+        "value = out\n    return assign_adjoint",
+        "test_layered.py",
+    ),
+    Bug(
+        _EQ + "products.py",
+        "library.enabled = False",
+        "library.enabled = True",
+        _STACK,
+    ),
 ]
