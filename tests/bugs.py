@@ -169,9 +169,9 @@ BUGS = [
         _STACK,
     ),
     Bug(
-        _EQ + "habits.py",
-        "for row in {0, len(z) - 1} if len(z) > 1 else ():",
-        "for row in {0} if len(z) > 1 else ():",
+        _EQ + "conduct.py",
+        "for one in {0, len(z) - 1} if len(z) > 1 else ():",
+        "for one in {0} if len(z) > 1 else ():",
         _STACK,
     ),
     Bug(

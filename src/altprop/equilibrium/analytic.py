@@ -23,6 +23,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def softmax(scores: Tensor) -> Tensor:
     """Return `exp(s) / Σ exp(s)` over the last axis, for complex `s` with finite parts."""
+    if not scores.numel():  # which has no largest
+        return scores
     size = (scores - scores.real.amax(-1, keepdim=True)).exp()
     return size / size.sum(-1, keepdim=True)
 
@@ -107,8 +109,10 @@ def _off_the_axis(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     real = envelope * y * torch.sin(xy) * torch.sinc(xy / math.pi) / math.pi
     imag = envelope * y * torch.sinc(2 * xy / math.pi) / math.pi
     cos, sin = torch.cos(2 * xy), torch.sin(2 * xy)
-    largest = float(y.detach().abs().max()) if y.numel() else 0.0
-    terms = 13 + math.ceil(2 * min(largest, 30.0)) if math.isfinite(largest) else 13
+    # (a sample that is lost must not take terms away from its batch-mates)
+    finite = y.detach().abs().nan_to_num(nan=0.0)
+    largest = float(finite.max()) if y.numel() else 0.0
+    terms = 13 + math.ceil(2 * min(largest, 30.0))
     for n in range(1, terms + 1):
         # exp(−n²/4 − x²) times cosh(ny) and sinh(ny): exponents joined before they can overflow
         # apart, and expm1, for the difference of two exponentials cancels at a small y

@@ -2,25 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+import copy
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
+from altprop.equilibrium.conduct import (
+    Draws,
+    announce_draws,
+    check_apart,
+    check_draws,
+    unchanged,
+)
 from altprop.equilibrium.products import AbstractLinearisation, AutogradLinearisation
 from altprop.errors import RuleError
 
 if TYPE_CHECKING:
-    from altprop.equilibrium.dynamics import AbstractDynamics
+    from altprop.equilibrium.dynamics import AbstractDynamics, Extension
 
 
 class Driven:
     """A dynamics under one input: all that one call of an `Equilibrium` needs of it.
 
     Where the force draws random numbers, it draws the same ones in every evaluation of one call:
-    else a nudged phase would contrast two different systems.
+    else a nudged phase would contrast two different systems. (Unless it says that it wants them
+    fresh.)
 
     **Arguments:** `dynamics`; `x`, the input, `(B, ...)`; `args`, `kwargs`, further arguments of
     the force.
@@ -30,14 +41,19 @@ class Driven:
     """Whether the recorded force has less precision than the one that phases evaluate."""
     widths: tuple[int, ...] = ()
     """Where the state is a stack of levels, `(B, n)`, the numbers per sample that each holds."""
+    fresh: bool = False
+    """Whether every evaluation of the force draws random numbers of its own."""
 
     def __init__(
         self, dynamics: AbstractDynamics, x: Tensor, args: Any = (), kwargs: Any = None
     ) -> None:
+        check_draws(dynamics.draws)
         self.x, self.step = x, dynamics.step
+        self.fresh = dynamics.draws == "fresh"
         self._dynamics, self._args = dynamics, args
         self._kwargs: Mapping[str, Any] = kwargs or {}
-        self._draws: Draws | None = None
+        self._begun = False
+        self._draws: Draws | None = None  # of the first evaluation, if it drew anything
         self._recorded: _Recorded | None = None
 
     def start(self) -> Tensor:
@@ -50,13 +66,32 @@ class Driven:
 
     def force(self, z: Tensor) -> Tensor:
         """Return the force at `z`, `(B, ...)`, recorded wherever autograd is on."""
-        if not (self._dynamics.draws and self._dynamics.training):
-            return self._dynamics(z, self.x, *self._args, **self._kwargs)
-        if self._draws is None:
-            self._draws = Draws(self.x.device)
-            return self._dynamics(z, self.x, *self._args, **self._kwargs)
-        with self._draws.again():
-            return self._dynamics(z, self.x, *self._args, **self._kwargs)
+        if not self._begun:
+            return self._begin(z)
+        with nullcontext() if self._draws is None else self._draws.again():
+            return self._evaluate(z)
+
+    def _evaluate(self, z: Tensor) -> Tensor:
+        return self._dynamics(z, self.x, *self._args, **self._kwargs)
+
+    def _begin(self, z: Tensor) -> Tensor:
+        """Make the first evaluation, which tells what the force draws and what it changes."""
+        draws = Draws(self.x.device)
+        with unchanged(self._dynamics):
+            force = self._evaluate(z)
+        self._begun = True
+        if self.fresh or not draws.moved():
+            return force
+        self._draws = draws
+
+        def drawn() -> bool:
+            with torch.no_grad(), draws.again():
+                before = Draws(self.x.device)
+                self._evaluate(z.detach())
+                return before.moved()
+
+        announce_draws(self._dynamics, drawn)
+        return force
 
     def record(self, z: Tensor) -> Tensor:
         """Return the force at `z`, `(B, ...)`, and keep what its linearisation there can use.
@@ -74,9 +109,38 @@ class Driven:
         """Return the Jacobian's products at `z`."""
         if self._recorded is not None and self._recorded.at(z):
             return self._recorded.linearise()
-        if self._args or self._kwargs or self._draws is not None:
-            return AutogradLinearisation(self.force, z)
-        return self._dynamics.linearise(z, self.x)
+        if self._by_input_alone():
+            return self._dynamics.linearise(z, self.x)
+        return AutogradLinearisation((self._once() if self.fresh else self).force, z)
+
+    def _once(self) -> Driven:
+        """Return the same with the draws of its first evaluation: one linearisation has one."""
+        once = Driven(self._dynamics, self.x, self._args, self._kwargs)
+        once.fresh = False
+        return once
+
+    def check_apart(self, z: Tensor) -> None:
+        """Refuse a force in which samples interact; `z` is where it was recorded, `(B, ...)`."""
+        if type(self) is Driven:
+            known = self._recorded
+            linearise = partial(self.linearise, z) if known is None else known.linearise
+            check_apart(self._dynamics, z, linearise)
+
+    def kept(self) -> Driven:
+        """Return the same without anything of autograd's: what may outlive the call."""
+        kept = copy.copy(self)
+        kept.x, kept._recorded = self.x.detach(), None
+        kept._args, kept._kwargs = detached((self._args, self._kwargs))
+        return kept
+
+    def extend(self, cache: Any, x: Tensor) -> Extension:
+        """Return what solves new tokens beside a cache, as the dynamics does."""
+        if not self._by_input_alone():
+            raise RuleError(
+                f"{type(self._dynamics).__name__} extends a window under its input alone, not with "
+                "further arguments or random draws"
+            )
+        return self._dynamics.extend(cache, x)
 
     def split(self, chunk: int | None) -> list[Driven]:
         """Return what drives at most `chunk` samples at a time, in order; itself if that is all.
@@ -85,12 +149,16 @@ class Driven:
         """
         if chunk is None or chunk >= len(self.x):
             return [self]
-        if not self._separable():
+        self.check_split(chunk, [self])
+        return [Driven(self._dynamics, x) for x in self.x.split(chunk)]
+
+    def check_split(self, chunk: int | None, parts: list[Driven]) -> None:
+        """Refuse parts, after their first evaluations or before, that belong to the whole batch."""
+        if chunk is not None and chunk < len(self.x) and not all(p._separable() for p in parts):
             raise RuleError(
                 f"chunk is {chunk}, but layers, or a force with further arguments or random draws, "
                 "are solved for the whole batch: write chunk=None"
             )
-        return [Driven(self._dynamics, x) for x in self.x.split(chunk)]
 
     def first(self) -> Driven | None:
         """Return what drives the first tokens alone, where they are to be solved first."""
@@ -104,7 +172,8 @@ class Driven:
         return type(self) is Driven and self._by_input_alone()
 
     def _by_input_alone(self) -> bool:
-        random = self._dynamics.draws and self._dynamics.training
+        said = self._dynamics.draws and self._dynamics.training
+        random = self.fresh or said or self._draws is not None
         return not (self._args or self._kwargs or random)
 
     def analytic(self, z: Tensor) -> Tensor:
@@ -138,21 +207,6 @@ class _Recorded(NamedTuple):
         return same and z._version == self.version
 
 
-class Draws:
-    """Where the random generators stood at one moment, so that the same can be drawn again."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._cpu = torch.get_rng_state()
-        own = device.type != "cpu"
-        self._own = torch.get_device_module(device).get_rng_state(device) if own else None
-
-    @contextmanager
-    def again(self) -> Iterator[None]:
-        """Draw inside as was drawn from that moment on, and leave the generators as they were."""
-        own = [] if self._own is None else [self._device.index or 0]
-        with torch.random.fork_rng(own, device_type=self._device.type if own else "cuda"):
-            torch.set_rng_state(self._cpu)
-            if self._own is not None:
-                torch.get_device_module(self._device).set_rng_state(self._own, self._device)
-            yield
+def detached(given: Any) -> Any:
+    """Return what a force was given with all tensors in it cut off from autograd's graph."""
+    return tree_map_only(Tensor, Tensor.detach, given)

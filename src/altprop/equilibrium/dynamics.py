@@ -7,9 +7,9 @@ transformers here, and `(B, ...)` in general. Samples never interact.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as nnf
@@ -23,7 +23,7 @@ from altprop.equilibrium.linearised import (
     linearise_norm,
     summed,
 )
-from altprop.equilibrium.plain import FORCE, consists_of, is_overridden, is_watched
+from altprop.equilibrium.plain import FORCE, consists_of, evaluates, is_watched
 from altprop.equilibrium.products import (
     AbstractEvaluation,
     AbstractLinearisation,
@@ -42,8 +42,9 @@ class AbstractDynamics(nn.Module, ABC):
     """
 
     step: float = 1.0
-    draws: bool = False
-    """Whether a force in training mode may draw random numbers, as dropout does."""
+    draws: bool | Literal["replayed", "fresh"] = False
+    """What random numbers in the force mean: `"replayed"` (or True), the same ones in all
+    evaluations of a call, as dropout's always are, or `"fresh"`, noise that is new in each."""
     feedforward: bool = False
     """Whether nothing feeds back, so that the fixed point cannot be lost."""
     margin: float = 0.3
@@ -58,6 +59,10 @@ class AbstractDynamics(nn.Module, ABC):
     @abstractmethod
     def forward(self, z: Tensor, x: Tensor) -> Tensor:
         """Return the force at state `z` under input `x`, both `(B, ...)`."""
+
+    def uses(self) -> Iterable[nn.Module]:
+        """Return the modules that the force calls: its own, and any that it closes over."""
+        return self.modules()
 
     def under(self, x: Tensor, *args: Any, **kwargs: Any) -> Driven:
         """Return this dynamics under one input; what else is given goes to every force."""
@@ -92,28 +97,17 @@ class AbstractDynamics(nn.Module, ABC):
     def linearise(self, z: Tensor, x: Tensor) -> AbstractLinearisation:
         """Return the Jacobian's products at `z`; override it for closed forms of these alone."""
         x = x.detach()
-        made = self.evaluate(z.detach(), x) if self._evaluates(FORCE) else None
+        made = self.evaluate(z.detach(), x) if evaluates(self, FORCE) else None
         return AutogradLinearisation(lambda state: self(state, x), z) if made is None else made
 
     def record(self, z: Tensor, x: Tensor) -> tuple[Tensor, Callable[[], AbstractLinearisation]]:
         """Return the force at `z`, recorded for autograd, and what linearises it there."""
         z = z.detach()
-        closed = self._evaluates(FORCE | {"linearise"}) and not is_watched(self)
+        closed = evaluates(self, FORCE | {"linearise"}) and not is_watched(self)
         made = self.evaluate(z, x) if closed else None
         if made is None:
             return self(z, x), partial(self.linearise, z, x.detach())
         return record(made, partial(self.linearise, z, x))
-
-    def _evaluates(self, methods: frozenset[str]) -> bool:
-        """Tell whether `evaluate` stands for these methods: nothing below it overrides them."""
-        if is_overridden(self, methods):
-            return False
-        for kind in type(self).__mro__:
-            if "evaluate" in vars(kind):
-                return True
-            if not methods.isdisjoint(vars(kind)):
-                return False
-        return False
 
     def analytic(self, z: Tensor, x: Tensor) -> Tensor:
         """Return the force continued analytically to a complex state `z`, under a real input `x`.

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from altprop.equilibrium.conduct import seeing
 from altprop.equilibrium.products import AbstractLinearisation
 
 
@@ -82,24 +83,8 @@ class Habits:
                 layout
                 for layout in candidates
                 if layout.fits(shapes)
-                and (layout.axis is None or not _interact(*linearise(layout)))
+                and (layout.axis is None or seeing(*linearise(layout)) is None)
             )
         if min(shape[found.axis or 0] for shape in shapes) > 1:  # one sample tells nothing
             self._axes[kind], self._calls[kind] = found.axis, count
         return found
-
-
-def _interact(products: AbstractLinearisation, z: Tensor) -> bool:
-    """Tell whether the rows of a state see each other.
-
-    They are asked from both ends, for a causal axis has one that sees no other.
-    """
-    generator = torch.Generator("cpu").manual_seed(0)
-    for row in {0, len(z) - 1} if len(z) > 1 else ():
-        cotangent = torch.zeros_like(z)
-        cotangent[row] = torch.randn(z.shape[1], generator=generator, device="cpu").to(z)
-        touched = (products.vjp(cotangent).abs() > 0).any(1)  # NaN of a lost sample is no sign
-        touched[row] = False
-        if bool(touched.any()):
-            return True
-    return False

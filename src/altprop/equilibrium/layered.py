@@ -13,6 +13,7 @@ levels have their samples is found out (`habits.py`).
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -20,9 +21,9 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from altprop.equilibrium.driven import Draws, Driven
+from altprop.equilibrium.conduct import Draws, refuse_statistics
+from altprop.equilibrium.driven import Driven, detached
 from altprop.equilibrium.dynamics import AbstractDynamics
 from altprop.equilibrium.habits import Habits, Layout
 from altprop.equilibrium.products import AbstractLinearisation, AutogradLinearisation
@@ -66,12 +67,7 @@ class Layered(AbstractDynamics):
             raise ConfigError(f"phases is {phases!r}, expected 'sweep' or 'synchronous'")
         self.phases: Phases = phases
         self.habits = Habits()
-        mixing = [path for path, m in self.blocks.named_modules() if isinstance(m, _BatchNorm)]
-        if mixing:
-            raise RuleError(
-                f"the blocks hold batch norm ({', '.join(mixing)}), which mixes the samples of a "
-                "batch and changes its statistics at every evaluation: use LayerNorm or GroupNorm"
-            )
+        refuse_statistics(self.blocks.named_modules(), "the blocks hold")
 
     def forward(self, z: Tensor, x: Tensor) -> Tensor:
         driven = self.under(x)
@@ -157,6 +153,12 @@ class DrivenLayers(Driven):
             "a stack of layers has no analytic force: HolomorphicEP relaxes complex states, on "
             "which ordinary modules are not defined; write estimator=AEP()"
         )
+
+    def kept(self) -> DrivenLayers:
+        kept = copy.copy(self)
+        kept.x, kept._known = self.x.detach(), None
+        kept._calls = [call._replace(**detached(call._asdict())) for call in self._calls]
+        return kept
 
     def start(self) -> Tensor:
         return self.settled()

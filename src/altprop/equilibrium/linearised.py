@@ -119,9 +119,14 @@ class LinearisedAttention:
 
     def _split(self, y: Tensor) -> tuple[Tensor, ...]:
         """Return the `(B, H, T, D)` parts of `(B, T, nC)`."""
-        B, T, _ = y.shape
-        D = self._w_o.shape[0] // self._heads
-        return y.view(B, T, -1, self._heads, D).permute(2, 0, 3, 1, 4).contiguous().unbind(0)
+        B, T, width = y.shape
+        C = self._w_o.shape[0]
+        return (
+            y.view(B, T, width // C, self._heads, C // self._heads)
+            .permute(2, 0, 3, 1, 4)
+            .contiguous()
+            .unbind(0)
+        )
 
     @staticmethod
     def _merge(y: Tensor) -> Tensor:

@@ -6,17 +6,16 @@ state and, in the backward pass, carries the estimator's adjoint to parameters a
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
+from altprop.equilibrium.conduct import refuse_sharded, refuse_unrepeatable
 from altprop.equilibrium.driven import Driven
 from altprop.equilibrium.dynamics import AbstractDynamics
 from altprop.equilibrium.estimators.aep import AEP
@@ -39,8 +38,8 @@ from altprop.equilibrium.solvers.solver import (
     land,
     relative_residual,
     with_limits,
-    worst,
 )
+from altprop.equilibrium.solving import approach_freely, join, persist, quiet, whole
 from altprop.errors import ConfigError, ConvergenceError, RuleError
 
 OnFailure = Literal["raise", "warn", "accept"]
@@ -98,7 +97,8 @@ class Equilibrium(nn.Module):
         the dynamics as it is (a mask, say).
 
         **Raises:** `ConvergenceError` as `on_failure` says; `ConfigError` for an input in half
-        precision outside autocast.
+        precision outside autocast; `RuleError` for a force in which samples interact, and others
+        that have no gradient here.
         """
         if torch.compiler.is_compiling():
             return _outside_graph(self, x, cost, args, kwargs)
@@ -116,6 +116,8 @@ class Equilibrium(nn.Module):
 
         It is for callers that have the dynamics under an input already.
         """
+        if driven.fresh:
+            refuse_unrepeatable(self.solver, getattr(self.estimator, "solver", None))
         return driven.read(self.estimator.attach(self._site(driven, cost)))
 
     @torch.no_grad()
@@ -149,7 +151,7 @@ class Equilibrium(nn.Module):
             return value, remember(value)
 
     def _site(self, driven: Driven, cost: Cost | None) -> Site:
-        start, quiet, chunk = driven.start(), _quiet(driven), self.chunk
+        start, chunk = driven.start(), self.chunk
         held = tuple(self.dynamics.parameters())
         parts = [driven]  # as many as are solved one after the other
 
@@ -157,7 +159,11 @@ class Equilibrium(nn.Module):
             return (z,) if len(parts) == 1 else z.split([len(part.x) for part in parts])
 
         def record(z: Tensor) -> Tensor:
-            return _whole([part.record(own) for part, own in zip(parts, pieces(z), strict=True)])
+            force = whole([part.record(own) for part, own in zip(parts, pieces(z), strict=True)])
+            if force.requires_grad:
+                for part, own in zip(parts, pieces(z), strict=True):
+                    part.check_apart(own)
+            return force
 
         def problems(z: Tensor, still: Tensor) -> Iterator[Problem]:
             if any(p is not q for p, q in zip(held, self.dynamics.parameters(), strict=True)):
@@ -167,7 +173,7 @@ class Equilibrium(nn.Module):
                     "that of another system: load them with load_state_dict, or use BPTT()"
                 )
             if driven.coarse:
-                still = quiet(z)
+                still = quiet(driven)(z)
             seen = _read_cost(cost, driven)
             if len(parts) == 1:
                 driven.split(chunk)  # refuses what cannot be split
@@ -180,29 +186,32 @@ class Equilibrium(nn.Module):
                 yield self._problem(part, state, left, seen)
 
         def free_phase() -> tuple[Solution, Tensor]:
+            refuse_sharded(self.dynamics)
             state = driven.settled()
             if state is None:
                 parts[:] = driven.split(chunk)
                 begin = pieces(start.detach())
                 near = [
-                    _approach_freely(self.solver, part, own)
+                    approach_freely(self.solver, part, own)
                     for part, own in zip(parts, begin, strict=True)
                 ]
-                return _join([found for found, _ in near]), _whole([state for _, state in near])
+                driven.check_split(chunk, parts)
+                return join([found for found, _ in near]), whole([state for _, state in near])
             rest = state - state  # zero, or NaN where the state is not finite
             residual = relative_residual(rest, state, None)
             result = conclude(residual, self.solver.tol or 1.0)
             return Solution(state, rest, residual, 0, result), state
 
         def resume(z: Tensor) -> Solution:
-            return _join(
+            return join(
                 [
-                    self.solver.solve(_quiet(part), own, step=part.step)
+                    self.solver.solve(quiet(part), own, step=part.step)
                     for part, own in zip(parts, pieces(z), strict=True)
                 ]
             )
 
         def finish(certificate: Certificate) -> None:
+            certificate.system = driven.kept()
             self.certificate = certificate
 
         return Site(
@@ -238,7 +247,7 @@ class Equilibrium(nn.Module):
                         force, inverse, start, tol=tol, max_steps=max_steps, scale=scale
                     )
                 own = with_limits(solver or self.solver, tol, max_steps)
-                return _persist(own, force, start, driven.step, scale)
+                return persist(own, force, start, driven.step, scale)
 
         def linearise(at: Tensor | None = None) -> Any:
             with torch.autocast(kind, enabled=False):
@@ -255,7 +264,7 @@ class Equilibrium(nn.Module):
             still,
             driven.step,
             self.solver,
-            _quiet(driven),
+            quiet(driven),
             linearise,
             solve,
             cost,
@@ -287,18 +296,13 @@ class Equilibrium(nn.Module):
         )
 
 
-def _quiet(driven: Driven) -> Force:
-    """Return the force without recording, in full precision."""
-
-    def force(z: Tensor) -> Tensor:
-        with torch.no_grad(), torch.autocast(z.device.type, enabled=False):
-            return driven.force(z)
-
-    return force
-
-
 def _exact_enough(x: Tensor) -> Tensor:
     """Return the input in at least float32, under autocast by widening it."""
+    if x.is_meta:
+        raise ConfigError(
+            "Equilibrium was given a tensor on the meta device, which has no numbers to relax: "
+            "build it there if you like, but call it after to_empty(...) and load_state_dict(...)"
+        )
     if torch.is_autocast_enabled(x.device.type) and x.is_floating_point() and x.itemsize < 4:
         x = x.float()
     if not x.is_floating_point() or torch.finfo(x.dtype).bits < 32:
@@ -364,57 +368,6 @@ def using(
         for module, own_estimator, own_solver, own_policy in before:
             module.estimator, module.solver = own_estimator, own_solver
             module.on_failure = own_policy
-
-
-def _persist(
-    solver: AbstractSolver, force: Force, start: Tensor, step: float, scale: Tensor | None
-) -> Solution:
-    """Solve, and once more from where the first attempt stopped if that was too early."""
-    first = solver.solve(force, start, step=step, scale=scale)
-    # one lost sample must not cost its batch-mates their second attempt
-    unfinished = torch.isfinite(first.residual) & (first.residual > solver.tol)
-    if solver.tol == 0 or not bool(unfinished.any()):
-        return first
-    second = solver.solve(force, first.value, step=step, scale=scale)
-    return replace(second, evaluations=first.evaluations + second.evaluations)
-
-
-def _approach_freely(
-    solver: AbstractSolver, driven: Driven, start: Tensor
-) -> tuple[Solution, Tensor]:
-    """Approach the free state from `start`, `(B, ...)`, where it helps first tokens before all.
-
-    The others then start displaced as the first ones were on average. An evaluation of a part of
-    the window counts as that part of one.
-    """
-    first = driven.first() if solver.piecewise and solver.tol > 0 else None
-    if first is None:
-        return solver.approach(_quiet(driven), start, step=driven.step)
-    k, T = first.x.shape[1], start.shape[1]
-    head = _persist(solver, _quiet(first), start[:, :k], driven.step, None)
-    moved = (head.value - start[:, :k]).mean(1, keepdim=True)
-    start = torch.cat([head.value, start[:, k:] + moved], 1)
-    found, ahead = solver.approach(_quiet(driven), start, step=driven.step)
-    spent = found.evaluations + math.ceil(head.evaluations * k / T)
-    return replace(found, evaluations=spent), ahead
-
-
-def _whole(parts: list[Tensor]) -> Tensor:
-    """Return the samples of all parts in one tensor; the part itself if it is the only one."""
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-def _join(parts: list[Solution]) -> Solution:
-    """Return the solution of a batch from those of its parts; the one that took longest counts."""
-    if len(parts) == 1:
-        return parts[0]
-    return Solution(
-        value=torch.cat([part.value for part in parts]),
-        force=torch.cat([part.force for part in parts]),
-        residual=torch.cat([part.residual for part in parts]),
-        evaluations=max(part.evaluations for part in parts),
-        result=worst(*(part.result for part in parts)),
-    )
 
 
 def _expect(value: Any, kind: type, name: str, example: str) -> Any:

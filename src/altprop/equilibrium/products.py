@@ -84,11 +84,25 @@ def record(
         assert isinstance(kept, AbstractEvaluation)
         return kept.pull(a)
 
-    def linearise() -> AbstractLinearisation:
-        kept = known()
-        return again() if kept is None else kept
+    return assign_pull(made.force(), pull, keeper, made.sources), ClosedForm(known, again)
 
-    return assign_pull(made.force(), pull, keeper, made.sources), linearise
+
+class ClosedForm:
+    """What gives the evaluation that autograd holds, or makes it anew where it is no more.
+
+    **Arguments:** `known`, a weak reference to it; `again`, which makes it.
+    """
+
+    def __init__(
+        self,
+        known: weakref.ref[AbstractEvaluation],
+        again: Callable[[], AbstractLinearisation],
+    ) -> None:
+        self._known, self._again = known, again
+
+    def __call__(self) -> AbstractLinearisation:
+        kept = self._known()
+        return self._again() if kept is None else kept
 
 
 _KEPT = "_altprop_evaluation"

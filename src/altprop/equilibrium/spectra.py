@@ -1,7 +1,9 @@
 """Where a dynamics' eigenvalues lie: what converges, how fast, and whether physics would get there.
 
 A solver may find a fixed point that the physical relaxation `ż = F(z)` runs away from; only the
-spectrum of `J = ∂F/∂z` tells. Nothing here forms `J` of a whole state.
+spectrum of `J = ∂F/∂z` tells. Nothing here forms `J` of a whole state. What is asked about is the
+certificate of a call, with the system and the state of that very call (its further arguments, its
+draws of dropout), or any state of a dynamics under an input alone.
 
 Shapes: `B` samples, `T` tokens, `C` channels, `n` numbers per sample, `m ≤ n` Krylov vectors.
 """
@@ -16,6 +18,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from altprop.equilibrium.dynamics import AbstractDynamics
+from altprop.equilibrium.estimators.estimator import Certificate, System
 from altprop.equilibrium.products import load_forward_mode
 from altprop.equilibrium.solvers.solver import per_sample, sample_norm
 from altprop.errors import ConfigError
@@ -67,9 +70,9 @@ class Spectrum:
 
 
 def spectrum(
-    dynamics: AbstractDynamics,
-    z: Tensor,
-    x: Tensor,
+    of: Certificate | AbstractDynamics,
+    z: Tensor | None = None,
+    x: Tensor | None = None,
     *,
     dimension: int = 100,
     tol: float = 1e-6,
@@ -83,18 +86,20 @@ def spectrum(
     non-normal Jacobians (a layered stack's is defective) have ill-conditioned eigenvalues: there
     `numerical_abscissa` says more.
 
-    **Arguments:** `z`, the state, `(B, ...)`; `x`, the input; `dimension`, the most vectors to
-    keep; `tol`; `seed`, of the first vector.
+    **Arguments:** `of`, a call's certificate (`block.certificate`), or a dynamics with `z`, the
+    state, `(B, ...)`, and `x`, the input; `dimension`, the most vectors to keep; `tol`; `seed`, of
+    the first vector.
 
     Source: Arnoldi 1951; Saad, "Numerical Methods for Large Eigenvalue Problems", chapter 6.
     """
-    return _arnoldi(dynamics.linearise(z.detach(), x.detach()).jvp, z, dimension, tol, seed)
+    system, z = _system(of, z, x)
+    return _arnoldi(system.linearise(z).jvp, z, dimension, tol, seed)
 
 
 def numerical_abscissa(
-    dynamics: AbstractDynamics,
-    z: Tensor,
-    x: Tensor,
+    of: Certificate | AbstractDynamics,
+    z: Tensor | None = None,
+    x: Tensor | None = None,
     *,
     dimension: int = 100,
     tol: float = 1e-6,
@@ -107,7 +112,8 @@ def numerical_abscissa(
 
     **Arguments:** as of `spectrum`; each vector costs a JVP and a VJP.
     """
-    products = dynamics.linearise(z.detach(), x.detach())
+    system, z = _system(of, z, x)
+    products = system.linearise(z)
 
     def symmetric(v: Tensor) -> Tensor:
         return (products.jvp(v) + products.vjp(v)) / 2
@@ -116,34 +122,63 @@ def numerical_abscissa(
 
 
 @torch.no_grad()
-def token_spectrum(dynamics: AbstractDynamics, z: Tensor, x: Tensor) -> Spectrum:
+def token_spectrum(
+    of: Certificate | AbstractDynamics, z: Tensor | None = None, x: Tensor | None = None
+) -> Spectrum:
     """Return all eigenvalues of each token's own `C × C` block of the Jacobian, `(B, T, C)`.
 
     Causality makes `J` block-triangular over tokens, so these are together the eigenvalues of the
     whole `J`, exactly, and say which tokens are hard. It costs `C` JVPs of one token beside a
     cache, for each token.
 
-    **Arguments:** `z`, `x`, `(B, T, C)`.
+    **Arguments:** `of`, `z`, `x`, as of `spectrum`; states are `(B, T, C)`.
 
-    **Raises:** `RuleError` for a dynamics without `extend`, as any that is not causal.
+    **Raises:** `RuleError` for a dynamics without `extend`, as any that is not causal, and for a
+    call with further arguments or random draws, which `extend` does not take.
     """
-    values = torch.linalg.eigvals(token_blocks(dynamics, z, x))
+    values = torch.linalg.eigvals(token_blocks(of, z, x))
     return Spectrum(values, torch.zeros_like(values.real))
 
 
+def _system(
+    of: Certificate | AbstractDynamics, z: Tensor | None, x: Tensor | None
+) -> tuple[System, Tensor]:
+    """Return what is asked about, and the state, `(B, ...)`."""
+    if isinstance(of, Certificate):
+        if z is not None or x is not None:
+            raise ConfigError("a certificate has a state and an input of its own: give it alone")
+        if of.system is None:
+            raise ConfigError("this certificate is of extend(...): call the block on a window")
+        system, z = of.system, of.state
+    elif z is None or x is None:
+        raise ConfigError("a dynamics was given without z and x: write spectrum(dynamics, z, x)")
+    else:
+        driven, z = of.under(x.detach()), z.detach()
+        with torch.no_grad():  # a stack learns its levels' shapes, and any force what it draws
+            driven.start()
+            driven.force(z)
+        system = driven
+    if not z.shape[1:].numel():
+        raise ConfigError(f"the state is {tuple(z.shape)}: samples without numbers have no modes")
+    return system, z
+
+
 @torch.no_grad()
-def token_blocks(dynamics: AbstractDynamics, z: Tensor, x: Tensor) -> Tensor:
+def token_blocks(
+    of: Certificate | AbstractDynamics, z: Tensor | None = None, x: Tensor | None = None
+) -> Tensor:
     """Return the diagonal blocks `∂F_t/∂z_t` of a causal dynamics, `(B, T, C, C)`."""
+    system, z = _system(of, z, x)
     if z.dim() != 3:
         raise ConfigError(f"the state is {tuple(z.shape)}, expected (B, T, C)")
     load_forward_mode()
-    z, x = z.detach(), x.detach()
+    x = system.x.detach()
     B, T, C = z.shape
     basis = torch.eye(C, dtype=z.dtype, device=z.device).view(C, 1, 1, C).expand(C, B, 1, C)
     cache, blocks = None, []
     for t in range(T):
         own = z[:, t : t + 1]
-        extension = dynamics.extend(cache, x[:, t : t + 1])
+        extension = system.extend(cache, x[:, t : t + 1])
 
         def column(v: Tensor, force: Callable[[Tensor], Tensor] = extension.force) -> Tensor:
             pair: tuple[Tensor, ...] = torch.func.jvp(force, (own,), (v,))  # noqa: B023
@@ -163,12 +198,12 @@ def _arnoldi(
     """Return the Ritz values of a linear map on states shaped as `like`, `(B, ...)`."""
     if dimension < 1 or not tol > 0:
         raise ConfigError(f"dimension is {dimension} and tol {tol}: both must be positive")
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     B, n = like.flatten(1).shape
     most = min(n, dimension)
 
     def fresh() -> Tensor:
-        return torch.randn(B, n, generator=generator, dtype=torch.float64).to(like)
+        return torch.randn(B, n, generator=generator, dtype=torch.float64, device="cpu").to(like)
 
     v = fresh()
     basis = (v / per_sample(sample_norm(v), v)).unsqueeze(1)  # (B, m, n)

@@ -16,8 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from altprop.equilibrium.estimators.estimator import Certificate
-from altprop.equilibrium.module import Equilibrium, equilibria
+from altprop.equilibrium.conduct import refuse_shards
+from altprop.equilibrium.dynamics import AbstractDynamics
+from altprop.equilibrium.estimators.estimator import Certificate, System
+from altprop.equilibrium.module import equilibria
 from altprop.equilibrium.solvers.solver import check_counts, check_fields, is_positive
 from altprop.errors import ConfigError
 
@@ -74,7 +76,8 @@ class JacobianHinge(AbstractStabiliser):
 
     For `g(z) = z + εF(z)` at the free state, held constant, `ρ = ‖J_gᵀ v‖` with a unit `v` that
     adds a power-iterated probe to the direction of the adjoint's remaining residual: the probe
-    finds the lasting hard modes, the residual those of this very batch. The task pushes the
+    finds the lasting hard modes, the residual those of this very batch. The force is that of the
+    last call, with its further arguments and its draws of dropout. The task pushes the
     feedback up and the hinge only down, so together they hold the gain near the margin.
 
     Costs one VJP with a graph per block on the steps where it acts, and its backward where it
@@ -108,19 +111,34 @@ class JacobianHinge(AbstractStabiliser):
         if step % self.every and not urgent:
             return {}
         group = _process_group(model)
-        gains = [
-            self._push(path, block, block.certificate, state, group)
+        called = [
+            (path, block.dynamics, block.certificate, block.certificate.system)
             for path, block in equilibria(model)
-            if block.certificate is not None and not block.dynamics.feedforward
+            if block.certificate is not None and block.certificate.system is not None
+            if not block.dynamics.feedforward
         ]
-        return {"jacobian_gain": max(gains, key=_nan_is_worst)} if gains else {}
+        for _, dynamics, *_ in called:
+            refuse_shards(dynamics, "JacobianHinge")
+        gains = [self._push(*call, state, group) for call in called]
+        measured = [gain for gain in gains if gain is not None]
+        return {"jacobian_gain": max(measured, key=_nan_is_worst)} if measured else {}
 
     def _push(
-        self, path: str, block: Equilibrium, seen: Certificate, state: HingeState, group: Any
-    ) -> float:
-        z, x = seen.state, seen.input
-        target = block.dynamics.margin if self.target is None else self.target
-        noise = torch.randn(z.shape, generator=state.generator).to(z) / math.sqrt(z.numel())
+        self,
+        path: str,
+        dynamics: AbstractDynamics,
+        seen: Certificate,
+        system: System,
+        state: HingeState,
+        group: Any,
+    ) -> float | None:
+        z = seen.state
+        if z.numel() == 0:  # nothing to measure, but other ranks may have samples
+            _accumulate(None, dynamics, group)
+            return None
+        target = dynamics.margin if self.target is None else self.target
+        noise = torch.randn(z.shape, generator=state.generator, device="cpu").to(z)
+        noise /= math.sqrt(z.numel())
         probe = state.probes.get(path)
         if probe is None or probe.shape != z.shape:
             probe = noise
@@ -132,13 +150,13 @@ class JacobianHinge(AbstractStabiliser):
         with torch.enable_grad(), torch.autocast(z.device.type, enabled=False):
             with sdpa_kernel(SDPBackend.MATH):
                 leaf = z.detach().requires_grad_()
-                mapped = leaf + block.dynamics.step * block.dynamics(leaf, x)
+                mapped = leaf + system.step * system.force(leaf)
                 (pulled,) = torch.autograd.grad(mapped, leaf, direction, create_graph=True)
             gain = (pulled.square().sum() + 1e-12).sqrt()  # differentiable at J = 0
             size = float(gain.detach())
             over = math.isfinite(size) and size > target
             penalty = self.weight * self.every * (gain - target).square() if over else None
-            _accumulate(penalty, block.dynamics, group)
+            _accumulate(penalty, dynamics, group)
         if math.isfinite(size):
             state.probes[path] = pulled.detach() / size + self.fresh * noise
         else:  # a lost state must not poison the probes of the steps to come

@@ -3,7 +3,7 @@
 `check_rule(MyRule())` in a test of yours says, in words, which promise is broken.
 """
 
-from altprop.testing.equilibrium import check_dynamics as check_dynamics
+from altprop.testing.dynamics import check_dynamics as check_dynamics
 from altprop.testing.equilibrium import check_estimator as check_estimator
 from altprop.testing.equilibrium import check_solver as check_solver
 from altprop.testing.rules import check_distributed as check_distributed

@@ -21,7 +21,8 @@ def close(got: Tensor, wanted: Tensor, rtol: float, text: str) -> None:
 
 
 def randn(shape: Any, generator: torch.Generator, like: Tensor) -> Tensor:
-    return torch.randn(shape, generator=generator, dtype=like.dtype).to(like.device)
+    draw = torch.randn(shape, generator=generator, dtype=like.dtype, device=generator.device)
+    return draw.to(like.device)
 
 
 def check_value(part: Any) -> None:

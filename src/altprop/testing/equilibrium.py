@@ -1,4 +1,4 @@
-"""The contract of an equilibrium's parts: dynamics and estimator, checked from outside.
+"""The contract of an estimator, checked from outside.
 
 Every check compares with an independent oracle (a closed form, automatic differentiation, finite
 differences in float64, or the same computation done alone) and raises an `AssertionError` that
@@ -9,7 +9,6 @@ as it was found.
 from __future__ import annotations
 
 import copy
-import math
 import pickle
 import warnings
 from collections.abc import Iterator
@@ -21,69 +20,16 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
-from altprop.equilibrium.dynamics import AbstractDynamics, DampedAttention, GatedBlock
+from altprop.equilibrium.dynamics import DampedAttention, GatedBlock
 from altprop.equilibrium.estimators.estimator import AbstractEstimator, Cost
 from altprop.equilibrium.estimators.implicit import Implicit
 from altprop.equilibrium.module import Equilibrium
-from altprop.equilibrium.products import AutogradLinearisation
 from altprop.equilibrium.solvers.anderson import Anderson
 from altprop.equilibrium.solvers.solver import AbstractSolver, Result, with_limits
 from altprop.testing.contract import check_value, close, randn, require
 from altprop.testing.solving import check_solver as check_solver
 
 Gradients = dict[str, Tensor]
-
-
-def check_dynamics(dynamics: AbstractDynamics, x: Tensor) -> None:
-    """Check that `dynamics` keeps the contract of `AbstractDynamics` at input `x`, `(B, ...)`.
-
-    The force is deterministic and has the state's shape, samples do not interact, `linearise` gives
-    the products of automatic differentiation, and `record`, closed form or not, the force itself
-    and the gradients of all parameters and of the input. Use parameters that are not at a special
-    point (a gate of zero hides what is behind it) and `x` in float64, with `B ≥ 2`.
-
-    **Raises:** `AssertionError`, naming the promise that is broken.
-    """
-    generator = torch.Generator().manual_seed(0)
-    z, v, a = (randn(dynamics.start(x).shape, generator, x) for _ in range(3))
-    with torch.no_grad():
-        force = dynamics(z, x)
-        require(force.shape == z.shape, f"the force is {force.shape} at a state {z.shape}")
-        require(torch.equal(force, dynamics(z, x)), "the force differs from call to call")
-        for i in range(len(x)):
-            alone = dynamics(z[i : i + 1], x[i : i + 1])
-            close(alone, force[i : i + 1], 1e-10, f"the force on sample {i} depends on the others")
-    exact, own = (
-        AutogradLinearisation(lambda s: dynamics(s, x.detach()), z),
-        dynamics.linearise(z, x),
-    )
-    for name, argument in (("jvp", v), ("vjp", a)):
-        product = getattr(own, name)(argument)
-        require(not product.requires_grad, f"linearise(...).{name} records for autograd")
-        close(product, getattr(exact, name)(argument), 1e-10, f"linearise(...).{name} is wrong")
-    _check_record(dynamics, z, x, a)
-    require(
-        math.isfinite(dynamics.step) and dynamics.step > 0,
-        f"step is {dynamics.step}, expected a number > 0",
-    )
-
-
-def _check_record(dynamics: AbstractDynamics, z: Tensor, x: Tensor, a: Tensor) -> None:
-    """Check the recorded force at `z` and, for the cotangent `a`, its gradients."""
-    leaf = x.detach().clone().requires_grad_()
-    learned = {"x": leaf, **{n: p for n, p in dynamics.named_parameters() if p.requires_grad}}
-    found, wanted = dynamics.record(z, leaf)[0], dynamics(z, leaf)
-    close(found.detach(), wanted.detach(), 1e-10, "record(...) is not the force")
-    for force in (found, wanted):
-        require(force.requires_grad, "the force is not differentiable by the input")
-    gradients = [
-        torch.autograd.grad(force, list(learned.values()), a, allow_unused=True)
-        for force in (found, wanted)
-    ]
-    for name, own, exact in zip(learned, *gradients, strict=True):
-        require((own is None) == (exact is None), f"record(...) loses the gradient of {name}")
-        if own is not None and exact is not None:
-            close(own, exact, 1e-10, f"record(...) gives {name} a wrong gradient")
 
 
 def check_estimator(

@@ -42,6 +42,19 @@ class Products(Protocol):
     def inverse(self, *, transposed: bool) -> Force | None: ...
 
 
+class System(Protocol):
+    """The dynamics of one call, under its input, its further arguments and its random draws."""
+
+    x: Tensor
+    step: float
+
+    def force(self, z: Tensor) -> Tensor: ...
+
+    def linearise(self, z: Tensor) -> Products: ...
+
+    def extend(self, cache: Any, x: Tensor) -> Any: ...
+
+
 @dataclass
 class Certificate:
     """What one call of an `Equilibrium` measured; the backward pass fills in the adjoint's part.
@@ -57,7 +70,8 @@ class Certificate:
     nudge, `(1, B)`, or to the level's own adjoint in a layered system, `(levels, B)`; where it is
     above 1 the adjoint of that level is that of the linear problem alone.
     `adjoint_evaluations`: force, JVP and VJP products in the backward pass. `beta`: the nudge per
-    sample for a cotangent of unit norm, `(B,)`. `response`: `‖z^β − z*‖ / ‖z*‖`, `(B,)`.
+    sample for a cotangent of unit norm, `(B,)`. `response`: `‖z^β − z*‖ / ‖z*‖`, `(B,)`. `system`:
+    what was solved, for whoever evaluates its force later; None after `extend`.
     """
 
     result: Result
@@ -74,6 +88,7 @@ class Certificate:
     nudged_residuals: Tensor | None = None
     antisymmetry: Tensor | None = None
     adjoint_floor: Tensor | None = None
+    system: System | None = None
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -30,6 +31,8 @@ class Euler(AbstractSolver):
     **Arguments:** `step`, the step `ε`; `max_steps`, the limit of steps; `tol`, the relative force
     residual that ends the relaxation early (0: never, exactly `max_steps` steps).
     """
+
+    repeatable: ClassVar[bool] = False
 
     step: float = 0.1
     max_steps: int = 120

@@ -57,10 +57,12 @@ class AbstractSolver(ABC):
     exactly `max_steps` steps, which then cannot fail to converge but only to stay finite.
     `max_steps`: the limit of force evaluations (at least 1). `linear`: whether it solves linear
     forces only, and refuses others with a `RuleError`. `piecewise`: whether a causal window's first
-    tokens may be solved before the others, which a relaxation in time would not do.
+    tokens may be solved before the others, which a relaxation in time would not do. `repeatable`:
+    whether the force must be, since evaluations are compared with each other.
     """
 
     linear: ClassVar[bool] = False
+    repeatable: ClassVar[bool] = True
     piecewise: ClassVar[bool] = False
     tol: float
     max_steps: int

@@ -1,0 +1,317 @@
+"""Samples must not see each other, nor an evaluation change anything: both are found by itself."""
+
+from __future__ import annotations
+
+import copy
+import math
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from instances import TIGHT, system
+from torch import Tensor, nn
+
+import altprop as ap
+from altprop.testing import check_dynamics
+
+NEAR = ap.Implicit(tol=1e-11, max_steps=300)
+Force = Callable[[Tensor, Tensor], Tensor]
+
+
+class Own(ap.AbstractDynamics):
+    """`F = x − z + tanh(f(z)) / 3` with any modules `f`."""
+
+    def __init__(self, *parts: nn.Module) -> None:
+        super().__init__()
+        self.parts = nn.Sequential(*parts)
+
+    def forward(self, z: Tensor, x: Tensor) -> Tensor:
+        return x - z + torch.tanh(self.parts(z)) / 3
+
+
+class Counter(nn.Module):
+    """Count its own calls in a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros((), dtype=torch.long))
+
+    def forward(self, z: Tensor) -> Tensor:
+        self.calls += 1
+        return z
+
+
+class SeqFirst(nn.Module):
+    """A force on `(T, N, C)`, as torch's attention reads it by default."""
+
+    def __init__(self, mask: bool = False) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(4, 2).double()
+        self.mask = mask
+
+    def forward(self, z: Tensor, x: Tensor) -> Tensor:
+        mask = torch.ones(len(z), len(z), dtype=torch.bool).triu(1) if self.mask else None
+        return x - z + self.attention(z, z, z, need_weights=False, attn_mask=mask)[0] / 3
+
+
+def as_function(*parts: nn.Module) -> ap.AbstractDynamics:
+    body = nn.Sequential(*parts)
+    return ap.from_function(lambda z, x: x - z + torch.tanh(body(z)) / 3, body)
+
+
+def state(dynamics: nn.Module) -> dict[str, Tensor]:
+    return {name: b.clone() for name, b in dynamics.named_buffers()}
+
+
+MIXING: dict[str, Callable[[], nn.Module]] = {
+    "batch norm": lambda: nn.BatchNorm1d(4),
+    "synchronised": lambda: nn.SyncBatchNorm(4),
+    "without statistics": lambda: nn.BatchNorm1d(4, track_running_stats=False),
+    "instance norm": lambda: nn.Sequential(
+        nn.Unflatten(1, (2, 2)), nn.InstanceNorm1d(2, track_running_stats=True), nn.Flatten()
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", MIXING)
+@pytest.mark.parametrize("make", [as_function, Own])
+@pytest.mark.parametrize(
+    ("estimator", "solver"),
+    [(ap.AEP(), TIGHT), (NEAR, TIGHT), (ap.BPTT(), ap.Euler(step=1.0, max_steps=9))],
+    ids=["AEP", "Implicit", "BPTT"],
+)
+def test_batch_statistics_are_refused_before_anything_changes(
+    kind: str, make: Any, estimator: Any, solver: Any
+) -> None:
+    dynamics = make(nn.Linear(4, 4), MIXING[kind]()).double()
+    block, before = ap.Equilibrium(dynamics, solver, estimator), state(dynamics)
+    with pytest.raises(ap.RuleError, match=r"batch norm \(\w+\).*LayerNorm or GroupNorm") as error:
+        block(torch.randn(6, 4, dtype=torch.float64))
+    assert "\n" not in str(error.value) and block.certificate is None
+    assert all(torch.equal(b, before[name]) for name, b in dynamics.named_buffers())
+
+
+def test_batch_norm_that_a_force_only_closes_over_is_seen() -> None:
+    norm = nn.BatchNorm1d(4, affine=False)
+    block = ap.Equilibrium(ap.from_function(lambda z, x: x - z + norm(z) / 3))
+    with pytest.raises(ap.RuleError, match="batch norm"):
+        block(torch.randn(6, 4))
+    assert not norm.num_batches_tracked
+
+
+def test_in_evaluation_mode_batch_norm_is_a_map_like_any_other() -> None:
+    dynamics = as_function(nn.Linear(4, 4), nn.BatchNorm1d(4)).double().eval()
+    for b in dynamics.buffers():
+        if b.is_floating_point():
+            b += 0.3
+    x, v = torch.randn(2, 6, 4, dtype=torch.float64)
+    block = ap.Equilibrium(dynamics, TIGHT, NEAR)
+    leaf = x.clone().requires_grad_()
+    block(leaf).square().sum().backward()
+    ends = [block(x + move * v).detach().square().sum() for move in (1e-5, -1e-5)]
+    assert float((leaf.grad * v).sum()) == pytest.approx(float(ends[0] - ends[1]) / 2e-5, rel=1e-8)
+    with pytest.raises(ap.RuleError, match="batch norm"):  # what was seen before is no leave
+        block.train()(x)
+
+
+@pytest.mark.parametrize("kind", ["counter", "spectral norm"])
+@pytest.mark.parametrize("make", [as_function, Own])
+def test_a_force_that_changes_its_buffers_is_refused_and_they_are_put_back(
+    kind: str, make: Any
+) -> None:
+    part = (
+        Counter() if kind == "counter" else nn.utils.parametrizations.spectral_norm(nn.Linear(4, 4))
+    )
+    dynamics = make(nn.Linear(4, 4), part).double()
+    before = state(dynamics)
+    for estimator in (ap.AEP(), NEAR):
+        with pytest.raises(ap.RuleError, match="changes its buffers .*evaluation mode") as error:
+            ap.Equilibrium(dynamics, TIGHT, estimator)(torch.randn(3, 4, dtype=torch.float64))
+        assert "\n" not in str(error.value)
+        assert all(torch.equal(b, before[name]) for name, b in dynamics.named_buffers())
+    if kind == "spectral norm":  # in evaluation mode it iterates no further
+        ap.Equilibrium(dynamics.eval())(torch.randn(3, 4, dtype=torch.float64)).sum().backward()
+
+
+def test_a_buffer_that_changes_later_on_is_found_as_well() -> None:
+    counter = Counter()
+    switched = nn.Sequential(nn.Linear(4, 4), nn.Identity())
+    block = ap.Equilibrium(as_function(switched).double())
+    x = torch.randn(3, 4, dtype=torch.float64)
+    block(x)
+    switched[1] = counter
+    with pytest.raises(ap.RuleError, match="changes its buffers"):
+        block(x)
+
+
+def forces() -> dict[str, Force]:
+    W = 0.3 * torch.randn(4, 4, dtype=torch.float64)
+    return {
+        "batch mean": lambda z, x: x - z + torch.tanh(z @ W - z.mean(0)) / 3,
+        "sums from the first": lambda z, x: x - z + torch.tanh(z.cumsum(0) @ W) / 9,
+        "sums from the last": lambda z, x: x - z + torch.tanh(z.flip(0).cumsum(0).flip(0)) / 9,
+        "neighbours": lambda z, x: x - z + torch.tanh(z.roll(1, 0) @ W) / 3,
+        "time first": SeqFirst(),
+        "time first, causal": SeqFirst(mask=True),
+    }
+
+
+@pytest.mark.parametrize("kind", forces())
+@pytest.mark.parametrize("estimator", [ap.AEP(), ap.Implicit(), ap.EP(), ap.OneStep()], ids=str)
+def test_samples_that_interact_are_refused_in_the_first_call(
+    kind: str, estimator: ap.AbstractEstimator
+) -> None:
+    force = forces()[kind]
+    block = ap.Equilibrium(ap.from_function(force), estimator=estimator)
+    x = torch.randn(5, 3, 4, dtype=torch.float64, requires_grad=True)
+    for _ in range(4):  # and in every one after it
+        with pytest.raises(ap.RuleError, match="samples interact.*must lie on axis 0") as error:
+            block(x)
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("mask", [False, True])
+def test_transposed_inside_the_force_a_batch_has_the_sum_of_its_samples_gradients(
+    mask: bool,
+) -> None:
+    inner = SeqFirst(mask)
+    dynamics = ap.from_function(
+        lambda z, x: inner(z.transpose(0, 1), x.transpose(0, 1)).transpose(0, 1), inner
+    )
+    block = ap.Equilibrium(dynamics, TIGHT, NEAR)
+    x = torch.randn(3, 3, 4, dtype=torch.float64)  # a square, so that no axis is known by its size
+
+    def gradient(batch: Tensor) -> Tensor:
+        block.zero_grad()
+        block(batch).square().sum().backward()
+        return torch.cat([p.grad.flatten() for p in inner.parameters()])
+
+    whole, parts = gradient(x), sum(gradient(one) for one in x.split(1))
+    assert torch.allclose(whole, parts, rtol=1e-8, atol=1e-10)
+
+
+def test_what_a_closed_gate_hides_is_found_when_it_opens() -> None:
+    gate = nn.Parameter(torch.zeros((), dtype=torch.float64))
+    block = ap.Equilibrium(
+        ap.from_function(lambda z, x, g: x - z + g * torch.tanh(z.mean(0)) + z / 9, g=gate)
+    )
+    x = torch.randn(4, 3, dtype=torch.float64)
+    block(x).sum().backward()
+    with torch.no_grad():
+        gate += 0.3
+    with pytest.raises(ap.RuleError, match="samples interact"):
+        block(x)
+
+
+def test_one_sample_tells_nothing_and_other_axes_are_another_question() -> None:
+    inner = nn.Linear(4, 4).double()
+
+    def force(z: Tensor, x: Tensor) -> Tensor:
+        return x - z + torch.tanh(inner(z) - (z.mean(0) if z.dim() == 3 else 0)) / 3
+
+    block = ap.Equilibrium(ap.from_function(force, inner))
+    for shape in ((1, 3, 4), (5, 4), (5, 4), (5, 4), (1, 3, 4)):
+        block(torch.randn(*shape, dtype=torch.float64))
+    with pytest.raises(ap.RuleError, match="samples interact"):
+        block(torch.randn(2, 3, 4, dtype=torch.float64))
+
+
+def test_a_lost_sample_is_no_sign_of_interaction() -> None:
+    block = ap.Equilibrium(as_function(nn.Linear(4, 4)).double(), on_failure="accept")
+    x = torch.randn(3, 4, dtype=torch.float64)
+    x[1] = math.nan
+    block(x).nansum().backward()
+
+
+def test_the_question_costs_nothing_once_it_was_answered() -> None:
+    calls = 0
+    W = nn.Linear(4, 4).double()
+
+    def force(z: Tensor, x: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return x - z + torch.tanh(W(z)) / 3
+
+    block = ap.Equilibrium(ap.from_function(force, W), ap.Euler(step=1.0, max_steps=20), NEAR)
+    x, made = torch.randn(3, 4, dtype=torch.float64), []
+    for _ in range(17):
+        before = calls
+        block(x)
+        made.append(calls - before - block.certificate.free_evaluations)
+    asked = {1, 2, 4, 8, 16}
+    assert made == [int(call in asked) for call in range(1, 18)]
+    before = calls
+    with torch.no_grad():
+        block(x)  # where nothing is recorded there is no question
+    assert calls - before == block.certificate.free_evaluations
+
+
+@pytest.mark.parametrize("kind", ["damped", "gated", "thick"])
+def test_closed_forms_are_not_asked(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    s = system(kind, seed=1)
+    made = []
+    plain = type(s.dynamics).evaluate
+    monkeypatch.setattr(
+        type(s.dynamics), "evaluate", lambda self, z, x: made.append(1) or plain(self, z, x)
+    )
+    ap.Equilibrium(s.dynamics)(s.x.requires_grad_())
+    assert len(made) == 1
+
+
+class Named(ap.AbstractDynamics):
+    """A force that pickles; `mixing` puts its samples together."""
+
+    def __init__(self, mixing: bool) -> None:
+        super().__init__()
+        self.inner, self.mixing = nn.Linear(4, 4), mixing
+
+    def forward(self, z: Tensor, x: Tensor) -> Tensor:
+        seen = self.inner(z)
+        return x - z + torch.tanh(seen - seen.mean(0) if self.mixing else seen) / 3
+
+
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda b: pickle.loads(pickle.dumps(b))])
+@pytest.mark.parametrize("called", [False, True])
+def test_copies_and_compiled_modules_ask_as_well(how: Any, called: bool) -> None:
+    x = torch.randn(3, 4)
+    right = ap.Equilibrium(Named(mixing=False))
+    if called:
+        right(x)
+    how(right)(x).sum().backward()
+    with pytest.raises(ap.RuleError, match="samples interact"):
+        how(ap.Equilibrium(Named(mixing=True)))(x)
+    wrong = ap.Equilibrium(Named(mixing=True))
+    torch.compiler.reset()
+    with pytest.raises(ap.RuleError, match="samples interact"):
+        torch.compile(wrong, backend="eager")(x)
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        (nn.BatchNorm1d(4, track_running_stats=False), "depends on the others"),
+        (nn.BatchNorm1d(4), "in training mode an evaluation of the force changes the buffer"),
+        (Counter(), "in evaluation mode an evaluation of the force changes the buffer parts.1.cal"),
+    ],
+    ids=["mixing", "batch norm", "counter"],
+)
+def test_the_contract_of_dynamics_finds_it_in_any_mode(
+    part: nn.Module, message: str, training: bool
+) -> None:
+    dynamics = Own(nn.Linear(4, 4), copy.deepcopy(part)).double().train(training)
+    before = state(dynamics)
+    with pytest.raises(AssertionError, match=message):
+        check_dynamics(dynamics, torch.randn(3, 4, dtype=torch.float64))
+    assert dynamics.training == training and dynamics.parts[1].training == training
+    assert all(torch.equal(b, before[name]) for name, b in dynamics.named_buffers())
+
+
+def test_the_contract_of_dynamics_passes_what_keeps_it_with_dropout() -> None:
+    dynamics = Own(nn.Linear(4, 4), nn.LayerNorm(4), nn.Dropout(0.5)).double().eval()
+    drawn = torch.get_rng_state()
+    check_dynamics(dynamics, torch.randn(3, 4, dtype=torch.float64, generator=torch.Generator()))
+    assert torch.equal(torch.get_rng_state(), drawn)
