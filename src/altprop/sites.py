@@ -20,6 +20,7 @@ from altprop.channel import Channel, JacobianProbe, Switch, in_backward
 from altprop.errors import RuleError
 from altprop.feedback import generator_for
 from altprop.rule import AbstractTransport, Site
+from altprop.transforms import refuse_transforms
 
 STEP = "B_step"
 
@@ -27,6 +28,7 @@ STEP = "B_step"
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _count(module: nn.Module) -> int:
     """Return the number of this recorded pass; a checkpoint's recomputation repeats the last."""
+    refuse_transforms("a rule that draws or measures at every pass cannot count its passes")
     step = cast(Tensor, getattr(module, STEP))
     if in_backward():
         if "_altprop_counted" not in module.__dict__:
