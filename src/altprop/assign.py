@@ -147,8 +147,9 @@ class _AssignTransport(torch.autograd.Function):
     @staticmethod
     def keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         x, W, _, B, noise, ctx.rule = inputs
-        # As nn.Linear does, keep the input only for a weight that learns.
-        ctx.save_for_backward(x if W.requires_grad else None, W, B, noise)
+        # As nn.Linear does, keep the input only for what learns.
+        learns = W.requires_grad or (B is not None and B.requires_grad)
+        ctx.save_for_backward(x if learns else None, W, B, noise)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Grads:
@@ -330,15 +331,13 @@ def assign_transport(
     """Return `x Wᵀ + b` such that `x` receives `g · rule.matrix(W, B, noise)`.
 
     The gradients of `W` and `b` stay `gᵀ x` and `Σ g`. A `B` that requires a gradient receives
-    `rule.feedback_gradient(W, B, grad_W, noise)`, while its weight learns: of a frozen one, none.
+    `rule.feedback_gradient(W, B, grad_W, noise)`.
 
     **Arguments:** `x` (..., in); `W`, `B` (out, in); `b` (out) or none; `noise`, what the rule drew
     for this pass, or none.
 
     **Raises:** `RuntimeError` when the result is differentiated twice.
     """
-    if B is not None and B.requires_grad and not W.requires_grad:
-        B = B.detach()
     if torch.is_autocast_enabled(x.device.type):
         x, W, b, B = _autocast(x, W, b, B)
     return applied(_AssignTransport, x, W, b, B, noise, rule)

@@ -122,11 +122,17 @@ class _Changes:
             self.role(module, role)
 
     def feedback(
-        self, module: nn.Module, name: str, value: torch.Tensor, like: torch.Tensor, learned: bool
+        self,
+        module: nn.Module,
+        name: str,
+        value: torch.Tensor,
+        like: torch.Tensor,
+        learned: bool,
+        frozen: bool,
     ) -> None:
         value = value.to(dtype=like.dtype, device=like.device)
         if learned:
-            module.register_parameter(name, nn.Parameter(value))
+            module.register_parameter(name, nn.Parameter(value, requires_grad=not frozen))
         else:
             module.register_buffer(name, value)
         self.names[module].append(name)
@@ -179,12 +185,13 @@ def _transport(changes: _Changes, place: Place, rule: AbstractRule, switch: Swit
     changes.place(place)
     B = rule.draw(site, generator_for(changes.seed, place.path))
     if B is not None:
-        changes.feedback(module, name, B, place.weight, rule.learned)
+        changes.feedback(module, name, B, place.weight, rule.learned, place.frozen)
     if rule.noisy:
         changes.counter(module)
     maps = module.__dict__.setdefault("_altprop_maps", {})
     name = "" if B is None else name
-    maps[place.key] = TransportSite(site, rule, name, changes.seed, switch, rule.noisy)
+    made = TransportSite(site, rule, name, changes.seed, switch, rule.noisy, place.frozen)
+    maps[place.key] = made
 
 
 def _tap(
@@ -219,20 +226,21 @@ def _tap(
     if shared:
         site = Site(shared, max(place.rows for place in request.places), k)
         B = rule.draw(site, generator_for(changes.seed, shared))
-        changes.feedback(root, shared, B, like, rule.learned)
+        frozen = all(place.frozen for place in request.places)
+        changes.feedback(root, shared, B, like, rule.learned, frozen)
     for index, place in enumerate(request.places):
-        site = Site(place.path, place.rows, k)
+        site, frozen = Site(place.path, place.rows, k), place.frozen
         channel.sites.append(site)
         name = "" if shared else ("B_dfa" if local is None else "B_dfa_block") + place.suffix
         changes.place(place)
         if name:
             B = rule.draw(site, generator_for(changes.seed, place.path, "tap"))
-            changes.feedback(place.module, name, B, place.weight, rule.learned)
+            changes.feedback(place.module, name, B, place.weight, rule.learned, frozen)
         if place.is_map:
             maps = place.module.__dict__.setdefault("_altprop_maps", {})
-            maps[place.key] = MapTap(site, channel, name, index)
+            maps[place.key] = MapTap(site, channel, name, index, frozen)
         else:
-            place.module.__dict__["_altprop_tap"] = OutputTap(site, channel, name, index)
+            place.module.__dict__["_altprop_tap"] = OutputTap(site, channel, name, index, frozen)
 
 
 def conversions(model: nn.Module) -> Iterator[tuple[str, nn.Module, Conversion]]:
@@ -290,56 +298,3 @@ def rules_off(model: nn.Module) -> Iterator[None]:
     finally:
         for switch, on in before:
             switch.on = on
-
-
-def learned_feedback(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, list[nn.Parameter]]]:
-    """Yield name, parameter and the weights it goes with, for every learned feedback."""
-    for path, module in model.named_modules():
-        names: tuple[str, ...] = getattr(module, "_altprop_names", ())
-        own = [n for n in names if isinstance(getattr(module, n), nn.Parameter)]
-        for name in own:
-            site = next((s for s in _sites(module) if s.name == name), None)
-            if isinstance(site, (TransportSite, MapTap)):
-                maps = module.__dict__["_altprop_maps"]
-                with_it = [getattr(module, key) for key, s in maps.items() if s is site]
-            else:
-                feedback = {id(getattr(module, n)) for n in own}
-                with_it = [p for p in module.parameters() if id(p) not in feedback]
-            yield f"{path}.{name}".lstrip("."), getattr(module, name), with_it
-
-
-def _sites(module: nn.Module) -> list[Any]:
-    maps = list(module.__dict__.get("_altprop_maps", {}).values())
-    tap = module.__dict__.get("_altprop_tap")
-    return maps + ([] if tap is None else [tap])
-
-
-def feedback_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """Return the learned feedback matrices of a converted model, for an optimiser to move."""
-    return [parameter for _, parameter, _ in learned_feedback(model)]
-
-
-def add_feedback(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
-    """Put each learned feedback into its weight's parameter group of an existing optimiser.
-
-    Same rate, same weight decay: what Kolen-Pollack needs. What is already there stays.
-
-    **Raises:** `RuleError` if the optimiser holds no weight that belongs to some feedback.
-    """
-    group_of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
-    additions, homeless = [], []
-    for name, parameter, weights in learned_feedback(model):
-        if id(parameter) in group_of:
-            continue
-        group = next((group_of[id(w)] for w in weights if id(w) in group_of), None)
-        if group is None:
-            homeless.append(name)
-        else:
-            additions.append((group, parameter))
-    if homeless:
-        raise RuleError(
-            f"the optimiser holds no weight that goes with {', '.join(homeless)}: add them with "
-            "optimizer.add_param_group({'params': feedback_parameters(model)})"
-        )
-    for group, parameter in additions:
-        group["params"].append(parameter)

@@ -46,6 +46,17 @@ def suggest(name: str, known: Iterable[str]) -> str:
     return f"{start}Known: {', '.join(names)}"
 
 
+def listed(names: Iterable[str], most: int = 5) -> str:
+    """Return names as one clause, the first few of many.
+
+    >>> listed("abcdefg")
+    'a, b, c, d, e and 2 more'
+    """
+    names = list(names)
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
 def unknown(what: str, name: str, known: Iterable[str]) -> ConfigError:
     """Return the error for a `name` that is none of the `known` names of a `what`."""
     return ConfigError(f"unknown {what} {name!r}: {suggest(name, known)}")

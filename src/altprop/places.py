@@ -49,6 +49,12 @@ class Place:
     def shape(self) -> tuple[int, int]:
         return self.rows, self.columns
 
+    @property
+    def frozen(self) -> bool:
+        """Whether no weight of it learns, so that its feedback must not either."""
+        weights = [self.weight] if self.is_map else self.module.parameters()
+        return not any(weight.requires_grad for weight in weights)
+
 
 @dataclass
 class TapRequest:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import types
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -44,6 +45,42 @@ def _count(module: nn.Module) -> int:
     return number
 
 
+def weights_of(module: nn.Module) -> Iterator[nn.Parameter]:
+    """Yield the parameters in a module, feedback excepted."""
+    for part in module.modules():
+        feedback = part.__dict__.get("_altprop_names", ())
+        for name, parameter in part.named_parameters(recurse=False):
+            if name not in feedback:
+                yield parameter
+
+
+def _feedback(
+    place: TransportSite | MapTap | OutputTap,
+    module: nn.Module,
+    learned: bool,
+    weights: Iterable[Tensor],
+) -> Tensor | None:
+    """Return a place's feedback, if it has its own; a learned one learns only while a weight does.
+
+    What the user froze stays frozen; what `convert` froze learns again when the weight does.
+    """
+    B: Tensor | None = getattr(module, place.name) if place.name else None
+    if B is None or not learned:
+        return B
+    if not any(weight.requires_grad for weight in weights):
+        return B.detach()
+    if place.held:
+        _release(place, B)
+    return B
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _release(place: TransportSite | MapTap | OutputTap, B: Tensor) -> None:
+    if isinstance(B, nn.Parameter):
+        B.requires_grad_()
+        place.held = False
+
+
 @dataclass
 class TransportSite:
     """A linear map whose input receives what a transport rule sends."""
@@ -55,13 +92,15 @@ class TransportSite:
     seed: int
     switch: Switch
     noisy: bool
+    held: bool = False
+    """Whether `convert` froze a learned feedback, since its weight was frozen."""
 
     def __call__(
         self, module: nn.Module, x: Tensor, W: Tensor, b: Tensor | None, rows: slice | None = None
     ) -> Tensor:
         if not (self.switch.on and torch.is_grad_enabled()):
             return F.linear(x, W, b)
-        B = getattr(module, self.name) if self.name else None
+        B = _feedback(self, module, self.rule.learned, [W])
         if rows is not None and B is not None:
             B = B[rows]
         noise = self.noise(module, W) if self.noisy else None
@@ -81,6 +120,7 @@ class MapTap:
     channel: Channel
     name: str
     index: int
+    held: bool = False
 
     def __call__(
         self, module: nn.Module, x: Tensor, W: Tensor, b: Tensor | None, rows: slice | None = None
@@ -96,7 +136,7 @@ class MapTap:
             channel.outside(self.site.path)
         y, tap = assign_map(x, W, b, send=channel.rule.sends, exact=channel.mode == "exact")
         if channel.mode != "idle":
-            B = getattr(module, self.name) if self.name else None
+            B = _feedback(self, module, channel.rule.learned, [W])
             channel.push(tap, B, self.index, rows)
         return y
 
@@ -109,6 +149,7 @@ class OutputTap:
     channel: Channel
     name: str
     index: int
+    held: bool = False
 
     def __call__(self, module: nn.Module, out: Any) -> Any:
         hidden = out if isinstance(out, Tensor) else out[0]
@@ -130,7 +171,8 @@ class OutputTap:
                     f"{self.site.path} returned {hidden.shape[-1]} features but its feedback was "
                     f"drawn for {self.site.rows}: give the rule features={hidden.shape[-1]}"
                 )
-            channel.push(hidden, getattr(module, self.name) if self.name else None, self.index)
+            B = _feedback(self, module, channel.rule.learned, weights_of(module))
+            channel.push(hidden, B, self.index)
             cut = hidden if channel.mode == "exact" else hidden.detach()
         if isinstance(out, Tensor):
             return cut
