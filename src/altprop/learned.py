@@ -52,8 +52,9 @@ def feedback_parameters(model: nn.Module) -> list[nn.Parameter]:
 def add_feedback(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
     """Put each learned feedback into its weight's parameter group of an existing optimiser.
 
-    Same rate, same weight decay: what Kolen-Pollack needs. What is already there stays, and so
-    does what belongs to weights of another optimiser: call it once for each.
+    Same rate, same weight decay: what Kolen-Pollack needs. A tapped block's feedback goes with the
+    block's first matrix. What is there already stays, and what goes with weights of another
+    optimiser is left to that one: call it for each.
 
     **Raises:** `RuleError` if the optimiser holds no weight that belongs to some feedback.
     """
@@ -62,7 +63,7 @@ def add_feedback(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
     at_home = False
     for name, parameter, weights in all_feedback(model):
         group = group_of.get(id(weights[0]))
-        at_home = at_home or group is not None or id(parameter) in group_of
+        at_home = at_home or any(id(p) in group_of for p in (parameter, *weights))
         if group is None or id(parameter) in group_of:
             continue
         if "param_names" in group:  # under whatever prefix the weight has there
