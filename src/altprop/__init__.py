@@ -94,6 +94,7 @@ if TYPE_CHECKING:  # what the table below means, for type checkers and editors
         ConvergenceError as ConvergenceError,
         DataError as DataError,
         RuleError as RuleError,
+        RuleWarning as RuleWarning,
     )
     from altprop.explaining import explain as explain
     from altprop.learned import (
@@ -162,7 +163,7 @@ _EXPORTS = {
     "altprop.equilibrium.stack": "convert_stack explain_stack revert_stack",
     "altprop.equilibrium.thick": "ThickBlock",
     "altprop.errors": (
-        "AltpropError CheckpointError ConfigError ConvergenceError DataError RuleError"
+        "AltpropError CheckpointError ConfigError ConvergenceError DataError RuleError RuleWarning"
     ),
     "altprop.explaining": "explain",
     "altprop.learned": "add_feedback feedback_parameters",

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from altprop.errors import RuleError
 from altprop.transforms import applied, in_halves, refuse_transforms
 
 Grads = tuple[Tensor | None, ...]
@@ -320,6 +321,15 @@ def assign_pull(
     return _AssignPull.apply(value, pull, keeper, *sources)
 
 
+def _real(*tensors: Tensor) -> None:
+    """Refuse complex numbers: a rule that multiplies by `M` would have to say which conjugates."""
+    if any(tensor.is_complex() for tensor in tensors):
+        raise RuleError(
+            "a learning rule is for real numbers, and was given complex ones: keep this place on "
+            "backprop by a pattern of its own, with Backprop(), put first"
+        )
+
+
 def assign_transport(
     x: Tensor,
     W: Tensor,
@@ -338,6 +348,7 @@ def assign_transport(
 
     **Raises:** `RuntimeError` when the result is differentiated twice.
     """
+    _real(x, W)
     if torch.is_autocast_enabled(x.device.type):
         x, W, b, B = _autocast(x, W, b, B)
     return applied(_AssignTransport, x, W, b, B, noise, rule)
@@ -353,6 +364,7 @@ def assign_map(
 
     **Raises:** `RuntimeError` when the result is differentiated twice.
     """
+    _real(x, W)
     if torch.is_autocast_enabled(x.device.type):
         x, W, b = _autocast(x, W, b)
     return applied(_AssignMap, x, W, b, send, exact)
@@ -375,4 +387,5 @@ def assign_taps(
 
     **Raises:** `RuntimeError` when the result is differentiated twice.
     """
+    _real(error, *taps)
     return applied(_AssignTaps, error, rule, list(which), *taps, *feedback, *estimates)

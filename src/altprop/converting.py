@@ -7,6 +7,8 @@ then changes classes and adds feedback; parameters, their names and their tying 
 from __future__ import annotations
 
 import contextlib
+import operator
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
@@ -17,7 +19,7 @@ from altprop.channel import Channel, Switch
 from altprop.equilibrium.estimators.estimator import AbstractEstimator
 from altprop.equilibrium.module import STACK
 from altprop.equilibrium.stack import convert_stack, revert_stack
-from altprop.errors import ConfigError, RuleError
+from altprop.errors import ConfigError, Problems, RuleError, RuleWarning, listed, told
 from altprop.feedback import generator_for
 from altprop.places import Conversion, Place, Places, Planner, TapRequest
 from altprop.rule import AbstractBroadcast, AbstractRule, AbstractTransport, Site
@@ -33,6 +35,7 @@ from altprop.sites import (
     TransportSite,
     site_class,
 )
+from altprop.unfit import others
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -50,7 +53,8 @@ def convert(
     Linear maps (`nn.Linear`, `LocalLinear`, Hugging Face's `Conv1D`, the projections of
     `nn.MultiheadAttention`) and blocks keep their parameters, names, tying and outputs; an
     optimiser built before still works (`add_feedback` gives it learned feedback). Convert before
-    `fully_shard` and before or after `torch.compile`. The forward pass does not change.
+    `fully_shard` and before or after `torch.compile`. The forward pass does not change. Other
+    layers that multiply by a matrix stay on backprop; of those a bare rule warns (`RuleWarning`).
 
     **Arguments:** `rule`, one rule for every place that fits it, or a mapping from name patterns
     to rules: `*` matches any text, a pattern also matches everything below what it names, the
@@ -61,7 +65,8 @@ def convert(
     `convert_stack`.
 
     **Raises:** `RuleError`, one for everything that cannot be converted, with paths and what to
-    write instead; `ConfigError` for arguments of a wrong kind. The model is then untouched.
+    write instead; `ConfigError` for arguments of a wrong kind. The model is then untouched, as it
+    is when anything else goes wrong.
     """
     if stack is not None:
         if not isinstance(rule, AbstractEstimator):
@@ -80,7 +85,11 @@ def convert(
         if not isinstance(pattern, str) or not isinstance(value, AbstractRule):
             hint = f": write {value.__name__}()" if isinstance(value, type) else ""
             raise ConfigError(f"{pattern!r}: {value!r} is not a rule{hint}")
-    problems: list[str] = []
+    try:
+        seed = operator.index(seed)
+    except TypeError:
+        raise ConfigError(f"the seed must be a whole number such as 0, not {seed!r}") from None
+    problems: Problems = []
     places = Places(model, output, problems)
     planners = []
     if not problems:
@@ -91,10 +100,50 @@ def convert(
             value.plan(planner)
             planners.append(planner)
     if problems:
-        lines = "".join(f"\n  - {problem}" for problem in dict.fromkeys(problems))
+        lines = "".join(f"\n  - {line}" for line in told(problems))
         raise RuleError(f"cannot convert this {type(model).__name__}; nothing was changed:{lines}")
-    _apply(model, places, planners, mapping, output, seed)
+    if isinstance(rule, AbstractRule):
+        _say_what_is_left(model, places, planners[0])
+    with _all_or_nothing(model), torch.device("cpu"):  # where a rule's draws belong
+        _apply(model, places, planners, mapping, output, seed)
     return model
+
+
+def _say_what_is_left(model: nn.Module, places: Places, planner: Planner) -> None:
+    """Warn of layers that stay on backprop, where no pattern says that this is meant."""
+    if not (planner.transports or planner.taps):
+        return
+    left = others(model, [place.module for place in places.maps], planner.asked)
+    if left:
+        warnings.warn(
+            f"{type(planner.rule).__name__} takes linear maps and leaves on backprop: "
+            f"{listed(left)}; if that is meant, say so by a pattern: "
+            f"convert(model, {{'*': {planner.rule!r}}})",
+            RuleWarning,
+            stacklevel=3,
+        )
+
+
+@contextlib.contextmanager
+def _all_or_nothing(model: nn.Module) -> Iterator[None]:
+    """Put every module back as it was if anything goes wrong inside."""
+    before = [
+        (module, type(module), [(part, dict(part)) for part in _dicts(module)])
+        for module in model.modules()
+    ]
+    try:
+        yield
+    except BaseException:
+        for module, kind, parts in before:
+            module.__class__ = kind
+            for part, content in parts:
+                part.clear()
+                part.update(content)
+        raise
+
+
+def _dicts(module: nn.Module) -> list[dict[str, Any]]:
+    return [module.__dict__, module._parameters, module._buffers]
 
 
 def _outermost(role: type[Role]) -> int:
@@ -131,6 +180,14 @@ class _Changes:
         frozen: bool,
     ) -> None:
         value = value.to(dtype=like.dtype, device=like.device)
+        if module._buffers.get(name, value) is None:  # a LocalLinear's room for a feedback
+            del module._buffers[name]
+            module.__dict__.setdefault("_altprop_rooms", []).append(name)
+        elif hasattr(module, name):
+            raise RuleError(
+                f"this {type(module).__name__} has an attribute named {name!r} already, which is "
+                "the feedback's name: rename it"
+            )
         if learned:
             module.register_parameter(name, nn.Parameter(value, requires_grad=not frozen))
         else:
@@ -178,6 +235,12 @@ def _apply(
     model.__dict__["_altprop"] = Conversion(dict(mapping), rules, output, seed, switch, encoders)
 
 
+def _frozen(place: Place) -> bool:
+    """Say whether no weight of a place learns, so that its feedback must not either."""
+    weights = [place.weight] if place.is_map else place.module.parameters()
+    return not any(weight.requires_grad for weight in weights)
+
+
 def _transport(changes: _Changes, place: Place, rule: AbstractRule, switch: Switch) -> None:
     assert isinstance(rule, AbstractTransport)
     module, name = place.module, "B" + place.suffix
@@ -185,12 +248,12 @@ def _transport(changes: _Changes, place: Place, rule: AbstractRule, switch: Swit
     changes.place(place)
     B = rule.draw(site, generator_for(changes.seed, place.path))
     if B is not None:
-        changes.feedback(module, name, B, place.weight, rule.learned, place.frozen)
+        changes.feedback(module, name, B, place.weight, rule.learned, _frozen(place))
     if rule.noisy:
         changes.counter(module)
     maps = module.__dict__.setdefault("_altprop_maps", {})
     name = "" if B is None else name
-    made = TransportSite(site, rule, name, changes.seed, switch, rule.noisy, place.frozen)
+    made = TransportSite(site, rule, name, changes.seed, switch, rule.noisy, _frozen(place))
     maps[place.key] = made
 
 
@@ -222,14 +285,14 @@ def _tap(
         places.output.module.__dict__.setdefault("_altprop_outputs", []).append(channel)
         if rule.period or rule.learned:
             changes.counter(root)
-    like = next(p for p in model.parameters() if p.is_floating_point())
+    like = request.places[0].weight
     if shared:
         site = Site(shared, max(place.rows for place in request.places), k)
         B = rule.draw(site, generator_for(changes.seed, shared))
-        frozen = all(place.frozen for place in request.places)
+        frozen = all(_frozen(place) for place in request.places)
         changes.feedback(root, shared, B, like, rule.learned, frozen)
     for index, place in enumerate(request.places):
-        site, frozen = Site(place.path, place.rows, k), place.frozen
+        site, frozen = Site(place.path, place.rows, k), _frozen(place)
         channel.sites.append(site)
         name = "" if shared else ("B_dfa" if local is None else "B_dfa_block") + place.suffix
         changes.place(place)
@@ -269,6 +332,8 @@ def revert(model: M) -> M:
                 for name in module._altprop_names:
                     delattr(module, name)
                 module.__class__ = base  # type: ignore[assignment]
+                for name in module.__dict__.get("_altprop_rooms", ()):
+                    module.register_buffer(name, None)
                 for key in [k for k in module.__dict__ if k.startswith("_altprop_")]:
                     del module.__dict__[key]
         for encoder in record.encoders:

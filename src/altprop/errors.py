@@ -8,6 +8,9 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+Problems = list[tuple[str, str]]
+"""What is wrong with a model: a place or nothing, and why it is refused."""
+
 
 class AltpropError(Exception):
     """Base of all errors that altprop raises on purpose."""
@@ -27,6 +30,10 @@ class CheckpointError(AltpropError, ValueError):
 
 class RuleError(AltpropError, ValueError):
     """A learning rule does not fit the place where it is used."""
+
+
+class RuleWarning(UserWarning):
+    """A learning rule leaves out what its user may expect it to take."""
 
 
 class ConvergenceError(AltpropError, RuntimeError):
@@ -55,6 +62,22 @@ def listed(names: Iterable[str], most: int = 5) -> str:
     names = list(names)
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
+
+
+def told(problems: Problems) -> list[str]:
+    """Return one line for each place and its problem, or one for a problem that many places have.
+
+    >>> told([("a", "odd"), ("", "sharded"), ("b", "odd")])
+    ['a: odd', 'b: odd', 'sharded']
+    """
+    places: dict[str, list[str]] = {}
+    for place, why in dict.fromkeys(problems):
+        places.setdefault(why, []).append(place)
+    lines = []
+    for why, names in places.items():
+        together = [listed(names)] if len(names) > 3 else names
+        lines += [f"{name}: {why}" if name else why for name in together]
+    return lines
 
 
 def unknown(what: str, name: str, known: Iterable[str]) -> ConfigError:

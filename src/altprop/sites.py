@@ -109,7 +109,8 @@ class TransportSite:
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def noise(self, module: nn.Module, W: Tensor) -> Tensor:
         generator = generator_for(self.seed, self.site.path, "noise", _count(module))
-        return self.rule.noise(Site(self.site.path, *W.shape), generator).to(W)
+        with torch.device("cpu"):
+            return self.rule.noise(Site(self.site.path, *W.shape), generator).to(W)
 
 
 @dataclass
@@ -326,6 +327,21 @@ def site_class(base: type[nn.Module], roles: tuple[type[Role], ...]) -> type[nn.
     return _CLASSES[key]
 
 
+def _maker(kind: type) -> type:
+    """Return the metaclass, on that of a module's class, of what `site_class` makes.
+
+    To call such a class is to make a plain module: `type(model).from_pretrained(...)` and
+    `type(model)(config)` know nothing of the places that one module was given.
+    """
+
+    class Maker(kind):  # type: ignore[misc]
+        def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+            base = next(c for c in cls.__mro__ if not issubclass(c, Role))
+            return base(*args, **kwargs)
+
+    return Maker
+
+
 def _make_class(base: type[nn.Module], roles: tuple[type[Role], ...]) -> type[nn.Module]:
 
     def __reduce_ex__(self: nn.Module, protocol: Any) -> Any:
@@ -344,7 +360,7 @@ def _make_class(base: type[nn.Module], roles: tuple[type[Role], ...]) -> type[nn
     body = {"__reduce_ex__": __reduce_ex__, "forward": forward, "__module__": base.__module__}
     if issubclass(roles[0], (LinearRole, TransposedLinearRole)):
         del body["forward"]
-    cls = cast(type[nn.Module], type(base.__name__, (*roles, base), body))
+    cls = cast(type[nn.Module], _maker(type(base))(base.__name__, (*roles, base), body))
     cls.__qualname__ = base.__qualname__
     return cls
 
