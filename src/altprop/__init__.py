@@ -24,13 +24,7 @@ if TYPE_CHECKING:  # what the table below means, for type checkers and editors
         audit_trials as audit_trials,
         finite_difference_errors as finite_difference_errors,
     )
-    from altprop.converting import (
-        add_feedback as add_feedback,
-        convert as convert,
-        feedback_parameters as feedback_parameters,
-        revert as revert,
-        rules_off as rules_off,
-    )
+    from altprop.converting import convert as convert, revert as revert, rules_off as rules_off
     from altprop.equilibrium.dynamics import (
         AbstractDynamics as AbstractDynamics,
         CausalAttention as CausalAttention,
@@ -100,8 +94,13 @@ if TYPE_CHECKING:  # what the table below means, for type checkers and editors
         ConvergenceError as ConvergenceError,
         DataError as DataError,
         RuleError as RuleError,
+        RuleWarning as RuleWarning,
     )
     from altprop.explaining import explain as explain
+    from altprop.learned import (
+        add_feedback as add_feedback,
+        feedback_parameters as feedback_parameters,
+    )
     from altprop.linear import (
         LinearFA as LinearFA,
         LinearSignSym as LinearSignSym,
@@ -133,7 +132,7 @@ _EXPORTS = {
     "altprop.auditing": (
         "AbstractArm Arm RuleArm Trial audit audit_trials finite_difference_errors"
     ),
-    "altprop.converting": "add_feedback convert feedback_parameters revert rules_off",
+    "altprop.converting": "convert revert rules_off",
     "altprop.equilibrium.dynamics": (
         "AbstractDynamics CausalAttention DampedAttention Extension GatedBlock"
     ),
@@ -164,9 +163,10 @@ _EXPORTS = {
     "altprop.equilibrium.stack": "convert_stack explain_stack revert_stack",
     "altprop.equilibrium.thick": "ThickBlock",
     "altprop.errors": (
-        "AltpropError CheckpointError ConfigError ConvergenceError DataError RuleError"
+        "AltpropError CheckpointError ConfigError ConvergenceError DataError RuleError RuleWarning"
     ),
     "altprop.explaining": "explain",
+    "altprop.learned": "add_feedback feedback_parameters",
     "altprop.linear": (
         "LinearFA LinearSignSym LocalLinear apply_dfa_block_update apply_dfa_update "
         "initialize_dfa_block_targets initialize_dfa_targets"

@@ -2,6 +2,8 @@
 
 A learning rule never touches the forward pass; it hands one of these functions a callable or
 itself, and the function's backward writes what the rule returns in place of autograd's cotangent.
+Those of transport and broadcast rules come in two halves, `value` and `keep`: the transforms of
+`torch.func` want them apart.
 
 Shapes: `x` (..., in), `W` and `B` (out, in), `b` (out), `g` (..., out), error `e` (..., k).
 """
@@ -15,6 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from altprop.errors import RuleError
+from altprop.transforms import applied, in_halves, refuse_transforms
+
 Grads = tuple[Tensor | None, ...]
 
 
@@ -26,9 +31,6 @@ class Transports(Protocol):
     def feedback_gradient(
         self, W: Tensor, B: Tensor, grad_W: Tensor | None, noise: Tensor | None
     ) -> Tensor: ...
-
-    @property
-    def follows_weight(self) -> bool: ...
 
 
 class Broadcasts(Protocol):
@@ -58,7 +60,7 @@ class _AssignAdjoint(torch.autograd.Function):
         with torch.no_grad(), torch.autocast(cotangent.device.type, enabled=False):
             a = ctx.adjoint(cotangent)
         if torch.is_grad_enabled():  # the caller said create_graph=True
-            a = _OnceOnly.apply(a, cotangent, force)
+            a = applied(_OnceOnly, a, cotangent, force)
         return a, None, None
 
 
@@ -88,6 +90,7 @@ class _AssignPull(torch.autograd.Function):
         return None, None, None, *grads
 
 
+@in_halves
 class _OnceOnly(torch.autograd.Function):
     """`(a, *sources) ↦ a`, where differentiating `a` with respect to any source is an error.
 
@@ -97,8 +100,12 @@ class _OnceOnly(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, a: Tensor, *sources: Tensor) -> Tensor:
+    def value(a: Tensor, *sources: Tensor) -> Tensor:
         return a.clone()
+
+    @staticmethod
+    def keep(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        pass
 
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor) -> tuple[None, ...]:
@@ -112,7 +119,7 @@ class _OnceOnly(torch.autograd.Function):
 def _once_only(grads: Grads, *sources: Tensor | None) -> Grads:
     """Make it an error to differentiate any of these gradients with respect to any source."""
     known = [source for source in sources if source is not None]
-    return tuple(None if g is None else _OnceOnly.apply(g, *known) for g in grads)
+    return tuple(None if g is None else applied(_OnceOnly, g, *known) for g in grads)
 
 
 def _matrix(t: Tensor) -> Tensor:
@@ -123,12 +130,12 @@ def _matrix(t: Tensor) -> Tensor:
     return t if t.dim() == 2 else t.reshape(-1, t.shape[-1])
 
 
+@in_halves
 class _AssignTransport(torch.autograd.Function):
     """`x ↦ x Wᵀ + b`, whose backward sends `g M` to `x`; the weight keeps its own `gᵀ x`."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
+    def value(
         x: Tensor,
         W: Tensor,
         b: Tensor | None,
@@ -136,11 +143,14 @@ class _AssignTransport(torch.autograd.Function):
         noise: Tensor | None,
         rule: Transports,
     ) -> Tensor:
-        ctx.rule = rule
-        # As nn.Linear does, keep the input only for a weight that learns.
-        learns = W.requires_grad or (B is not None and B.requires_grad and rule.follows_weight)
-        ctx.save_for_backward(x if learns else None, W, B, noise)
         return F.linear(x, W, b)
+
+    @staticmethod
+    def keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, W, _, B, noise, ctx.rule = inputs
+        # As nn.Linear does, keep the input only for what learns.
+        learns = W.requires_grad or (B is not None and B.requires_grad)
+        ctx.save_for_backward(x if learns else None, W, B, noise)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Grads:
@@ -156,7 +166,7 @@ class _AssignTransport(torch.autograd.Function):
         if needs_x:
             to_x = flat.mm(rule.matrix(W, B, noise))
             if flat is not g:
-                to_x = to_x.view(*g.shape[:-1], W.shape[1])
+                to_x = to_x.reshape(*g.shape[:-1], W.shape[1])
         if x is not None:
             to_W = flat.t().mm(_matrix(x))
         if needs_b:
@@ -166,6 +176,7 @@ class _AssignTransport(torch.autograd.Function):
         return to_x, to_W if needs_W else None, to_b, to_B, None, None
 
 
+@in_halves
 class _AssignMap(torch.autograd.Function):
     """`x ↦ (y, tap)`: `y` carries `g W` to the input, the tap's cotangent forms `W`'s gradient.
 
@@ -175,17 +186,20 @@ class _AssignMap(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, send: bool, exact: bool
+    def value(
+        x: Tensor, W: Tensor, b: Tensor | None, send: bool, exact: bool
     ) -> tuple[Tensor, Tensor]:
         y = F.linear(x, W, b)
-        tap = y.new_zeros(()).expand(y.shape)
-        ctx.send, ctx.exact, ctx.in_shape = send, exact, x.shape
+        return y, y.new_zeros(()).expand(y.shape)
+
+    @staticmethod
+    def keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        x, W, _, ctx.send, ctx.exact = inputs
+        ctx.in_shape = x.shape
         ctx.save_for_backward(x if W.requires_grad else None, W)
         ctx.set_materialize_grads(False)
-        if not (send or exact):
-            ctx.mark_non_differentiable(y)
-        return y, tap
+        if not (ctx.send or ctx.exact):
+            ctx.mark_non_differentiable(output[0])
 
     @staticmethod
     def backward(ctx: Any, g: Tensor | None, tap: Tensor | None) -> Grads:
@@ -212,19 +226,21 @@ class _AssignMap(torch.autograd.Function):
         return to_x, to_W, to_b, None, None
 
 
+@in_halves
 class _AssignTaps(torch.autograd.Function):
     """`(error, taps, B) ↦ error`, whose backward sends `e` on and `e Bᵀ` to every tap."""
 
     @staticmethod
-    def forward(
-        ctx: Any, error: Tensor, rule: Broadcasts, which: list[int], *tensors: Tensor | None
-    ) -> Tensor:
-        taps, rest = tensors[: len(which)], tensors[len(which) :]
-        ctx.rule, ctx.which = rule, which
-        ctx.shapes = [tap.shape for tap in taps if tap is not None]
-        ctx.dtypes = [tap.dtype for tap in taps if tap is not None]
-        ctx.save_for_backward(*rest)
+    def value(error: Tensor, rule: Broadcasts, which: list[int], *tensors: Tensor | None) -> Tensor:
         return error.view_as(error)
+
+    @staticmethod
+    def keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, ctx.rule, ctx.which, *tensors = inputs
+        taps, rest = tensors[: len(ctx.which)], tensors[len(ctx.which) :]
+        ctx.shapes = [tap.shape for tap in taps]
+        ctx.dtypes = [tap.dtype for tap in taps]
+        ctx.save_for_backward(*rest)
 
     @staticmethod
     def backward(ctx: Any, e: Tensor) -> Grads:
@@ -281,6 +297,7 @@ def assign_adjoint(force: Tensor, value: Tensor, adjoint: Callable[[Tensor], Ten
 
     **Raises:** `RuntimeError` when the result is differentiated twice.
     """
+    refuse_transforms("the gradient of an equilibrium cannot be had")
     return _AssignAdjoint.apply(force, value, adjoint)
 
 
@@ -300,7 +317,17 @@ def assign_pull(
     **Raises:** `RuntimeError` when the result is differentiated twice, and when a source was
     changed in place before the backward pass.
     """
+    refuse_transforms("the gradient of an equilibrium cannot be had")
     return _AssignPull.apply(value, pull, keeper, *sources)
+
+
+def _real(*tensors: Tensor) -> None:
+    """Refuse complex numbers: a rule that multiplies by `M` would have to say which conjugates."""
+    if any(tensor.is_complex() for tensor in tensors):
+        raise RuleError(
+            "a learning rule is for real numbers, and was given complex ones: keep this place on "
+            "backprop by a pattern of its own, with Backprop(), put first"
+        )
 
 
 def assign_transport(
@@ -321,9 +348,10 @@ def assign_transport(
 
     **Raises:** `RuntimeError` when the result is differentiated twice.
     """
+    _real(x, W)
     if torch.is_autocast_enabled(x.device.type):
         x, W, b, B = _autocast(x, W, b, B)
-    return _AssignTransport.apply(x, W, b, B, noise, rule)
+    return applied(_AssignTransport, x, W, b, B, noise, rule)
 
 
 def assign_map(
@@ -336,9 +364,10 @@ def assign_map(
 
     **Raises:** `RuntimeError` when the result is differentiated twice.
     """
+    _real(x, W)
     if torch.is_autocast_enabled(x.device.type):
         x, W, b = _autocast(x, W, b)
-    return _AssignMap.apply(x, W, b, send, exact)
+    return applied(_AssignMap, x, W, b, send, exact)
 
 
 def assign_taps(
@@ -358,4 +387,5 @@ def assign_taps(
 
     **Raises:** `RuntimeError` when the result is differentiated twice.
     """
-    return _AssignTaps.apply(error, rule, list(which), *taps, *feedback, *estimates)
+    _real(error, *taps)
+    return applied(_AssignTaps, error, rule, list(which), *taps, *feedback, *estimates)

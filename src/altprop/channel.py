@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from altprop.assign import assign_taps
 from altprop.errors import RuleError
+from altprop.feedback import randn
 from altprop.rule import AbstractBroadcast, Site, spread_error
 
 
@@ -232,7 +233,7 @@ class JacobianProbe:
             sizes = torch.stack(found).tolist()
             before, total = sum(sizes[: self._group.rank()]), sum(sizes)
             self._share = size / total
-        drawn = torch.randn(total, generator=self._generator)
+        drawn = randn(self._generator, total)
         return drawn[before : before + size].view(hidden.shape).to(hidden)
 
     def average(self, estimate: Tensor) -> Tensor:

@@ -7,6 +7,8 @@ then changes classes and adds feedback; parameters, their names and their tying 
 from __future__ import annotations
 
 import contextlib
+import operator
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
@@ -18,7 +20,7 @@ from altprop.equilibrium.estimators.estimator import AbstractEstimator
 from altprop.equilibrium.module import STACK, OnFailure
 from altprop.equilibrium.solvers.solver import AbstractSolver
 from altprop.equilibrium.stack import convert_stack, revert_stack
-from altprop.errors import ConfigError, RuleError
+from altprop.errors import ConfigError, Problems, RuleError, RuleWarning, listed, told
 from altprop.feedback import generator_for
 from altprop.places import Conversion, Place, Places, Planner, TapRequest
 from altprop.rule import AbstractBroadcast, AbstractRule, AbstractTransport, Site
@@ -34,6 +36,7 @@ from altprop.sites import (
     TransportSite,
     site_class,
 )
+from altprop.unfit import others
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -53,7 +56,8 @@ def convert(
     Linear maps (`nn.Linear`, `LocalLinear`, Hugging Face's `Conv1D`, the projections of
     `nn.MultiheadAttention`) and blocks keep their parameters, names, tying and outputs; an
     optimiser built before still works (`add_feedback` gives it learned feedback). Convert before
-    `fully_shard` and before or after `torch.compile`. The forward pass does not change.
+    `fully_shard` and before or after `torch.compile`. The forward pass does not change. Other
+    layers that multiply by a matrix stay on backprop; of those a bare rule warns (`RuleWarning`).
 
     **Arguments:** `rule`, one rule for every place that fits it, or a mapping from name patterns
     to rules: `*` matches any text, a pattern also matches everything below what it names, the
@@ -64,7 +68,8 @@ def convert(
     `convert_stack`, which says what `solver` and `on_failure` are.
 
     **Raises:** `RuleError`, one for everything that cannot be converted, with paths and what to
-    write instead; `ConfigError` for arguments of a wrong kind. The model is then untouched.
+    write instead; `ConfigError` for arguments of a wrong kind. The model is then untouched, as it
+    is when anything else goes wrong.
     """
     if stack is not None:
         if not isinstance(rule, AbstractEstimator):
@@ -87,7 +92,11 @@ def convert(
         if not isinstance(pattern, str) or not isinstance(value, AbstractRule):
             hint = f": write {value.__name__}()" if isinstance(value, type) else ""
             raise ConfigError(f"{pattern!r}: {value!r} is not a rule{hint}")
-    problems: list[str] = []
+    try:
+        seed = operator.index(seed)
+    except TypeError:
+        raise ConfigError(f"the seed must be a whole number such as 0, not {seed!r}") from None
+    problems: Problems = []
     places = Places(model, output, problems)
     planners = []
     if not problems:
@@ -98,10 +107,50 @@ def convert(
             value.plan(planner)
             planners.append(planner)
     if problems:
-        lines = "".join(f"\n  - {problem}" for problem in dict.fromkeys(problems))
+        lines = "".join(f"\n  - {line}" for line in told(problems))
         raise RuleError(f"cannot convert this {type(model).__name__}; nothing was changed:{lines}")
-    _apply(model, places, planners, mapping, output, seed)
+    if isinstance(rule, AbstractRule):
+        _say_what_is_left(model, places, planners[0])
+    with _all_or_nothing(model), torch.device("cpu"):  # where a rule's draws belong
+        _apply(model, places, planners, mapping, output, seed)
     return model
+
+
+def _say_what_is_left(model: nn.Module, places: Places, planner: Planner) -> None:
+    """Warn of layers that stay on backprop, where no pattern says that this is meant."""
+    if not (planner.transports or planner.taps):
+        return
+    left = others(model, [place.module for place in places.maps], planner.asked)
+    if left:
+        warnings.warn(
+            f"{type(planner.rule).__name__} takes linear maps and leaves on backprop: "
+            f"{listed(left)}; if that is meant, say so by a pattern: "
+            f"convert(model, {{'*': {planner.rule!r}}})",
+            RuleWarning,
+            stacklevel=3,
+        )
+
+
+@contextlib.contextmanager
+def _all_or_nothing(model: nn.Module) -> Iterator[None]:
+    """Put every module back as it was if anything goes wrong inside."""
+    before = [
+        (module, type(module), [(part, dict(part)) for part in _dicts(module)])
+        for module in model.modules()
+    ]
+    try:
+        yield
+    except BaseException:
+        for module, kind, parts in before:
+            module.__class__ = kind
+            for part, content in parts:
+                part.clear()
+                part.update(content)
+        raise
+
+
+def _dicts(module: nn.Module) -> list[dict[str, Any]]:
+    return [module.__dict__, module._parameters, module._buffers]
 
 
 def _outermost(role: type[Role]) -> int:
@@ -129,11 +178,25 @@ class _Changes:
             self.role(module, role)
 
     def feedback(
-        self, module: nn.Module, name: str, value: torch.Tensor, like: torch.Tensor, learned: bool
+        self,
+        module: nn.Module,
+        name: str,
+        value: torch.Tensor,
+        like: torch.Tensor,
+        learned: bool,
+        frozen: bool,
     ) -> None:
         value = value.to(dtype=like.dtype, device=like.device)
+        if module._buffers.get(name, value) is None:  # a LocalLinear's room for a feedback
+            del module._buffers[name]
+            module.__dict__.setdefault("_altprop_rooms", []).append(name)
+        elif hasattr(module, name):
+            raise RuleError(
+                f"this {type(module).__name__} has an attribute named {name!r} already, which is "
+                "the feedback's name: rename it"
+            )
         if learned:
-            module.register_parameter(name, nn.Parameter(value))
+            module.register_parameter(name, nn.Parameter(value, requires_grad=not frozen))
         else:
             module.register_buffer(name, value)
         self.names[module].append(name)
@@ -179,6 +242,12 @@ def _apply(
     model.__dict__["_altprop"] = Conversion(dict(mapping), rules, output, seed, switch, encoders)
 
 
+def _frozen(place: Place) -> bool:
+    """Say whether no weight of a place learns, so that its feedback must not either."""
+    weights = [place.weight] if place.is_map else place.module.parameters()
+    return not any(weight.requires_grad for weight in weights)
+
+
 def _transport(changes: _Changes, place: Place, rule: AbstractRule, switch: Switch) -> None:
     assert isinstance(rule, AbstractTransport)
     module, name = place.module, "B" + place.suffix
@@ -186,12 +255,13 @@ def _transport(changes: _Changes, place: Place, rule: AbstractRule, switch: Swit
     changes.place(place)
     B = rule.draw(site, generator_for(changes.seed, place.path))
     if B is not None:
-        changes.feedback(module, name, B, place.weight, rule.learned)
+        changes.feedback(module, name, B, place.weight, rule.learned, _frozen(place))
     if rule.noisy:
         changes.counter(module)
     maps = module.__dict__.setdefault("_altprop_maps", {})
     name = "" if B is None else name
-    maps[place.key] = TransportSite(site, rule, name, changes.seed, switch, rule.noisy)
+    made = TransportSite(site, rule, name, changes.seed, switch, rule.noisy, _frozen(place))
+    maps[place.key] = made
 
 
 def _tap(
@@ -222,24 +292,25 @@ def _tap(
         places.output.module.__dict__.setdefault("_altprop_outputs", []).append(channel)
         if rule.period or rule.learned:
             changes.counter(root)
-    like = next(p for p in model.parameters() if p.is_floating_point())
+    like = request.places[0].weight
     if shared:
         site = Site(shared, max(place.rows for place in request.places), k)
         B = rule.draw(site, generator_for(changes.seed, shared))
-        changes.feedback(root, shared, B, like, rule.learned)
+        frozen = all(_frozen(place) for place in request.places)
+        changes.feedback(root, shared, B, like, rule.learned, frozen)
     for index, place in enumerate(request.places):
-        site = Site(place.path, place.rows, k)
+        site, frozen = Site(place.path, place.rows, k), _frozen(place)
         channel.sites.append(site)
         name = "" if shared else ("B_dfa" if local is None else "B_dfa_block") + place.suffix
         changes.place(place)
         if name:
             B = rule.draw(site, generator_for(changes.seed, place.path, "tap"))
-            changes.feedback(place.module, name, B, place.weight, rule.learned)
+            changes.feedback(place.module, name, B, place.weight, rule.learned, frozen)
         if place.is_map:
             maps = place.module.__dict__.setdefault("_altprop_maps", {})
-            maps[place.key] = MapTap(site, channel, name, index)
+            maps[place.key] = MapTap(site, channel, name, index, frozen)
         else:
-            place.module.__dict__["_altprop_tap"] = OutputTap(site, channel, name, index)
+            place.module.__dict__["_altprop_tap"] = OutputTap(site, channel, name, index, frozen)
 
 
 def conversions(model: nn.Module) -> Iterator[tuple[str, nn.Module, Conversion]]:
@@ -268,6 +339,8 @@ def revert(model: M) -> M:
                 for name in module._altprop_names:
                     delattr(module, name)
                 module.__class__ = base  # type: ignore[assignment]
+                for name in module.__dict__.get("_altprop_rooms", ()):
+                    module.register_buffer(name, None)
                 for key in [k for k in module.__dict__ if k.startswith("_altprop_")]:
                     del module.__dict__[key]
         for encoder in record.encoders:
@@ -297,56 +370,3 @@ def rules_off(model: nn.Module) -> Iterator[None]:
     finally:
         for switch, on in before:
             switch.on = on
-
-
-def learned_feedback(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, list[nn.Parameter]]]:
-    """Yield name, parameter and the weights it goes with, for every learned feedback."""
-    for path, module in model.named_modules():
-        names: tuple[str, ...] = getattr(module, "_altprop_names", ())
-        own = [n for n in names if isinstance(getattr(module, n), nn.Parameter)]
-        for name in own:
-            site = next((s for s in _sites(module) if s.name == name), None)
-            if isinstance(site, (TransportSite, MapTap)):
-                maps = module.__dict__["_altprop_maps"]
-                with_it = [getattr(module, key) for key, s in maps.items() if s is site]
-            else:
-                feedback = {id(getattr(module, n)) for n in own}
-                with_it = [p for p in module.parameters() if id(p) not in feedback]
-            yield f"{path}.{name}".lstrip("."), getattr(module, name), with_it
-
-
-def _sites(module: nn.Module) -> list[Any]:
-    maps = list(module.__dict__.get("_altprop_maps", {}).values())
-    tap = module.__dict__.get("_altprop_tap")
-    return maps + ([] if tap is None else [tap])
-
-
-def feedback_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """Return the learned feedback matrices of a converted model, for an optimiser to move."""
-    return [parameter for _, parameter, _ in learned_feedback(model)]
-
-
-def add_feedback(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
-    """Put each learned feedback into its weight's parameter group of an existing optimiser.
-
-    Same rate, same weight decay: what Kolen-Pollack needs. What is already there stays.
-
-    **Raises:** `RuleError` if the optimiser holds no weight that belongs to some feedback.
-    """
-    group_of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
-    additions, homeless = [], []
-    for name, parameter, weights in learned_feedback(model):
-        if id(parameter) in group_of:
-            continue
-        group = next((group_of[id(w)] for w in weights if id(w) in group_of), None)
-        if group is None:
-            homeless.append(name)
-        else:
-            additions.append((group, parameter))
-    if homeless:
-        raise RuleError(
-            f"the optimiser holds no weight that goes with {', '.join(homeless)}: add them with "
-            "optimizer.add_param_group({'params': feedback_parameters(model)})"
-        )
-    for group, parameter in additions:
-        group["params"].append(parameter)

@@ -8,6 +8,9 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+Problems = list[tuple[str, str]]
+"""What is wrong with a model: a place or nothing, and why it is refused."""
+
 
 class AltpropError(Exception):
     """Base of all errors that altprop raises on purpose."""
@@ -29,6 +32,10 @@ class RuleError(AltpropError, ValueError):
     """A learning rule does not fit the place where it is used."""
 
 
+class RuleWarning(UserWarning):
+    """A learning rule leaves out what its user may expect it to take."""
+
+
 class ConvergenceError(AltpropError, RuntimeError):
     """A solve did not reach its tolerance."""
 
@@ -44,6 +51,33 @@ def suggest(name: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(name.lower(), list(lowered), n=1, cutoff=0.4)
     start = f"did you mean {lowered[near[0]]}? " if near else ""
     return f"{start}Known: {', '.join(names)}"
+
+
+def listed(names: Iterable[str], most: int = 5) -> str:
+    """Return names as one clause, the first few of many.
+
+    >>> listed("abcdefg")
+    'a, b, c, d, e and 2 more'
+    """
+    names = list(names)
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def told(problems: Problems) -> list[str]:
+    """Return one line for each place and its problem, or one for a problem that many places have.
+
+    >>> told([("a", "odd"), ("", "sharded"), ("b", "odd")])
+    ['a: odd', 'b: odd', 'sharded']
+    """
+    places: dict[str, list[str]] = {}
+    for place, why in dict.fromkeys(problems):
+        places.setdefault(why, []).append(place)
+    lines = []
+    for why, names in places.items():
+        together = [listed(names)] if len(names) > 3 else names
+        lines += [f"{name}: {why}" if name else why for name in together]
+    return lines
 
 
 def unknown(what: str, name: str, known: Iterable[str]) -> ConfigError:

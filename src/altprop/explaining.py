@@ -7,9 +7,10 @@ from typing import Any
 
 from torch import nn
 
-from altprop.converting import conversions, learned_feedback
+from altprop.converting import conversions
 from altprop.equilibrium.stack import StackRow, explain_stack
 from altprop.errors import RuleError
+from altprop.learned import learned_feedback
 from altprop.rule import AbstractBroadcast, AbstractTransport
 from altprop.sites import MapTap, OutputTap, Role, TransportSite
 

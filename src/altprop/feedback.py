@@ -1,7 +1,8 @@
 """How a feedback matrix is drawn: named initialisations, one private generator per place.
 
 Every draw comes from a CPU generator seeded by (seed, path), so that one seed gives one feedback
-whatever else the program draws, on any device and in any order. Sources: Lillicrap et al. 2016
+whatever else the program draws, on any device, in any order, and whatever defaults it has set for
+devices and dtypes: numbers are drawn in float32 and then cast. Sources: Lillicrap et al. 2016
 (gaussian), Crafton et al. 2019 (sparse).
 """
 
@@ -21,19 +22,23 @@ def generator_for(seed: int, *place: object) -> torch.Generator:
     """Return a CPU generator that depends on `seed` and `place` alone."""
     text = ":".join(map(str, (seed, *place)))
     number = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
-    return torch.Generator().manual_seed(number)
+    return torch.Generator("cpu").manual_seed(number)
+
+
+def randn(generator: torch.Generator, *shape: int) -> Tensor:
+    """Draw from `N(0, 1)` on the CPU in float32, whatever the program's defaults are."""
+    return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
 
 
 def _haar(rows: int, columns: int, generator: torch.Generator) -> Tensor:
     """Draw a semi-orthogonal (rows, columns) matrix from the Haar measure."""
-    tall = torch.randn(max(rows, columns), min(rows, columns), generator=generator)
-    q, r = torch.linalg.qr(tall)
-    q = q * torch.where(r.diagonal() < 0, -1.0, 1.0)  # makes the factorisation unique, hence Haar
+    q, r = torch.linalg.qr(randn(generator, max(rows, columns), min(rows, columns)))
+    q[:, r.diagonal() < 0] *= -1  # makes the factorisation unique, hence Haar
     return q if rows >= columns else q.t().contiguous()
 
 
 def _gaussian(rows: int, columns: int, std: float, k: int | None, g: torch.Generator) -> Tensor:
-    return torch.randn(rows, columns, generator=g) * std
+    return randn(g, rows, columns) * std
 
 
 def _orthogonal(rows: int, columns: int, std: float, k: int | None, g: torch.Generator) -> Tensor:
@@ -46,9 +51,11 @@ def _ortho_he(rows: int, columns: int, std: float, k: int | None, g: torch.Gener
 
 def _sparse(rows: int, columns: int, std: float, k: int | None, g: torch.Generator) -> Tensor:
     count = min(columns, max(1, columns // 16) if k is None else k)
-    where = torch.rand(rows, columns, generator=g).topk(count, dim=1).indices
-    signs = torch.randint(0, 2, (rows, count), generator=g).to(torch.get_default_dtype()) * 2 - 1
-    return torch.zeros(rows, columns).scatter_(1, where, signs * (std * math.sqrt(columns / count)))
+    scores = torch.empty(rows, columns, dtype=torch.float32, device="cpu").uniform_(generator=g)
+    where = scores.topk(count, dim=1).indices
+    signs = torch.randint(0, 2, (rows, count), generator=g, device="cpu").float() * 2 - 1
+    values = signs * (std * math.sqrt(columns / count))
+    return torch.zeros_like(scores).scatter_(1, where, values)
 
 
 _INITS: dict[str, Callable[[int, int, float, int | None, torch.Generator], Tensor]] = {
@@ -87,7 +94,7 @@ def draw(
     std: float = 0.02,
     k: int | None = None,
 ) -> Tensor:
-    """Draw a (rows, columns) feedback matrix in the default dtype on the CPU.
+    """Draw a (rows, columns) feedback matrix in float32 on the CPU.
 
     **Arguments:** `init`, one of `gaussian` (`N(0, std²)`), `orthogonal` (Haar semi-orthogonal
     times `√columns · std`), `ortho_he` (times `√(2 / rows)`; `std` is inert), `sparse` (`k` entries

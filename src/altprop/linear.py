@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from altprop.assign import assign_transport
 from altprop.channel import Switch
 from altprop.errors import ConfigError, RuleError, unknown
-from altprop.feedback import cosine_gradient, draw, generator_for
+from altprop.feedback import cosine_gradient, draw, generator_for, randn
 from altprop.rule import AbstractTransport, Site, spread_error
 from altprop.rules.feedback_alignment import FeedbackAlignment
 from altprop.rules.sign_symmetry import SignSymmetry
@@ -96,18 +96,35 @@ class LocalLinear(nn.Linear):
         self.fa_grape = fa_grape
         self.fa_grape_n_probe = fa_grape_n_probe
         if seed is None:
-            seed = int(torch.randint(2**62, (), generator=generator))
+            seed = int(torch.randint(2**62, (), generator=generator, device="cpu"))
         self.seed = seed
+        if self.weight.is_complex() and method != "bp":
+            raise ConfigError(
+                f"method={method!r} is for real numbers, not {self.weight.dtype}: write method='bp'"
+            )
         self._rule = rules.get(method)
         self._switch = Switch()
         self._input: Tensor | None = None
         self._probes = 0
         for name in _FEEDBACK:
             self.register_buffer(name, None)
-        if self._rule is not None:
-            B = self._rule.draw(Site("B", out_features, in_features), generator_for(seed, "B"))
-            if B is not None:
-                self._keep("B", B)
+        self._draw()
+
+    def _draw(self) -> None:
+        """Draw the feedback that the method has from its beginning, from the seed alone."""
+        if self._rule is None:
+            return
+        site = Site("B", self.out_features, self.in_features)
+        B = self._rule.draw(site, generator_for(self.seed, "B"))
+        if B is not None:
+            self._keep("B", B)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> LocalLinear:
+        lost = self.weight.is_meta
+        super()._apply(fn, recurse)
+        if lost and not self.weight.is_meta:  # built on the meta device, where no value is kept
+            self._draw()
+        return self
 
     def reset_parameters(self) -> None:
         """Draw the weight from `N(0, init_std²)` and set the bias to zero."""
@@ -121,7 +138,7 @@ class LocalLinear(nn.Linear):
     def _keep(self, name: str, value: Tensor) -> None:
         value = value.to(device=self.weight.device, dtype=self.weight.dtype)
         if name == "B" and self.fa_grape:
-            del self._buffers["B"]
+            self._buffers.pop("B", None)
             self.B = nn.Parameter(value, requires_grad=False)
         else:
             self._buffers[name] = value
@@ -146,8 +163,7 @@ class LocalLinear(nn.Linear):
             return
         generator = generator_for(self.seed, "probe", self._probes)
         self._probes += 1
-        p = torch.randn(self.fa_grape_n_probe, self.in_features, generator=generator)
-        p = p.to(self.weight)
+        p = randn(generator, self.fa_grape_n_probe, self.in_features).to(self.weight)
         estimate = F.linear(p, self.weight).t() @ p / len(p)
         self.B.sub_(cosine_gradient(self.B, estimate), alpha=lr_b)
         if normalize_columns:
@@ -158,6 +174,8 @@ class LocalLinear(nn.Linear):
         self._target("B_dfa", target_dim, init_std)
 
     def _target(self, name: str, width: int, init_std: float) -> None:
+        if self.weight.is_meta:
+            raise RuleError("this layer is on the meta device: materialise the model first")
         if width < 1:
             raise ConfigError(f"the error's width must be at least 1, not {width}")
         generator = generator_for(self.seed, name)
@@ -201,6 +219,8 @@ class LocalLinear(nn.Linear):
             if value is not None:
                 self._keep(name, torch.empty_like(value, device="cpu"))
         super()._load_from_state_dict(state_dict, prefix, *args)
+        if self.B is not None and self.B.is_meta and not self.weight.is_meta:  # assign=True
+            self._draw()
         missing: list[str] = args[2]
         missing[:] = [key for key in missing if key not in {prefix + n for n in _FEEDBACK}]
 

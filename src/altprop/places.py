@@ -13,13 +13,15 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.parameter import is_lazy
 
 from altprop.attention import AttentionRole, EncoderLayerRole, why_not
 from altprop.channel import Switch
-from altprop.errors import suggest
+from altprop.errors import Problems, suggest
 from altprop.linear import LocalLinear
 from altprop.rule import AbstractBroadcast, AbstractRule
 from altprop.sites import LinearRole, Role, TapRole, TransposedLinearRole
+from altprop.unfit import COMPLEX, real, unready
 
 # linear maps of other libraries that store their weight as (in, out)
 _TRANSPOSED = {"transformers.pytorch_utils.Conv1D"}
@@ -92,7 +94,7 @@ def named(path: str) -> str:
 class Places:
     """All linear maps of a model and its output; problems with the model as a whole."""
 
-    def __init__(self, model: nn.Module, output: str | None, problems: list[str]) -> None:
+    def __init__(self, model: nn.Module, output: str | None, problems: Problems) -> None:
         self.model = model
         self.problems = problems
         self.maps: list[Place] = []
@@ -102,10 +104,10 @@ class Places:
         converted = [path for path, m in model.named_modules() if isinstance(m, Role)]
         if converted or any("_altprop" in m.__dict__ for m in model.modules()):
             where = f" ({named(converted[0])}, …)" if converted else ""
-            problems.append(f"it is already converted{where}: write revert(model) first")
+            problems.append(("", f"it is already converted{where}: write revert(model) first"))
             return
         if any(type(m).__name__.startswith("FSDP") for m in model.modules()):
-            problems.append("it is already sharded: convert before fully_shard")
+            problems.append(("", "it is already sharded: convert before fully_shard"))
             return
         self._find()
         if output is not None:
@@ -146,7 +148,9 @@ class Places:
         role: type[Role] = TransposedLinearRole if is_conv1d(module) else LinearRole
         owned = bool(around) and isinstance(around[-1], nn.MultiheadAttention)
         exact = type(module) in (nn.Linear, LocalLinear) or is_conv1d(module)
-        if isinstance(module, LocalLinear) and module.method != "bp":
+        if lacking := unready([module], [weight]):
+            refusal = lacking
+        elif isinstance(module, LocalLinear) and module.method != "bp":
             refusal = f"this LocalLinear has method {module.method!r}: build it with method='bp'"
         elif not exact and not (owned and type(module) is NonDynamicallyQuantizableLinear):
             refusal = (
@@ -155,9 +159,9 @@ class Places:
             )
         elif owned and type(around[-1]) is not nn.MultiheadAttention:
             refusal = self._foreign(around[-1])
-        elif weight.is_meta:
-            refusal = "its weight is on the meta device: materialise the model first"
-        shape = tuple(weight.shape) if weight.dim() == 2 else (0, 0)
+        elif weight.is_complex():
+            refusal = COMPLEX
+        shape = tuple(weight.shape) if not is_lazy(weight) and weight.dim() == 2 else (0, 0)
         rows, columns = reversed(shape) if is_conv1d(module) else shape
         self.maps.append(
             Place(path, module, weight, rows, columns, "weight", "", role, needs, refusal, True)
@@ -181,6 +185,8 @@ class Places:
             keys = ["in_proj_weight"]
         else:
             keys = ["q_proj_weight", "k_proj_weight", "v_proj_weight"]
+        weights = [getattr(module, key) for key in keys]
+        refusal = refusal or unready([], weights) or COMPLEX * weights[0].is_complex()
         for key in keys:
             weight, name = getattr(module, key), key.removesuffix("_weight")
             inner = f"{path}.{name}".lstrip(".")
@@ -204,9 +210,10 @@ class Places:
         known = [place.path for place in self.maps if place.key == "weight"]
         found = next((place for place in self.maps if place.path == output), None)
         if found is None or found.key != "weight":
-            self.problems.append(
-                f"output={output!r} is not the path of a linear map: {suggest(output, known)}"
-            )
+            wanted = f"not the path of a linear map: {suggest(output, known)}"
+            self.problems.append(("", f"output={output!r} is {wanted}"))
+        elif lacking := unready([found.module], []):
+            self.problems.append((output, lacking))
         return found
 
     def within(self, path: str) -> list[Place]:
@@ -249,13 +256,15 @@ class Planner:
     transports: list[Place] = field(default_factory=list)
     kept: list[Place] = field(default_factory=list)
     taps: list[TapRequest] = field(default_factory=list)
+    asked: list[str] = field(default_factory=list)
+    """Where all linear maps were asked for: paths of blocks, or nothing for the whole model."""
 
     @property
     def _name(self) -> str:
         return type(self.rule).__name__
 
     def refuse(self, path: str, why: str) -> None:
-        self.places.problems.append(f"{named(path)}: {why}")
+        self.places.problems.append((named(path), why))
 
     def _left(self, path: str, kind: str) -> bool:
         return not any(kind in rule.takes and matches(p, path) for p, rule in self.earlier)
@@ -274,6 +283,7 @@ class Planner:
             )
 
     def maps(self) -> list[Place]:
+        self.asked.append("")
         broadcast = isinstance(self.rule, AbstractBroadcast)
         known = [p for p in self.places.maps if not (broadcast and p is self.places.output)]
         matched = [p for p in known if self.pattern is None or matches(self.pattern, p.path)]
@@ -318,9 +328,11 @@ class Planner:
         if width is None:
             self.refuse(path, f"the width of its output is not known: {self._name}(features=...)")
             return None
-        return Place(path, module, next(module.parameters()), width)
+        lacking = unready(module.modules(), module.parameters())
+        return Place(path, module, real(module.parameters()), width, refusal=lacking)
 
     def maps_in(self, block: Place) -> list[Place]:
+        self.asked.append(block.path)
         return self.places.within(block.path)
 
     def sublayers(self, block: Place) -> list[Place]:
@@ -339,8 +351,8 @@ class Planner:
         found = []
         for name in names:
             child = module.get_submodule(name)
-            weight = next(child.parameters(), block.weight)
-            found.append(Place(f"{block.path}.{name}", child, weight, block.rows))
+            weight, path = real([*child.parameters(), block.weight]), f"{block.path}.{name}"
+            found.append(Place(path, child, weight, block.rows, refusal=block.refusal))
         return found
 
     def _claim(self, place: Place) -> bool:

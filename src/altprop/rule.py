@@ -107,11 +107,6 @@ class AbstractTransport(AbstractRule):
         """Whether `noise` must be drawn anew at every recorded pass."""
         return False
 
-    @property
-    def follows_weight(self) -> bool:
-        """Whether `feedback_gradient` needs the weight's gradient."""
-        return False
-
     def plan(self, scope: Scope) -> None:
         for place in scope.maps():
             scope.transport(place)

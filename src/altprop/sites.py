@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import types
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -20,6 +21,7 @@ from altprop.channel import Channel, JacobianProbe, Switch, in_backward
 from altprop.errors import RuleError
 from altprop.feedback import generator_for
 from altprop.rule import AbstractTransport, Site
+from altprop.transforms import refuse_transforms
 
 STEP = "B_step"
 
@@ -27,6 +29,7 @@ STEP = "B_step"
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _count(module: nn.Module) -> int:
     """Return the number of this recorded pass; a checkpoint's recomputation repeats the last."""
+    refuse_transforms("a rule that draws or measures at every pass cannot count its passes")
     step = cast(Tensor, getattr(module, STEP))
     if in_backward():
         if "_altprop_counted" not in module.__dict__:
@@ -42,6 +45,42 @@ def _count(module: nn.Module) -> int:
     return number
 
 
+def weights_of(module: nn.Module) -> Iterator[nn.Parameter]:
+    """Yield the parameters in a module, feedback excepted."""
+    for part in module.modules():
+        feedback = part.__dict__.get("_altprop_names", ())
+        for name, parameter in part.named_parameters(recurse=False):
+            if name not in feedback:
+                yield parameter
+
+
+def _feedback(
+    place: TransportSite | MapTap | OutputTap,
+    module: nn.Module,
+    learned: bool,
+    weights: Iterable[Tensor],
+) -> Tensor | None:
+    """Return a place's feedback, if it has its own; a learned one learns only while a weight does.
+
+    What the user froze stays frozen; what `convert` froze learns again when the weight does.
+    """
+    B: Tensor | None = getattr(module, place.name) if place.name else None
+    if B is None or not learned:
+        return B
+    if not any(weight.requires_grad for weight in weights):
+        return B.detach()
+    if place.held:
+        _release(place, B)
+    return B
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _release(place: TransportSite | MapTap | OutputTap, B: Tensor) -> None:
+    if isinstance(B, nn.Parameter):
+        B.requires_grad_()
+        place.held = False
+
+
 @dataclass
 class TransportSite:
     """A linear map whose input receives what a transport rule sends."""
@@ -53,13 +92,15 @@ class TransportSite:
     seed: int
     switch: Switch
     noisy: bool
+    held: bool = False
+    """Whether `convert` froze a learned feedback, since its weight was frozen."""
 
     def __call__(
         self, module: nn.Module, x: Tensor, W: Tensor, b: Tensor | None, rows: slice | None = None
     ) -> Tensor:
         if not (self.switch.on and torch.is_grad_enabled()):
             return F.linear(x, W, b)
-        B = getattr(module, self.name) if self.name else None
+        B = _feedback(self, module, self.rule.learned, [W])
         if rows is not None and B is not None:
             B = B[rows]
         noise = self.noise(module, W) if self.noisy else None
@@ -68,7 +109,8 @@ class TransportSite:
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def noise(self, module: nn.Module, W: Tensor) -> Tensor:
         generator = generator_for(self.seed, self.site.path, "noise", _count(module))
-        return self.rule.noise(Site(self.site.path, *W.shape), generator).to(W)
+        with torch.device("cpu"):
+            return self.rule.noise(Site(self.site.path, *W.shape), generator).to(W)
 
 
 @dataclass
@@ -79,6 +121,7 @@ class MapTap:
     channel: Channel
     name: str
     index: int
+    held: bool = False
 
     def __call__(
         self, module: nn.Module, x: Tensor, W: Tensor, b: Tensor | None, rows: slice | None = None
@@ -94,7 +137,7 @@ class MapTap:
             channel.outside(self.site.path)
         y, tap = assign_map(x, W, b, send=channel.rule.sends, exact=channel.mode == "exact")
         if channel.mode != "idle":
-            B = getattr(module, self.name) if self.name else None
+            B = _feedback(self, module, channel.rule.learned, [W])
             channel.push(tap, B, self.index, rows)
         return y
 
@@ -107,6 +150,7 @@ class OutputTap:
     channel: Channel
     name: str
     index: int
+    held: bool = False
 
     def __call__(self, module: nn.Module, out: Any) -> Any:
         hidden = out if isinstance(out, Tensor) else out[0]
@@ -128,7 +172,8 @@ class OutputTap:
                     f"{self.site.path} returned {hidden.shape[-1]} features but its feedback was "
                     f"drawn for {self.site.rows}: give the rule features={hidden.shape[-1]}"
                 )
-            channel.push(hidden, getattr(module, self.name) if self.name else None, self.index)
+            B = _feedback(self, module, channel.rule.learned, weights_of(module))
+            channel.push(hidden, B, self.index)
             cut = hidden if channel.mode == "exact" else hidden.detach()
         if isinstance(out, Tensor):
             return cut
@@ -282,6 +327,21 @@ def site_class(base: type[nn.Module], roles: tuple[type[Role], ...]) -> type[nn.
     return _CLASSES[key]
 
 
+def _maker(kind: type) -> type:
+    """Return the metaclass, on that of a module's class, of what `site_class` makes.
+
+    To call such a class is to make a plain module: `type(model).from_pretrained(...)` and
+    `type(model)(config)` know nothing of the places that one module was given.
+    """
+
+    class Maker(kind):  # type: ignore[misc]
+        def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+            base = next(c for c in cls.__mro__ if not issubclass(c, Role))
+            return base(*args, **kwargs)
+
+    return Maker
+
+
 def _make_class(base: type[nn.Module], roles: tuple[type[Role], ...]) -> type[nn.Module]:
 
     def __reduce_ex__(self: nn.Module, protocol: Any) -> Any:
@@ -300,7 +360,7 @@ def _make_class(base: type[nn.Module], roles: tuple[type[Role], ...]) -> type[nn
     body = {"__reduce_ex__": __reduce_ex__, "forward": forward, "__module__": base.__module__}
     if issubclass(roles[0], (LinearRole, TransposedLinearRole)):
         del body["forward"]
-    cls = cast(type[nn.Module], type(base.__name__, (*roles, base), body))
+    cls = cast(type[nn.Module], _maker(type(base))(base.__name__, (*roles, base), body))
     cls.__qualname__ = base.__qualname__
     return cls
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from altprop.errors import ConfigError
-from altprop.feedback import check_init, cosine_gradient, draw, normalised
+from altprop.feedback import check_init, cosine_gradient, draw, normalised, randn
 from altprop.rule import AbstractTransport, Site
 
 
@@ -46,7 +46,7 @@ class AlignedFeedback(AbstractTransport):
         return draw(self.init, site.rows, site.columns, generator, std=self.std)
 
     def noise(self, site: Site, generator: torch.Generator) -> Tensor:
-        return torch.randn(self.probes, site.columns, generator=generator)
+        return randn(generator, self.probes, site.columns)
 
     def matrix(self, W: Tensor, B: Tensor | None, noise: Tensor | None) -> Tensor:
         assert B is not None

@@ -33,10 +33,6 @@ class KolenPollack(AbstractTransport):
     def __post_init__(self) -> None:
         check_init(self.init, self.std, self.k)
 
-    @property
-    def follows_weight(self) -> bool:
-        return True
-
     def draw(self, site: Site, generator: torch.Generator) -> Tensor:
         return draw(self.init, site.rows, site.columns, generator, std=self.std, k=self.k)
 

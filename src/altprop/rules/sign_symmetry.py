@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from altprop.errors import unknown
+from altprop.feedback import randn
 from altprop.rule import AbstractTransport, Site
 
 _VARIANTS = ("sign", "usf", "brsf", "frsf")
@@ -44,10 +45,10 @@ class SignSymmetry(AbstractTransport):
     def draw(self, site: Site, generator: torch.Generator) -> Tensor | None:
         if self.variant != "frsf":
             return None
-        return torch.randn(site.rows, site.columns, generator=generator).abs()
+        return randn(generator, site.rows, site.columns).abs()
 
     def noise(self, site: Site, generator: torch.Generator) -> Tensor:
-        return torch.randn(site.rows, site.columns, generator=generator).abs()
+        return randn(generator, site.rows, site.columns).abs()
 
     def matrix(self, W: Tensor, B: Tensor | None, noise: Tensor | None) -> Tensor:
         M = W.sign()  # a fresh tensor, so that the rest may work in place

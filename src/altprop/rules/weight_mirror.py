@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from altprop.errors import ConfigError
-from altprop.feedback import check_init, draw
+from altprop.feedback import check_init, draw, randn
 from altprop.rule import AbstractTransport, Site
 
 
@@ -49,7 +49,7 @@ class WeightMirror(AbstractTransport):
         return draw(self.init, site.rows, site.columns, generator, std=self.std)
 
     def noise(self, site: Site, generator: torch.Generator) -> Tensor:
-        p = torch.randn(self.probes, site.columns, generator=generator)
+        p = randn(generator, self.probes, site.columns)
         return p - p.mean(0)
 
     def matrix(self, W: Tensor, B: Tensor | None, noise: Tensor | None) -> Tensor:

@@ -21,9 +21,10 @@ from torch import Tensor, nn
 from torch.multiprocessing.spawn import spawn
 from torch.utils.checkpoint import checkpoint
 
-from altprop.converting import convert, feedback_parameters, revert, rules_off
+from altprop.converting import convert, revert, rules_off
 from altprop.errors import RuleError
 from altprop.feedback import generator_for
+from altprop.learned import feedback_parameters
 from altprop.rule import AbstractBroadcast, AbstractRule, AbstractTransport, Site
 from altprop.sites import Role
 

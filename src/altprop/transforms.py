@@ -1,0 +1,56 @@
+"""How a rule's autograd functions live under the transforms of `torch.func`: each has a twin.
+
+A transform wants a function's forward and what it saves apart, as `setup_context`, which costs
+torch a call of `inspect` at every use. So a function is written in two halves, and only a running
+transform is given the twin that has them apart.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from altprop.errors import RuleError
+
+
+def transforming() -> bool:
+    """Say whether a transform of `torch.func` (grad, vjp, vmap, ...) is running."""
+    if torch.compiler.is_compiling():
+        return False
+    return bool(torch._C._are_functorch_transforms_active())
+
+
+def refuse_transforms(what: str) -> None:
+    """Raise `RuleError`, which begins with `what`, inside a transform of `torch.func`."""
+    if transforming():
+        raise RuleError(
+            f"{what} inside a transform of torch.func (grad, vmap, ...): call loss.backward() or "
+            "torch.autograd.grad outside one instead"
+        )
+
+
+def in_halves(kind: type[Any]) -> type[Any]:
+    """Make a function's forward of `value(*inputs)` and `keep(ctx, inputs, output)`, and a twin."""
+
+    def forward(ctx: Any, *inputs: Any) -> Any:
+        output = kind.value(*inputs)
+        kind.keep(ctx, inputs, output)
+        return output
+
+    def jvp(ctx: Any, *tangents: Any) -> None:
+        raise RuleError(
+            "a learning rule has no forward-mode derivative: it says what a backward pass writes; "
+            "take the forward pass's own, inside torch.no_grad() or altprop.rules_off(model)"
+        )
+
+    kind.forward = staticmethod(forward)
+    halves = {"forward": staticmethod(kind.value), "setup_context": staticmethod(kind.keep)}
+    body = {**halves, "jvp": staticmethod(jvp), "generate_vmap_rule": True}
+    kind.twin = type(kind.__name__, (kind,), body)
+    return kind
+
+
+def applied(kind: type[Any], *inputs: Any) -> Any:
+    """Apply a function of two halves, or its twin where a transform is running."""
+    return (kind.twin if transforming() else kind).apply(*inputs)

@@ -1,0 +1,165 @@
+"""torch.func's transforms of a converted model: what a loop over samples or networks gives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad, jacrev, jvp, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import altprop as ap
+from test_rules import RULES
+
+Params = dict[str, Tensor]
+COUNTED = [r for r in RULES if getattr(r, "noisy", False) or getattr(r, "period", 0)]
+COUNTED += [r for r in RULES if isinstance(r, ap.GrAPE) and r not in COUNTED]
+FREE = [r for r in RULES if r not in COUNTED]
+
+
+@pytest.fixture(autouse=True)
+def _plain_attention() -> Iterator[None]:
+    with sdpa_kernel(SDPBackend.MATH):  # torch's fused one has no transforms of its own
+        yield
+
+
+class Block(nn.Module):
+    sublayer_outputs = ("down",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(6, 9), nn.Linear(9, 6, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(torch.tanh(self.up(x)))
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(5, 6)
+        self.blocks = nn.ModuleList(Block() for _ in range(2))
+        self.attention = nn.MultiheadAttention(6, 2, batch_first=True)
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        for block in self.blocks:
+            x = x + block(x)
+        return self.head(x + self.attention(x, x, x, need_weights=False)[0])
+
+
+def converted(rule: ap.AbstractRule) -> Net:
+    torch.manual_seed(0)
+    return ap.convert(Net().double(), rule, output="head")
+
+
+def data() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    x, y = (torch.randn(4, 7, k, generator=generator, dtype=torch.float64) for k in (5, 3))
+    return x, y
+
+
+def loss_of(model: nn.Module) -> Callable[[Params, Tensor, Tensor], Tensor]:
+    return lambda p, x, y: (functional_call(model, p, (x,)) - y).square().sum()
+
+
+def parameters(model: nn.Module) -> Params:
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def backward(model: nn.Module, x: Tensor, y: Tensor) -> Params:
+    model.zero_grad()
+    (model(x) - y).square().sum().backward()
+    return {name: p.grad for name, p in model.named_parameters()}
+
+
+def close(got: Params, want: Params, tolerance: float = 1e-11) -> None:
+    assert got.keys() == want.keys()
+    for name, g in got.items():
+        assert g.shape == want[name].shape, name
+        assert float((g - want[name]).abs().max()) <= tolerance, name
+
+
+@pytest.mark.parametrize("rule", FREE, ids=str)
+def test_vmap_of_grad_gives_the_gradient_of_each_sample(rule: ap.AbstractRule) -> None:
+    model, (x, y) = converted(rule), data()
+    each = vmap(grad(loss_of(model)), in_dims=(None, 0, 0))(parameters(model), x, y)
+    for i in range(len(x)):
+        close({n: g[i] for n, g in each.items()}, backward(model, x[i : i + 1], y[i : i + 1]))
+
+
+@pytest.mark.parametrize("rule", FREE, ids=str)
+def test_vmap_over_stacked_parameters_trains_several_networks_at_once(
+    rule: ap.AbstractRule,
+) -> None:
+    model, (x, y) = converted(rule), data()
+    stacked = {n: torch.stack([p, 1.5 * p + 0.1]) for n, p in parameters(model).items()}
+    both = vmap(grad(loss_of(model)), in_dims=(0, None, None))(stacked, x, y)
+    for i in range(2):
+        model.load_state_dict({n: p[i] for n, p in stacked.items()}, strict=False)
+        close({n: g[i] for n, g in both.items()}, backward(model, x, y))
+
+
+@pytest.mark.parametrize("rule", FREE, ids=str)
+def test_jacrev_has_one_backward_pass_per_output_for_its_rows(rule: ap.AbstractRule) -> None:
+    model, (x, _) = converted(rule), data()
+    x = x[:1, :2]
+    rows = jacrev(lambda p: functional_call(model, p, (x,)).flatten())(parameters(model))
+    for i in range(6):
+        model.zero_grad()
+        model(x).flatten()[i].backward()
+        close({n: r[i] for n, r in rows.items()}, {n: p.grad for n, p in model.named_parameters()})
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_functional_call_uses_the_parameters_that_it_is_given(rule: ap.AbstractRule) -> None:
+    model, twin, (x, y) = converted(rule), converted(rule), data()
+    given = {n: (1.5 * p + 0.1).requires_grad_() for n, p in parameters(model).items()}
+    (functional_call(model, given, (x,)) - y).square().sum().backward()
+    twin.load_state_dict(given, strict=False)
+    close({n: p.grad for n, p in given.items()}, backward(twin, x, y))
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("rule", [r for r in FREE if not isinstance(r, ap.Backprop)], ids=str)
+def test_a_second_derivative_and_a_forward_derivative_are_refused(rule: ap.AbstractRule) -> None:
+    model, (x, y) = converted(rule), data()
+    first = grad(loss_of(model))
+    with pytest.raises(RuntimeError, match="cannot be differentiated again"):
+        grad(lambda p: sum(g.square().sum() for g in first(p, x, y).values()))(parameters(model))
+    with pytest.raises(ap.RuleError, match="no forward-mode derivative"):
+        jvp(model, (x,), (x,))
+    with torch.no_grad():  # the forward pass itself has one, and it is exact
+        value, pushed = jvp(model, (x,), (x,))
+    with ap.rules_off(model):
+        assert torch.equal(value, model(x))
+        close({"": pushed}, {"": torch.autograd.functional.jvp(model, x, x)[1]})
+
+
+@pytest.mark.parametrize("rule", COUNTED, ids=str)
+def test_a_rule_that_counts_its_passes_is_refused_in_a_transform_in_one_line(
+    rule: ap.AbstractRule,
+) -> None:
+    model, (x, y) = converted(rule), data()
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    with pytest.raises(ap.RuleError, match=r"inside a transform.*loss\.backward") as caught:
+        vmap(grad(loss_of(model)), in_dims=(None, 0, 0))(parameters(model), x, y)
+    assert "\n" not in str(caught.value)
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+    with torch.no_grad():
+        assert torch.allclose(vmap(model)(x), model(x), atol=1e-12)
+    twin = converted(rule)
+    close(backward(model, x, y), backward(twin, x, y))  # and afterwards all is as it was
+
+
+@pytest.mark.parametrize("estimator", [ap.AEP(), ap.Implicit(), ap.OneStep()], ids=str)
+def test_an_equilibrium_is_refused_in_a_transform_in_one_line(
+    estimator: ap.AbstractEstimator,
+) -> None:
+    block = ap.Equilibrium(ap.DampedAttention(6, 2), estimator=estimator)
+    with pytest.raises(ap.RuleError, match=r"equilibrium.*inside a transform") as caught:
+        grad(lambda x: block(x).square().sum())(torch.randn(1, 3, 6))
+    assert "\n" not in str(caught.value)
