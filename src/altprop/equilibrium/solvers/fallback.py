@@ -18,6 +18,7 @@ from altprop.equilibrium.solvers.solver import (
     better_of,
     check_solver_fields,
     conclude,
+    per_sample,
     relative_residual,
     with_limits,
 )
@@ -29,9 +30,9 @@ class Fallback(AbstractSolver):
     """Try solvers in turn, from the best state so far, until every sample is within the tolerance.
 
     A sample that is done stays as it is while a hard one goes on alone, so no sample's result
-    depends on its batch-mates. An easy problem costs what the first solver costs. A point that only
-    Newton finds may be one that a physical relaxation would never reach: convergence here is no
-    certificate of stability.
+    depends on its batch-mates; one that ran away to infinity goes on from the start. An easy
+    problem costs what the first solver costs. A point that only Newton finds may be one that a
+    physical relaxation would never reach: convergence here is no certificate of stability.
 
     **Arguments:** `solvers`, in order; each runs with this chain's `tol` and up to its own limit of
     evaluations (the second Anderson starts with an empty memory and smaller steps, which is what a
@@ -76,7 +77,10 @@ class Fallback(AbstractSolver):
                 break
             limit = min(solver.max_steps, self.max_steps - used)
             member = with_limits(solver, self.tol, limit)
-            at = start if best is None else best.value
+            at = start
+            if best is not None:  # a sample that was lost has no state to go on from
+                sound = per_sample(torch.isfinite(best.residual), start)
+                at = torch.where(sound, best.value, start)
             found = member.solve(force, at, step=step, scale=scale)
             best = found if best is None else better_of(best, found)
             if bool((best.residual <= self.tol).all()):

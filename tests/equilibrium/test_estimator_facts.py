@@ -1,0 +1,299 @@
+"""What estimators report beside the adjoint, against dense Jacobians and loops written out.
+
+Shapes: a state is `(B, n)`. The force is `x − z + tanh(z Aᵀ)`, so that the input's gradient is the
+adjoint state itself.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+import altprop as ap
+
+B, N = 2, 6
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@dataclass
+class Case:
+    """A dynamics, an input and a cotangent that is as large as it is told."""
+
+    gain: float = 0.7
+    step: float = 0.8
+    scale: float = 1.0
+
+    @property
+    def matrix(self) -> Tensor:
+        return self.gain * randn(N, N, seed=1) / math.sqrt(N)  # nowhere near symmetric
+
+    def force(self, z: Tensor, x: Tensor) -> Tensor:
+        return x - z + torch.tanh(z @ self.matrix.T)
+
+    def jacobian(self, z: Tensor) -> Tensor:
+        """Return `∂F/∂z` of each sample, `(B, n, n)`."""
+        slope = 1 - torch.tanh(z @ self.matrix.T) ** 2
+        return slope[:, :, None] * self.matrix - torch.eye(N, dtype=z.dtype)
+
+    def run(
+        self,
+        estimator: ap.AbstractEstimator,
+        solver: ap.AbstractSolver | None = None,
+        weights: Tensor | None = None,
+    ) -> Run:
+        x = randn(B, N, seed=2).requires_grad_()
+        dynamics = ap.from_function(self.force, step=self.step)
+        solver = ap.Anderson(tol=1e-12, max_steps=300) if solver is None else solver
+        block = ap.Equilibrium(dynamics, solver, estimator, on_failure="accept")
+        w = torch.ones(B, 1, dtype=torch.float64) if weights is None else weights
+
+        def costs(z: Tensor) -> Tensor:
+            return (z * randn(B, N, seed=3) + z**3 / 3).sum(1, keepdim=True)
+
+        z = block(x, cost=lambda z: costs(z).sum())
+        z.retain_grad()
+        (self.scale * w * costs(z)).sum().backward()
+        assert x.grad is not None and z.grad is not None and block.certificate is not None
+        return Run(self, x.detach(), z.grad, x.grad, block.certificate)
+
+
+@dataclass
+class Run:
+    """The input, the cotangent and the adjoint of one backward pass, and its certificate."""
+
+    case: Case
+    x: Tensor
+    g: Tensor
+    a: Tensor
+    said: ap.Certificate
+
+    @property
+    def J(self) -> Tensor:
+        return self.case.jacobian(self.said.state)
+
+    @property
+    def left(self) -> Tensor:
+        """What the adjoint equation leaves, `Jᵀa + g`, `(B, n)`."""
+        return torch.einsum("bji,bj->bi", self.J, self.a) + self.g
+
+
+def size(z: Tensor) -> Tensor:
+    return (z**2).sum(1).sqrt()
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-9, 1e9])
+@pytest.mark.parametrize("solver", [ap.GMRES(), ap.GMRES(restart=2), ap.NewtonKrylov()], ids=repr)
+@pytest.mark.parametrize("tol", [1e-1, 1e-3, 1e-6])
+def test_implicits_residual_is_the_true_one_of_what_it_returns_where_no_step_follows(
+    tol: float, solver: ap.AbstractSolver, scale: float
+) -> None:
+    run = Case(scale=scale).run(ap.Implicit(tol=tol, solver=solver))
+    assert run.said.adjoint_residual is not None and run.said.adjoint_remainder is not None
+    true = size(run.left) / size(run.g)
+    torch.testing.assert_close(run.said.adjoint_residual, true, rtol=1e-5, atol=1e-13)
+    torch.testing.assert_close(
+        run.said.adjoint_remainder, run.left / size(run.g)[:, None], rtol=1e-5, atol=1e-13
+    )
+    assert float(true.max()) <= 0.4 * tol  # for the error of a relaxation that takes one step more
+    assert run.said.adjoint_result is ap.Result.CONVERGED
+
+
+@pytest.mark.parametrize("solver", [None, ap.Euler(step=0.5), ap.Anderson(mixing=0.6)], ids=repr)
+def test_implicits_residual_is_that_before_its_last_step_where_one_follows(
+    solver: ap.AbstractSolver | None,
+) -> None:
+    case = Case()
+    run = case.run(ap.Implicit(tol=1e-3, solver=solver))
+    assert run.said.adjoint_residual is not None and run.said.adjoint_remainder is not None
+    r = run.said.adjoint_remainder
+    torch.testing.assert_close(run.said.adjoint_residual, size(r))
+    assert float(size(r).max()) <= 1e-3
+    stride = {None: 0.8, ap.Euler(step=0.5): 0.5, ap.Anderson(mixing=0.6): 0.8 * 0.6}[solver]
+    after = r + stride * torch.einsum("bji,bj->bi", run.J, r)
+    torch.testing.assert_close(run.left / size(run.g)[:, None], after, rtol=1e-9, atol=1e-14)
+    assert bool((size(after) < size(r)).all())
+
+
+def test_an_adjoint_that_is_not_solved_is_told_and_its_residual_is_true() -> None:
+    run = Case().run(ap.Implicit(tol=1e-9, max_steps=4, solver=ap.GMRES()))
+    assert run.said.adjoint_result is ap.Result.MAX_STEPS and run.said.adjoint_residual is not None
+    torch.testing.assert_close(run.said.adjoint_residual, size(run.left) / size(run.g))
+    assert float(run.said.adjoint_residual.min()) > 1e-9
+
+
+def root(case: Case, x: Tensor, near: Tensor) -> Tensor:
+    """Return the equilibrium by Newton's method with the dense Jacobian."""
+    z = near
+    for _ in range(30):
+        z = z - torch.linalg.solve(case.jacobian(z), case.force(z, x))
+    return z
+
+
+@pytest.mark.parametrize("loose", [1e-2, 1e-4])
+def test_dyadic_reports_how_far_its_midpoint_went_from_the_free_state(loose: float) -> None:
+    case = Case()
+    run = case.run(ap.DyadicEP(tol=1e-11), ap.Anderson(tol=loose))
+    z = run.said.state
+    wanted = size(root(case, run.x, z) - z) / size(z)
+    assert run.said.response is not None
+    torch.testing.assert_close(run.said.response, wanted, rtol=1e-5, atol=0)
+    assert 0 < float(wanted.min()) <= float(wanted.max()) <= 3 * loose
+
+
+def test_dyadic_reports_the_residuals_of_its_midpoint_and_of_its_difference() -> None:
+    case = Case(scale=100.0)
+    run = case.run(ap.DyadicEP(tol=1e-3), ap.Euler(step=0.8, max_steps=100, tol=1e-2))
+    assert run.said.nudged_residuals is not None and run.said.response is not None
+    midpoint, difference = run.said.nudged_residuals
+    torch.testing.assert_close(
+        run.said.adjoint_residual, (midpoint**2 + difference**2).sqrt(), rtol=1e-9, atol=0
+    )
+    assert float(run.said.adjoint_residual.max()) <= 1e-3
+    assert run.said.adjoint_remainder is not None
+    torch.testing.assert_close(difference, size(run.said.adjoint_remainder))
+    # the midpoint is within the free phase's tolerance of z*, and J taken there
+    m = root(case, run.x, run.said.state)
+    left = torch.einsum("bji,bj->bi", case.jacobian(m), run.a) + run.g
+    assert bool((size(left) / size(run.g) < difference + 3e-3).all())
+
+
+@pytest.mark.parametrize("k", [1, 2, 4])
+@pytest.mark.parametrize("certify", [False, True])
+def test_one_step_reports_its_last_term_or_what_its_series_leaves(k: int, certify: bool) -> None:
+    case = Case()
+    run = case.run(ap.OneStep(k=k, certify=certify))
+    pulled = torch.eye(N, dtype=torch.float64) + case.step * run.J.transpose(1, 2)
+    term = (run.g / size(run.g)[:, None])[:, :, None]
+    for _ in range(k if certify else k - 1):
+        term = pulled @ term
+    assert run.said.adjoint_remainder is not None
+    torch.testing.assert_close(run.said.adjoint_remainder, term[:, :, 0])
+    if certify:
+        torch.testing.assert_close(run.said.adjoint_remainder, run.left / size(run.g)[:, None])
+        torch.testing.assert_close(run.said.adjoint_residual, size(run.left) / size(run.g))
+    else:
+        assert run.said.adjoint_residual is None
+    # the products, and one linearisation where there is any
+    products = k - 1 + certify
+    assert run.said.adjoint_evaluations == (products + 1 if products else 0)
+
+
+@pytest.mark.parametrize("nudge", ["linear", "cost"])
+@pytest.mark.parametrize("clip", [None, False, True])
+def test_the_published_forms_make_the_published_steps(clip: bool | None, nudge: str) -> None:
+    case = Case(scale=2.0)
+    beta, steps, eps = 0.05, 7, 0.3
+    options = {"step": eps, "steps": steps, "beta": beta, "nudge": nudge}
+    if clip is None:
+        run = case.run(ap.PublishedEP(**options))  # type: ignore[arg-type]
+    else:
+        run = case.run(ap.PublishedAEP(**options, clip=clip))  # type: ignore[arg-type]
+    still, J = run.said.state, run.J
+    # a linear nudge is the loss's cotangent; a cost's is the cost's own, and the loss is twice it
+    factor = 1.0 if nudge == "linear" else 2.0
+    ends, drives = [], []
+    for sign in (1, -1):
+        z = still
+        for _ in range(steps):
+            pull = run.g if nudge == "linear" else randn(B, N, seed=3) + z**2
+            drive = case.force(z, run.x) - sign * beta * pull
+            if clip is not None:
+                d = z - still
+                correction = torch.einsum("bij,bj->bi", J - J.transpose(1, 2), d)
+                if clip and correction.norm() > drive.norm():
+                    correction = correction * (drive.norm() / correction.norm())
+                drive = drive - correction
+            z = z + eps * drive
+        ends.append(z)
+        drives.append(drive)
+    torch.testing.assert_close(
+        run.a, factor * (ends[1] - ends[0]) / (2 * beta), rtol=1e-8, atol=1e-10
+    )
+    moved = torch.maximum(size(ends[0] - still), size(ends[1] - still)) / size(still)
+    torch.testing.assert_close(run.said.response, moved, rtol=1e-8, atol=0)
+    own = size(run.g) / factor
+    last = torch.maximum(size(drives[0]), size(drives[1])) / (beta * own)
+    torch.testing.assert_close(run.said.adjoint_residual, last, rtol=1e-6, atol=0)
+    torch.testing.assert_close(run.said.beta, torch.full((B,), beta, dtype=torch.float64))
+    products = 1 if clip is None else 3
+    assert run.said.adjoint_evaluations == 2 * steps * products + (clip is not None)
+
+
+@pytest.mark.parametrize(
+    "estimator",
+    [
+        ap.EP(nudge="cost", tol=1e-9),
+        ap.AEP(nudge="cost", tol=1e-9),
+        ap.DyadicEP(nudge="cost", tol=1e-9),
+        ap.PublishedEP(),
+        ap.PublishedAEP(clip=False),
+        ap.EP(tol=1e-9),
+        ap.DyadicEP(tol=1e-9),
+        ap.Implicit(tol=1e-9),
+    ],
+    ids=repr,
+)
+def test_a_weight_of_a_samples_loss_weighs_its_adjoint_and_no_others(
+    estimator: ap.AbstractEstimator,
+) -> None:
+    weights = torch.tensor([[-0.5], [4.0]], dtype=torch.float64)
+    plain, weighted = Case().run(estimator), Case().run(estimator, weights=weights)
+    torch.testing.assert_close(weighted.a, weights * plain.a, rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize("response", [1e-4, 1e-3, 1e-2])
+def test_ep_finds_the_nudge_of_its_response_where_the_first_guess_is_far_off(
+    response: float,
+) -> None:
+    # nearly singular: a step's answer is a twentieth of the equilibrium's
+    dynamics = ap.from_function(lambda z, x: x - 0.05 * z - 0.01 * z**3, step=0.5)
+    x = randn(B, N, seed=2).requires_grad_()
+    calls = [0]
+
+    def count(*_: object) -> None:
+        calls[0] += 1
+
+    block = ap.Equilibrium(dynamics, ap.NewtonKrylov(tol=1e-12), ap.EP(response=response, tol=1e-6))
+    z = block(x)
+    hook = dynamics.register_forward_hook(count)
+    z.sum().backward()
+    hook.remove()
+    said = block.certificate
+    assert said is not None and said.response is not None and said.beta is not None
+    assert bool(((said.response > response / 4) & (said.response < 4 * response)).all())
+    assert said.adjoint_evaluations == calls[0]
+    # and it is the measured one: the response to the nudge that is reported
+    state, g = said.state, torch.ones(B, N, dtype=torch.float64) / math.sqrt(N)
+    ends = []
+    for sign in (1, -1):
+        m = state
+        for _ in range(40):
+            drive = x.detach() - 0.05 * m - 0.01 * m**3 - sign * said.beta[:, None] * g
+            m = m + drive / (0.05 + 0.03 * m**2)
+        ends.append(size(m - state) / size(state))
+    torch.testing.assert_close(said.response, torch.maximum(*ends), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("tol", [0.0, 1e-1])
+def test_bptt_differentiates_every_step_and_counts_them(tol: float) -> None:
+    case = Case()
+    run = case.run(ap.BPTT(), ap.Euler(step=0.3, max_steps=5, tol=tol))
+    x = run.x.clone().requires_grad_()
+    z = x
+    for _ in range(5):
+        z = z + 0.3 * case.force(z, x)
+    z.backward(run.g)
+    assert x.grad is not None
+    torch.testing.assert_close(run.a, x.grad)
+    torch.testing.assert_close(run.said.state, z.detach())
+    free = size(case.force(z, x)) / size(z)
+    torch.testing.assert_close(run.said.free_residual, free.detach())
+    assert (run.said.free_evaluations, run.said.adjoint_evaluations) == (6, 5)
+    assert run.said.result is ap.Result.FIXED_TIME

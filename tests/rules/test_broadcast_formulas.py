@@ -1,0 +1,494 @@
+"""What each broadcast rule means, written from the papers and compared on widths that all differ.
+
+The expected gradients are formulas of plain tensors, or autograd on the same formulas; nothing here
+asks a rule for its cotangent or for its feedback's gradient.
+Shapes: N samples, T tokens; a feedback `B` is (features, k), an error `e` is (N, T, k).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import altprop as ap
+
+N, T = 3, 2
+WIDTHS = (5, 7, 6)  # input, first block, second block
+K = 4  # logits
+
+
+class Uneven(nn.Module):
+    """head(f₂(f₁(x))) with `fᵢ(x) = tanh(x Wᵢᵀ + bᵢ)`; no two widths are equal."""
+
+    def __init__(self, mixed: bool = False, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Linear(a, b, dtype=torch.float64), nn.Tanh())
+            for a, b in zip(WIDTHS, WIDTHS[1:], strict=False)
+        )
+        self.drop = nn.Dropout(dropout)
+        self.mixed = mixed
+        self.head = nn.Linear(WIDTHS[-1], K, dtype=torch.float64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.blocks[0](x)
+        return self.above(h)
+
+    def above(self, h: Tensor) -> Tensor:
+        if self.mixed:  # a token hears those before it
+            h = h.cumsum(1)
+        return self.head(self.drop(self.blocks[1](self.drop(h))))
+
+
+def inputs() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(N, T, WIDTHS[0], generator=generator, dtype=torch.float64)
+    return x.requires_grad_(), torch.randint(K, (N, T), generator=generator)
+
+
+def loss_of(logits: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+
+def close(got: Tensor | None, want: Tensor, tolerance: float = 1e-12) -> None:
+    assert got is not None and got.shape == want.shape
+    got, want = got.detach(), want.detach()
+    assert float((got - want).abs().max()) <= tolerance * max(1.0, float(want.abs().max()))
+
+
+def outer(signal: Tensor, x: Tensor) -> Tensor:
+    return torch.einsum("nto,nti->oi", signal, x)
+
+
+class Exact:
+    """The states, errors and backprop gradients of a model before it is converted."""
+
+    def __init__(self, model: Uneven, scale: float = 1.0) -> None:
+        x, targets = inputs()
+        h = [x, *(torch.empty(0),) * 2]
+        for i, block in enumerate(model.blocks):
+            h[i + 1] = block(h[i])
+        logits = model.head(h[2])
+        self.loss = scale * loss_of(logits, targets)
+        parts = [logits, h[1], h[2], x, *model.parameters()]
+        e, *rest = torch.autograd.grad(self.loss, parts)
+        self.e = e
+        self.above = rest[:2]
+        self.to_x = rest[2]
+        self.parameters = rest[3:]
+        self.h = [s.detach() for s in h]
+
+
+def trained(model: nn.Module, scale: float = 1.0) -> Tensor:
+    """Run one backward pass, and return what the input received."""
+    x, targets = inputs()
+    model.zero_grad()
+    (scale * loss_of(model(x), targets)).backward()
+    assert x.grad is not None
+    return x.grad
+
+
+def feedback_of(model: Uneven, shared: bool) -> list[Tensor]:
+    """Return each block's feedback: its first rows of the one there is, or its own."""
+    if shared:
+        (whole,) = [b for n, b in model.named_buffers() if "B_dfa_shared" in n]
+        assert whole.shape[0] == max(WIDTHS[1:])
+        return [whole[:7], whole[:6]]
+    return [b for n, b in model.named_buffers() if n.endswith("B_dfa")]
+
+
+@pytest.mark.parametrize("scale", [1.0, 7.0])
+@pytest.mark.parametrize("feedback", ["shared", "independent"])
+@pytest.mark.parametrize("error", ["logits", "head_input"])
+@pytest.mark.parametrize("pass_through", ["hybrid", "pure"])
+def test_a_map_learns_by_the_projected_error_and_sends_what_it_says(
+    pass_through: str, error: str, feedback: str, scale: float
+) -> None:
+    model = Uneven()
+    exact = Exact(model, scale)
+    e = exact.e if error == "logits" else exact.above[1]
+    rule = ap.DirectFeedback("matmul", error, feedback, pass_through, std=0.5)
+    ap.convert(model, rule, output="head")
+    to_x = trained(model, scale)
+    B = feedback_of(model, feedback == "shared")
+    assert [tuple(b.shape) for b in B] == [(7, e.shape[-1]), (6, e.shape[-1])]
+    for block, b, x in zip(model.blocks, B, exact.h, strict=False):
+        signal = torch.einsum("ntk,fk->ntf", e, b)  # no derivative of any activation
+        close(block[0].weight.grad, outer(signal, x))
+        close(block[0].bias.grad, signal.sum((0, 1)))
+    close(model.head.weight.grad, exact.parameters[-2])
+    close(model.head.bias.grad, exact.parameters[-1])
+    close(to_x, exact.to_x if pass_through == "hybrid" else torch.zeros_like(exact.to_x))
+
+
+@pytest.mark.parametrize("feedback", ["shared", "independent"])
+@pytest.mark.parametrize("error", ["logits", "head_input"])
+def test_a_block_hears_the_projected_error_and_nothing_from_above(
+    error: str, feedback: str
+) -> None:
+    model = Uneven()
+    exact = Exact(model, 3.0)
+    e = exact.e if error == "logits" else exact.above[1]
+    ap.convert(model, ap.DirectFeedback("block", error, feedback, std=0.5), output="head")
+    to_x = trained(model, 3.0)
+    B = feedback_of(model, feedback == "shared")
+    for i, (block, b) in enumerate(zip(model.blocks, B, strict=True)):
+        signal = torch.einsum("ntk,fk->ntf", e, b) * (1 - exact.h[i + 1] ** 2)
+        close(block[0].weight.grad, outer(signal, exact.h[i]))
+        close(block[0].bias.grad, signal.sum((0, 1)))
+        if i == 0:
+            close(to_x, signal @ block[0].weight.detach())
+    close(model.head.weight.grad, exact.parameters[-2])
+
+
+class Residual(nn.Module):
+    """`x + tanh(x Uᵀ) Dᵀ`, whose output is the summed residual."""
+
+    def __init__(self, width: int, inner: int) -> None:
+        super().__init__()
+        self.up = nn.Linear(width, inner, bias=False, dtype=torch.float64)
+        self.down = nn.Linear(inner, width, bias=False, dtype=torch.float64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(torch.tanh(self.up(x)))
+
+
+class TwoParts(nn.Module):
+    sublayer_outputs = ("first", "second")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = Residual(5, 8)
+        self.second = Residual(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x))
+
+
+class Stack(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(TwoParts() for _ in range(2))
+        self.head = nn.Linear(5, K, dtype=torch.float64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+@pytest.mark.parametrize("feedback", ["shared", "independent"])
+@pytest.mark.parametrize("error", ["logits", "head_input"])
+def test_a_sublayer_hears_the_error_at_its_sum_where_the_residual_is_cut_too(
+    error: str, feedback: str
+) -> None:
+    model = Stack()
+    x, targets = inputs()
+    parts = [part for block in model.blocks for part in (block.first, block.second)]
+    h = [x]
+    for part in parts:
+        h.append(part(h[-1]))
+    logits = model.head(h[-1])
+    above = torch.autograd.grad(
+        loss_of(logits, targets), logits if error == "logits" else h[-1], retain_graph=True
+    )[0]
+    leaves = [s.detach().requires_grad_() for s in h[:-1]]
+    ap.convert(model, ap.DirectFeedback("sublayer", error, feedback, std=0.5), output="head")
+    to_x = trained(model)
+    if feedback == "shared":
+        B = [model.B_dfa_shared] * 4
+    else:
+        B = [part.B_dfa for part in parts]
+        assert not torch.equal(B[0], B[1])
+    for i, part in enumerate(parts):
+        U, D = (w.detach().clone().requires_grad_() for w in (part.up.weight, part.down.weight))
+        out = leaves[i] + torch.tanh(leaves[i] @ U.T) @ D.T
+        (out * torch.einsum("ntk,fk->ntf", above, B[i])).sum().backward()
+        close(part.up.weight.grad, U.grad)
+        close(part.down.weight.grad, D.grad)
+    assert leaves[0].grad is not None
+    close(to_x, leaves[0].grad)
+
+
+class Pooled(nn.Module):
+    """Two maps of one width, before and after the tokens are pooled: (N, T, 6) and (N, 6)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.low = nn.Linear(5, 6, dtype=torch.float64)
+        self.high = nn.Linear(6, 6, dtype=torch.float64)
+        self.head = nn.Linear(6, K, dtype=torch.float64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.high(torch.tanh(self.low(x)).mean(1))))
+
+
+@pytest.mark.parametrize("feedback", ["shared", "independent"])
+def test_taps_of_one_width_and_other_leading_axes_each_get_the_error_in_their_shape(
+    feedback: str,
+) -> None:
+    model = Pooled()
+    ap.convert(model, ap.DirectFeedback(feedback=feedback, std=0.5), output="head")
+    x, _ = inputs()
+    logits = model(x)
+    logits.retain_grad()
+    logits.square().sum().backward()
+    shared = feedback == "shared"
+    low = model.B_dfa_shared if shared else model.low.B_dfa
+    high = model.B_dfa_shared if shared else model.high.B_dfa
+    e = logits.grad
+    signal = (e @ low.T)[:, None].expand(N, T, 6)  # every token hears its sample's error
+    close(model.low.weight.grad, outer(signal, x))
+    close(model.low.bias.grad, signal.sum((0, 1)))
+    pooled = torch.tanh(F.linear(x, model.low.weight, model.low.bias)).mean(1)
+    close(model.high.weight.grad, (e @ high.T).T @ pooled)
+    close(model.high.bias.grad, (e @ high.T).sum(0))
+
+
+def test_an_error_of_as_many_tokens_in_another_grouping_finds_its_own() -> None:
+    class Flattened(Uneven):
+        def above(self, h: Tensor) -> Tensor:
+            return self.head(self.blocks[1](h).flatten(0, 1))
+
+    model = ap.convert(Flattened(), ap.DirectFeedback(feedback="independent"), output="head")
+    x, targets = inputs()
+    logits = model(x)
+    logits.retain_grad()
+    F.cross_entropy(logits, targets.flatten()).backward()
+    assert logits.grad is not None and logits.grad.shape == (N * T, K)
+    e = logits.grad.unflatten(0, (N, T))
+    layer = model.blocks[0][0]
+    close(layer.weight.grad, outer(e @ layer.B_dfa.T, x))
+
+
+class Halves(nn.Module):
+    """A gated block: twelve features inside, of which six come out."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.lift = nn.Linear(width, 9, dtype=torch.float64)
+        self.gates = nn.Linear(9, 12, dtype=torch.float64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = self.gates(torch.tanh(self.lift(x))).chunk(2, -1)
+        return a * torch.sigmoid(b)
+
+
+class Gated(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([Halves(5), Halves(6)])
+        self.head = nn.Linear(6, K, dtype=torch.float64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+def test_a_blocks_own_error_is_projected_to_every_map_inside_it() -> None:
+    model = Gated()
+    x, targets = inputs()
+    h = [x]
+    for block in model.blocks:
+        h.append(block(h[-1]))
+    logits = model.head(h[-1])
+    first, second, to_x, head = torch.autograd.grad(
+        loss_of(logits, targets), [h[1], h[2], x, model.head.weight]
+    )
+    lifted = [torch.tanh(b.lift(s)).detach() for b, s in zip(model.blocks, h, strict=False)]
+    ap.convert(model, ap.BlockDirectFeedback(features=6, std=0.5), output="head")
+    got = trained(model)
+    for block, e, below, inside in zip(model.blocks, (first, second), h, lifted, strict=False):
+        for layer, into in ((block.lift, below), (block.gates, inside)):
+            assert layer.B_dfa_block.shape == (layer.out_features, 6)
+            signal = torch.einsum("ntk,fk->ntf", e, layer.B_dfa_block)
+            close(layer.weight.grad, outer(signal, into))
+            close(layer.bias.grad, signal.sum((0, 1)))
+    close(got, to_x)  # between blocks the exact cotangent travels
+    close(model.head.weight.grad, head)
+
+
+def test_the_width_of_a_block_that_is_not_its_last_maps_is_what_it_is_told() -> None:
+    model = Gated()
+    x, targets = inputs()
+    logits = model(x)
+    (e,) = torch.autograd.grad(loss_of(logits, targets), logits)
+    rule = ap.DirectFeedback("block", features=6, feedback="independent", std=0.5)
+    ap.convert(model, rule, output="head")
+    trained(model)
+    block = model.blocks[0]
+    assert block.B_dfa.shape == (6, K)
+    twin = Halves(5)
+    twin.load_state_dict({k: v for k, v in block.state_dict().items() if "B_dfa" not in k})
+    (twin(x.detach()) * (e @ block.B_dfa.T)).sum().backward()
+    for got, want in zip((block.lift, block.gates), (twin.lift, twin.gates), strict=True):
+        close(got.weight.grad, want.weight.grad)
+
+
+@pytest.mark.parametrize("granularity", ["matmul", "sublayer", "block"])
+def test_a_calibration_is_backprop_for_every_parameter_and_for_the_input(granularity: str) -> None:
+    model: nn.Module = Stack() if granularity == "sublayer" else Uneven()
+    to_x = trained(model)
+    wanted = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    rule = ap.DirectFeedback(granularity, pass_through="pure", calibrate_every=3)
+    ap.convert(model, rule, output="head")
+    exact = []
+    for _ in range(7):
+        with torch.no_grad():
+            model(inputs()[0])  # only recorded passes are counted
+        got = trained(model)
+        pairs = [(got, to_x), *zip([p.grad for p in model.parameters()], wanted, strict=True)]
+        exact.append(all(torch.allclose(a, b, rtol=1e-12, atol=1e-14) for a, b in pairs))
+    assert exact == [False, False, True, False, False, True, False]
+
+
+# --------------------------------------------------------------------------------------- GrAPE
+
+
+@pytest.fixture
+def tangents(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, Tensor]]:
+    """The tap and the tangent of every probe that GrAPE makes in the test, in order."""
+    found: list[tuple[int, Tensor]] = []
+    plain = ap.GrAPE.estimates
+
+    class Heard:
+        def __init__(self, probe: Any) -> None:
+            self.probe, self.taps, self.average = probe, probe.taps, probe.average
+
+        def push(self, tap: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+            p, Jp = self.probe.push(tap, generator)
+            found.append((tap, p))
+            return p, Jp
+
+    monkeypatch.setattr(
+        ap.GrAPE, "estimates", lambda self, probe, *rest: plain(self, Heard(probe), *rest)
+    )
+    return found
+
+
+def tail(model: Uneven, tap: int, error: str, h: Tensor) -> Tensor:
+    """What is above a tap, in evaluation mode, written out."""
+    if tap == 0:
+        if model.mixed:
+            h = torch.stack([h[:, : t + 1].sum(1) for t in range(T)], 1)
+        h = torch.tanh(h @ model.blocks[1][0].weight.T + model.blocks[1][0].bias)
+    return h if error == "head_input" else h @ model.head.weight.T + model.head.bias
+
+
+NORMS = ["hidden", "output", "none"]
+
+
+@pytest.mark.parametrize("normalize", NORMS)
+@pytest.mark.parametrize("error", ["logits", "head_input"])
+def test_grape_descends_one_minus_the_cosine_to_the_jacobian_along_its_probes(
+    error: str, normalize: str, tangents: list[tuple[int, Tensor]]
+) -> None:
+    probes = 3
+    model = Uneven(mixed=True, dropout=0.5)
+    rule = ap.GrAPE(probes=probes, normalize=normalize, error=error, std=0.3)
+    ap.convert(model, rule, output="head")
+    assert model.training
+    for _ in range(2):
+        tangents.clear()
+        trained(model)
+        assert [tap for tap, _ in tangents] == [0] * probes + [1] * probes
+        with torch.no_grad():
+            states = [model.blocks[0](inputs()[0].detach())]
+            mixed = torch.stack([states[0][:, : t + 1].sum(1) for t in range(T)], 1)
+            states.append(torch.tanh(model.blocks[1][0](mixed)))
+        for tap, block in enumerate(model.blocks):
+            estimate = torch.zeros_like(block.B_dfa)
+            for _, p in (found for found in tangents if found[0] == tap):
+                assert p.shape == states[tap].shape
+                _, Jp = torch.autograd.functional.jvp(
+                    lambda h, tap=tap: tail(model, tap, error, h), states[tap], p
+                )
+                for n in range(N):  # of each sample and token its own tangent and response
+                    for t in range(T):
+                        estimate += torch.outer(p[n, t], Jp[n, t]) / (probes * N * T)
+            B = block.B_dfa.detach().clone().requires_grad_()
+            norm = {"hidden": 1, "output": 0}.get(normalize, 1)
+            vectors = zip(B.unbind(1 - norm), estimate.unbind(1 - norm), strict=True)
+            torch.stack([1 - b @ j / (b.norm() * j.norm()) for b, j in vectors]).sum().backward()
+            assert B.grad is not None
+            close(block.B_dfa.grad, B.grad, 1e-9)
+
+
+@pytest.mark.parametrize("normalize", NORMS)
+def test_grape_sends_the_error_through_vectors_of_the_stated_norm(normalize: str) -> None:
+    model = Uneven()
+    exact = Exact(model)
+    ap.convert(model, ap.GrAPE(normalize=normalize, std=0.3), output="head")
+    trained(model)
+    for i, block in enumerate(model.blocks):
+        B = block.B_dfa.detach().clone()
+        features, k = B.shape
+        for f in range(features if normalize == "hidden" else 0):  # as N(0, std²) has on average
+            B[f] *= 0.3 * math.sqrt(k) / B[f].norm()
+        for o in range(k if normalize == "output" else 0):
+            B[:, o] *= 0.3 * math.sqrt(features) / B[:, o].norm()
+        signal = (exact.e @ B.T) * (1 - exact.h[i + 1] ** 2)
+        close(block[0].weight.grad, outer(signal, exact.h[i]))
+
+
+def test_grapes_tangents_are_standard_normal_and_new_for_every_probe_tap_and_step(
+    tangents: list[tuple[int, Tensor]],
+) -> None:
+    model = ap.convert(Uneven(), ap.GrAPE(probes=2), output="head")
+    for _ in range(40):
+        trained(model)
+    drawn = [p.flatten()[:36] for _, p in tangents]
+    assert len(drawn) == 40 * 2 * 2
+    for i, p in enumerate(drawn):
+        assert all(not torch.equal(p, other) for other in drawn[:i])
+    every = torch.stack(drawn)
+    assert float(every.mean()) == pytest.approx(0, abs=0.05)
+    assert float(every.std()) == pytest.approx(1, abs=0.05)
+    # another seed has other tangents, the same one the same
+    again = []
+    for seed in (0, 1):
+        tangents.clear()
+        trained(ap.convert(Uneven(), ap.GrAPE(probes=2), output="head", seed=seed))
+        again.append(tangents[0][1].flatten()[:36])
+    assert torch.equal(again[0], drawn[0]) and not torch.equal(again[1], drawn[0])
+
+
+def test_grape_measures_at_every_nth_pass_only_and_never_on_a_calibration(
+    tangents: list[tuple[int, Tensor]],
+) -> None:
+    model = ap.convert(Uneven(), ap.GrAPE(every=2, calibrate_every=3), output="head")
+    measured, moved = [], []
+    for _ in range(6):
+        tangents.clear()
+        trained(model)
+        measured.append(len(tangents))
+        moved.append(all(bool(p.grad.any()) for p in ap.feedback_parameters(model)))
+    # passes 2 and 5 are exact; of the others those with an even number measure
+    assert measured == [2, 0, 0, 0, 2, 0]
+    assert moved == [True, False, False, False, True, False]
+
+
+def test_a_running_statistic_is_neither_used_nor_moved_by_the_probes_batch() -> None:
+    class Normed(Uneven):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm1d(7, dtype=torch.float64)
+
+        def above(self, h: Tensor) -> Tensor:
+            return super().above(self.norm(h.flatten(0, 1)).unflatten(0, (N, T)))
+
+    with_probes, without = (
+        ap.convert(Normed(), rule, output="head", seed=0)
+        for rule in (ap.GrAPE(probes=3), ap.DirectFeedback("block", feedback="independent"))
+    )
+    without.load_state_dict(with_probes.state_dict(), strict=False)
+    for model in (with_probes, without):
+        trained(model)
+    close(with_probes.norm.running_mean, without.norm.running_mean)
+    assert with_probes.norm.num_batches_tracked == 1

@@ -1,0 +1,355 @@
+"""What each transport rule means, written from the papers and compared on maps that are not square.
+
+Nothing here asks a rule for its matrix or for its feedback's gradient: the tests see what a module
+receives, and formulas of plain tensors say what it should have been.
+Shapes: `x` (..., in), `g` (..., out), `W` and `B` (out, in).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import altprop as ap
+
+SHAPES = [(3, 7), (7, 3), (4, 1), (1, 4)]  # (out, in)
+
+
+@dataclass
+class Pass:
+    """One backward pass through a converted map: what went in, and what came out of it."""
+
+    layer: nn.Linear
+    x: Tensor
+    g: Tensor
+    W: Tensor
+    B: Tensor | None
+    to_x: Tensor
+
+    @property
+    def matrix(self) -> Tensor:
+        """The matrix that the cotangents were multiplied by, solved for: `g M = to_x`."""
+        return torch.linalg.lstsq(self.g.flatten(0, -2), self.to_x.flatten(0, -2)).solution
+
+
+def run(rule: ap.AbstractRule, shape: tuple[int, int], layer: nn.Linear | None = None) -> Pass:
+    """Send random cotangents through a map, 10 of them so that they determine the matrix."""
+    out, in_features = shape
+    if layer is None:
+        layer = ap.convert(nn.Linear(in_features, out, dtype=torch.float64), rule)
+    x = torch.randn(5, 2, in_features, dtype=torch.float64, requires_grad=True)
+    g = torch.randn(5, 2, out, dtype=torch.float64)
+    B = getattr(layer, "B", None)
+    layer.zero_grad()
+    layer(x).backward(g)
+    assert x.grad is not None
+    B = None if B is None else B.detach().clone()
+    return Pass(layer, x.detach(), g, layer.weight.detach().clone(), B, x.grad)
+
+
+def close(got: Tensor | None, want: Tensor, tolerance: float = 1e-12) -> None:
+    assert got is not None and got.shape == want.shape
+    size = max(1.0, float(want.abs().max()))
+    assert float((got - want).abs().max()) <= tolerance * size
+
+
+def fixed(W: Tensor, B: Tensor | None) -> Tensor:
+    assert B is not None
+    return B
+
+
+def signs(W: Tensor) -> Tensor:
+    return (W > 0).double() - (W < 0).double()
+
+
+def equal_columns(std: float) -> Callable[[Tensor, Tensor | None], Tensor]:
+    """`N(0, std²)` has columns of norm `std √out` on average: each column is given that norm."""
+
+    def matrix(W: Tensor, B: Tensor | None) -> Tensor:
+        assert B is not None
+        columns = [c / math.sqrt(float(c @ c)) for c in B.unbind(1)]
+        return std * math.sqrt(len(W)) * torch.stack(columns, 1)
+
+    return matrix
+
+
+# rule, and the matrix by which `g` is multiplied: from the weight, and from the drawn feedback
+Formula = Callable[[Tensor, Tensor | None], Tensor]
+TRANSPORTS: list[tuple[ap.AbstractTransport, Formula]] = [
+    (ap.Backprop(), lambda W, B: W),
+    (ap.FeedbackAlignment(), fixed),
+    (ap.FeedbackAlignment(init="orthogonal"), fixed),
+    (ap.FeedbackAlignment(init="ortho_he"), fixed),
+    (ap.FeedbackAlignment(init="sparse", k=2), fixed),
+    (ap.SignSymmetry(), lambda W, B: signs(W) * ((W**2).sum() / W.numel()).sqrt()),
+    (ap.SignSymmetry(variant="usf"), lambda W, B: signs(W) * (W**2).mean().sqrt()),
+    (ap.SignSymmetry(scale="fan_in"), lambda W, B: signs(W) * math.sqrt(2 / len(W[0]))),
+    (ap.SignSymmetry(scale="none"), lambda W, B: signs(W)),
+    (
+        ap.SignSymmetry(variant="frsf"),
+        lambda W, B: signs(W) * fixed(W, B) * (W**2).mean().sqrt(),
+    ),
+    (
+        ap.SignSymmetry(scale="fan_in", variant="frsf"),
+        lambda W, B: signs(W) * fixed(W, B) * math.sqrt(2 / len(W[0])),
+    ),
+    (ap.SignSymmetry(scale="none", variant="frsf"), lambda W, B: signs(W) * fixed(W, B)),
+    (ap.KolenPollack(std=0.3), fixed),
+    (ap.WeightMirror(probes=4, std=0.3), fixed),
+    (ap.AlignedFeedback(probes=4, std=0.3), fixed),
+    (ap.AlignedFeedback(probes=4, std=0.3, normalize=True), equal_columns(0.3)),
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(
+    ("rule", "matrix"), [pytest.param(*case, id=str(case[0])) for case in TRANSPORTS]
+)
+def test_a_map_sends_the_papers_matrix_and_learns_by_its_own_gradient(
+    rule: ap.AbstractTransport, matrix: Formula, shape: tuple[int, int]
+) -> None:
+    done = run(rule, shape)
+    close(done.to_x, done.g @ matrix(done.W, done.B))
+    close(done.layer.weight.grad, torch.einsum("abo,abi->oi", done.g, done.x))
+    close(done.layer.bias.grad, done.g.sum((0, 1)))
+    # the matrix does not hang on what was sent: another pass has the same
+    again = run(rule, shape, done.layer)
+    close(again.to_x, again.g @ matrix(done.W, done.B))
+
+
+@pytest.mark.parametrize("variant", ["sign", "usf", "brsf", "frsf"])
+def test_a_weight_of_zero_has_no_sign_and_sends_nothing(variant: str) -> None:
+    layer = nn.Linear(4, 3, dtype=torch.float64)
+    with torch.no_grad():
+        layer.weight[1, 2] = 0
+    rule = ap.SignSymmetry(variant=variant)
+    M = run(rule, (3, 4), ap.convert(layer, rule)).matrix
+    assert abs(float(M[1, 2])) < 1e-12 and int((M.abs() > 1e-12).sum()) == 11
+
+
+@pytest.mark.parametrize("shape", [(3, 7), (7, 3)], ids=str)
+@pytest.mark.parametrize("scale", ["frobenius", "fan_in", "none"])
+@pytest.mark.parametrize("variant", ["brsf", "frsf"])
+def test_random_sizes_are_half_normal_and_new_at_every_pass_or_never(
+    variant: str, scale: str, shape: tuple[int, int]
+) -> None:
+    rule = ap.SignSymmetry(scale=scale, variant=variant)
+    sizes = []
+    for seed in range(25):
+        layer = ap.convert(nn.Linear(shape[1], shape[0], dtype=torch.float64), rule, seed=seed)
+        W = layer.weight.detach()
+        unit = {
+            "frobenius": math.sqrt(float((W**2).mean())),
+            "fan_in": math.sqrt(2 / shape[1]),
+            "none": 1.0,
+        }[scale]
+        first, second = (run(rule, shape, layer).matrix for _ in range(2))
+        assert torch.equal(first.sign(), W.sign())  # no size is negative
+        same = (first / second - 1).abs() < 1e-9
+        assert bool(same.all()) if variant == "frsf" else not bool(same.any())
+        sizes.append(first.abs() / unit)
+    found = torch.stack(sizes)
+    n = found.numel()  # |N(0, 1)| has the mean √(2/π) and the mean square 1
+    assert float(found.mean()) == pytest.approx(math.sqrt(2 / math.pi), abs=2.5 / n**0.5)
+    assert float((found**2).mean()) == pytest.approx(1, abs=5 / n**0.5)
+
+
+# ---------------------------------------------------------------------------- learned feedback
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_kolen_pollack_gives_the_feedback_the_weights_gradient_in_memory_of_its_own(
+    shape: tuple[int, int],
+) -> None:
+    done = run(ap.KolenPollack(), shape)
+    B, W = done.layer.B, done.layer.weight
+    close(B.grad, torch.einsum("abo,abi->oi", done.g, done.x))
+    assert B.grad.data_ptr() != W.grad.data_ptr()
+
+
+@pytest.fixture
+def heard(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """The noise that rules draw in the test, in order."""
+    found: list[Tensor] = []
+    for rule in (ap.WeightMirror, ap.AlignedFeedback):
+
+        def noise(self, site, generator, plain=rule.noise):  # type: ignore[no-untyped-def]
+            found.append(plain(self, site, generator))
+            return found[-1]
+
+        monkeypatch.setattr(rule, "noise", noise)
+    return found
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("decay", [1.0, 0.25])
+def test_the_mirrors_gradient_is_the_mean_of_centred_responses_to_centred_noise(
+    shape: tuple[int, int], decay: float, heard: list[Tensor]
+) -> None:
+    done = run(ap.WeightMirror(probes=6, decay=decay, std=0.3), shape)
+    again = run(ap.WeightMirror(probes=6, decay=decay, std=0.3), shape, done.layer)
+    assert len(heard) == 2 and not torch.equal(*heard)
+    p = heard[1].double()
+    assert p.shape == (6, shape[1])
+    # the layer's own answer, its bias included: only the centred part counts
+    y = p @ again.W.T + again.layer.bias.detach()
+    y, p = y - y.mean(0), p - p.mean(0)
+    mean = sum(torch.outer(y[n], p[n]) for n in range(6)) / 6
+    assert again.B is not None
+    close(again.layer.B.grad, decay * again.B - mean, 1e-6)  # centred in float32
+
+
+def test_a_mirrors_noise_has_unit_size_so_that_its_gradient_rests_at_the_weight(
+    heard: list[Tensor],
+) -> None:
+    done = run(ap.WeightMirror(probes=20000, decay=0.5), (3, 5))
+    assert float(heard[0].std()) == pytest.approx(1, abs=0.01)
+    assert done.B is not None
+    towards = 0.5 * done.B - done.layer.B.grad  # → W as the probes grow many
+    assert float((towards - done.W).norm() / done.W.norm()) < 0.05
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("normalize", [False, True])
+def test_aligned_feedback_descends_one_minus_the_cosine_to_the_probes_estimate(
+    shape: tuple[int, int], normalize: bool, heard: list[Tensor]
+) -> None:
+    rule = ap.AlignedFeedback(probes=6, std=0.3, normalize=normalize)
+    done = run(rule, shape)
+    again = run(rule, shape, done.layer)
+    assert len(heard) == 2 and not torch.equal(*heard)
+    p = heard[1].double()
+    assert p.shape == (6, shape[1])
+    estimate = sum(torch.outer(again.W @ q, q) for q in p) / 6
+    assert again.B is not None
+    B = again.B.requires_grad_()
+    (1 - (B * estimate).sum() / ((B**2).sum() * (estimate**2).sum()).sqrt()).backward()
+    close(again.layer.B.grad, B.grad, 1e-9)
+
+
+def test_an_aligned_feedbacks_probes_have_unit_size(heard: list[Tensor]) -> None:
+    run(ap.AlignedFeedback(probes=20000), (3, 5))
+    assert float(heard[0].std()) == pytest.approx(1, abs=0.01)
+    assert float(heard[0].mean()) == pytest.approx(0, abs=0.01)
+
+
+@pytest.mark.parametrize("shape", [(3, 7), (7, 3)], ids=str)
+def test_normalised_columns_have_equal_norms_that_of_an_average_draw(
+    shape: tuple[int, int],
+) -> None:
+    M = run(ap.AlignedFeedback(probes=2, std=0.3, normalize=True), shape).matrix
+    for norm in M.norm(dim=0):
+        assert float(norm) == pytest.approx(0.3 * math.sqrt(shape[0]), rel=1e-10)
+
+
+def test_a_feedback_of_zero_or_a_weight_of_zero_turns_nowhere() -> None:
+    for zero in ("B", "weight"):
+        layer = ap.convert(nn.Linear(4, 3).double(), ap.AlignedFeedback(probes=4))
+        with torch.no_grad():
+            getattr(layer, zero).zero_()
+        done = run(ap.AlignedFeedback(probes=4), (3, 4), layer)
+        assert not done.layer.B.grad.any()
+
+
+# -------------------------------------------------------------------------- how feedback is drawn
+
+
+def drawn(init: str, shape: tuple[int, int], seed: int = 0, **options: float) -> Tensor:
+    rule = ap.FeedbackAlignment(init=init, **options)  # type: ignore[arg-type]
+    layer = ap.convert(nn.Linear(shape[1], shape[0], dtype=torch.float64), rule, seed=seed)
+    B: Tensor = layer.B
+    assert B.shape == shape
+    return B
+
+
+@pytest.mark.parametrize("shape", [(200, 90), (90, 200)], ids=str)
+def test_gaussian_entries_have_the_stated_size_whatever_the_shape(shape: tuple[int, int]) -> None:
+    for options, std in (({}, 0.02), ({"std": 0.7}, 0.7)):
+        B = drawn("gaussian", shape, **options) / std
+        assert float(B.mean()) == pytest.approx(0, abs=4 / 18000**0.5)
+        assert float(B.std()) == pytest.approx(1, abs=0.03)
+        assert float((B**4).mean()) == pytest.approx(3, abs=0.3)
+        assert float(B.norm(dim=1).std()) < 0.08 * shape[1] ** 0.5  # no row stands out
+
+
+@pytest.mark.parametrize("shape", [(8, 5), (5, 8), (6, 6)], ids=str)
+def test_orthogonal_feedback_keeps_the_norm_times_its_scale(shape: tuple[int, int]) -> None:
+    out, in_features = shape
+    n = min(shape)
+    for init, options, size in (
+        ("orthogonal", {"std": 0.3}, 0.3 * math.sqrt(in_features)),
+        ("orthogonal", {}, 0.02 * math.sqrt(in_features)),
+        ("ortho_he", {}, math.sqrt(2 / out)),
+        ("ortho_he", {"std": 5.0}, math.sqrt(2 / out)),
+    ):
+        B = drawn(init, shape, **options)
+        gram = B.T @ B if out >= in_features else B @ B.T
+        close(gram / size**2, torch.eye(n, dtype=torch.float64), 1e-5)  # drawn in float32
+
+
+def uniform(values: list[float], low: float, high: float) -> None:
+    """Assert, by Kolmogorov and Smirnov at one in a thousand, that values are uniform."""
+    n = len(values)
+    at = [(v - low) / (high - low) for v in sorted(values)]
+    gap = max(max(abs(a - i / n), abs(a - (i + 1) / n)) for i, a in enumerate(at))
+    assert gap < 1.95 / math.sqrt(n), gap
+
+
+@pytest.mark.parametrize("init", ["orthogonal", "ortho_he"])
+def test_orthogonal_draws_are_haar(init: str) -> None:
+    # A 1 x 1 orthogonal matrix is a fair sign.
+    positive = sum(float(drawn(init, (1, 1), seed)) > 0 for seed in range(200))
+    assert 65 <= positive <= 135
+    # Every coordinate of a uniform direction in three dimensions is uniform (Archimedes).
+    for shape in ((3, 2), (2, 3)):
+        many = [drawn(init, shape, seed) for seed in range(300)]
+        size = math.sqrt(2 / shape[0]) if init == "ortho_he" else 0.02 * math.sqrt(shape[1])
+        for row in range(shape[0]):
+            for column in range(shape[1]):
+                uniform([float(B[row, column]) / size for B in many], -1, 1)
+    # In the plane turns and mirrored turns are equally many, and the turns' angle is uniform.
+    plane = [drawn(init, (2, 2), seed) for seed in range(300)]
+    assert 105 <= sum(float(torch.linalg.det(B)) > 0 for B in plane) <= 195
+    uniform([math.atan2(float(B[1, 0]), float(B[0, 0])) for B in plane], -math.pi, math.pi)
+
+
+@pytest.mark.parametrize(
+    ("k", "in_features", "count"),
+    [(None, 64, 4), (None, 40, 2), (None, 9, 1), (3, 9, 3), (20, 9, 9)],
+)
+def test_sparse_feedback_has_k_signed_entries_a_row_of_one_size(
+    k: int | None, in_features: int, count: int
+) -> None:
+    options = {} if k is None else {"k": k}
+    B = drawn("sparse", (200, in_features), std=0.3, **options)
+    held = B != 0
+    assert held.sum(1).tolist() == [count] * 200
+    size = 0.3 * math.sqrt(in_features / count)
+    close(B[held].abs(), torch.full((200 * count,), size).double(), 1e-6)
+    share = float((B[held] > 0).double().mean())
+    assert abs(share - 0.5) < 2.5 / math.sqrt(200 * count)
+    # each column is as likely as another
+    expected = 200 * count / in_features
+    assert float((held.sum(0) - expected).abs().max()) <= 4.5 * math.sqrt(expected)
+    # and the rows' norm is that of gaussian rows
+    close(B.norm(dim=1), torch.full((200,), 0.3 * math.sqrt(in_features)).double(), 1e-6)
+
+
+def test_every_place_and_every_seed_has_a_feedback_of_its_own() -> None:
+    def feedback(seed: int) -> list[Tensor]:
+        halves = [nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)) for _ in range(2)]
+        model = nn.ModuleDict({"a": halves[0], "b": halves[1]})
+        ap.convert(model, ap.FeedbackAlignment(), seed=seed)
+        return [linear.B for half in model.values() for linear in half]
+
+    found = [*feedback(0), *feedback(1)]  # equal leaf names, equal shapes
+    for i, one in enumerate(found):
+        assert all(not torch.equal(one, other) for other in found[:i])
+    torch.manual_seed(123)  # and nothing else that the program draws matters
+    for one, again in zip(found[:4], feedback(0), strict=True):
+        assert torch.equal(one, again)

@@ -1,0 +1,283 @@
+"""What an audit's figures are of: gradients and certificates by hand, and averages by hand."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import altprop as ap
+from altprop.agreement import Agreement, Flag, compare, compare_all, summarise
+from altprop.audit_report import Cost, Measured, Outcome, Reference, Row, Words
+
+Gradients = dict[str, Tensor]
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+
+
+def batches() -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    return [
+        (
+            size * torch.randn(5, 4, generator=generator, dtype=torch.float64),
+            torch.randn(5, 3, generator=generator, dtype=torch.float64),
+        )
+        for size in (1.0, 0.2, 5.0)  # so that means of norms are no norms of means
+    ]
+
+
+def mean_square(output: Tensor, target: Tensor) -> Tensor:
+    return (output - target).square().mean()
+
+
+def taken(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Gradients:
+    loss = mean_square(model(batch[0]), batch[1])
+    leaves = dict(model.named_parameters())
+    return dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))
+
+
+def by_hand(found: Tensor, exact: Tensor) -> dict[str, float]:
+    a, b = found.flatten(), exact.flatten()
+    return {
+        "cosine": float(a @ b / (a.norm() * b.norm())),
+        "norm_ratio": float(a.norm() / b.norm()),
+        "relative_error": float((a - b).norm() / b.norm()),
+        "sign_agreement": float((a * b > 0).double().mean()),
+    }
+
+
+def flat(gradients: Gradients) -> Tensor:
+    return torch.cat([g.flatten() for g in gradients.values()])
+
+
+def test_figures_and_norms_are_those_of_every_trial_and_means_are_over_trials() -> None:
+    rule = ap.FeedbackAlignment(std=0.5)
+    exact = [taken(network(), batch) for batch in batches()]
+    model = ap.convert(network(), rule, seed=3)
+    rules = [taken(model, batch) for batch in batches()]
+    arm = ap.RuleArm(rule, seed=3)
+    report = ap.audit(network(), batches(), mean_square, [arm], ap.Backprop(), repeats=0)
+    norms = report.reference.norms
+    assert norms.keys() == exact[0].keys()
+    for name in norms:
+        mean = sum(float(g[name].norm()) for g in exact) / 3
+        assert norms[name] == pytest.approx(mean, rel=1e-12)
+    (row,) = report.rows
+    figures = [
+        {name: by_hand(r[name], e[name]) for name in e} for r, e in zip(rules, exact, strict=True)
+    ]
+    whole = [by_hand(flat(r), flat(e)) for r, e in zip(rules, exact, strict=True)]
+    for figure in ("cosine", "norm_ratio", "relative_error", "sign_agreement"):
+        for name, found in row.parameters.items():
+            values = [trial[name][figure] for trial in figures]
+            assert found.figures[figure].mean == pytest.approx(sum(values) / 3, abs=1e-9)
+        values = [trial[figure] for trial in whole]
+        assert row.whole.figures[figure].mean == pytest.approx(sum(values) / 3, abs=1e-9)
+        # a mean over parameters in each trial; its interval is that of the trials
+        means = [sum(p[figure] for p in trial.values()) / 4 for trial in figures]
+        assert row.per_trial(figure) == pytest.approx(means, abs=1e-9)
+        spread = math.sqrt(sum((m - sum(means) / 3) ** 2 for m in means) / 2)
+        assert row.mean(figure).mean == pytest.approx(sum(means) / 3, abs=1e-9)
+        assert row.mean(figure).half_width == pytest.approx(
+            4.302653 * spread / math.sqrt(3), rel=1e-5, abs=1e-9
+        )
+    every = [p for trial in figures for p in trial.values()]
+    assert row.worst("cosine") == pytest.approx(min(p["cosine"] for p in every))
+    assert row.worst("relative_error") == pytest.approx(max(p["relative_error"] for p in every))
+    farthest = max((p["norm_ratio"] for p in every), key=lambda r: abs(math.log(r)))
+    assert row.worst("norm_ratio") == pytest.approx(farthest)
+    ratios = [sum(trial[name]["norm_ratio"] for trial in figures) / 3 for name in norms]
+    assert row.spread == pytest.approx(max(ratios) / min(ratios))
+
+
+def test_another_seed_is_another_arm_with_another_feedback() -> None:
+    rule = ap.FeedbackAlignment(std=0.5)
+    arms = [ap.RuleArm(rule, seed=seed, name=str(seed)) for seed in (0, 1)]
+    report = ap.audit(network(), batches(), mean_square, arms, ap.Backprop(), repeats=0)
+    first, second = (row.parameters["0.weight"].figures["cosine"].mean for row in report.rows)
+    assert first != second
+    with pytest.raises(ap.ConfigError, match="is the reference itself"):
+        ap.audit(network(), batches(), mean_square, [ap.RuleArm(rule, seed=0, name="b")], arms[0])
+    ap.audit(network(), batches(), mean_square, [arms[1]], arms[0], repeats=0)
+
+
+def test_a_frozen_parameter_is_no_part_of_an_audit() -> None:
+    model = network()
+    model[0].bias.requires_grad_(False)
+    report = ap.audit(
+        model, batches(), mean_square, [ap.FeedbackAlignment()], ap.Backprop(), repeats=0
+    )
+    assert list(report.reference.norms) == ["0.weight", "2.weight", "2.bias"]
+
+
+class Two(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = (
+            ap.Equilibrium(ap.DampedAttention(4, heads=1, scale=s), ap.Anderson(tol=t))
+            for s, t in ((0.3, 1e-2), (1.0, 1e-5))
+        )
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x))
+
+
+@pytest.mark.parametrize(
+    "rule", [ap.AEP(response=1e-2), ap.EP(sides=1), ap.DyadicEP(), ap.OneStep()], ids=repr
+)
+def test_what_is_measured_is_what_the_certificates_of_all_solves_say(
+    rule: ap.AbstractEstimator,
+) -> None:
+    x, y = torch.randn(2, 3, 2, 4, dtype=torch.float64)
+    model = Two()
+    for block in (model.first, model.second):
+        block.estimator = rule
+    mean_square(model(x), y).backward()
+    told = [model.first.certificate, model.second.certificate]
+    report = ap.audit(Two(), (x, y), mean_square, [rule], ap.Implicit(tol=1e-8), repeats=0)
+    found = report.rows[0].outcomes[0].measured
+
+    def worst(name: str) -> float | None:
+        known = [getattr(c, name) for c in told if getattr(c, name) is not None]
+        return max((float(v.max()) for v in known), default=None)
+
+    assert found.evaluations == sum(c.free_evaluations + c.adjoint_evaluations for c in told)
+    for mine, theirs in (
+        ("free_residual", "free_residual"),
+        ("adjoint_residual", "adjoint_residual"),
+        ("nudged_residual", "nudged_residuals"),
+        ("response", "response"),
+        ("antisymmetry", "antisymmetry"),
+    ):
+        assert getattr(found, mine) == worst(theirs), mine
+    if told[0].beta is None:
+        assert found.beta is None
+    else:
+        assert found.beta == pytest.approx(float(torch.cat([c.beta for c in told]).mean()))
+
+
+def test_a_rows_cost_is_a_mean_of_efforts_and_the_worst_of_errors() -> None:
+    one = Measured(10, 1e-3, 2e-3, 0.1, 3e-3, 5e-3, 0.2, ("a", "b"))
+    two = Measured(30, 3e-3, 1e-3, 0.3, 1e-3, 4e-3, 0.6, ("b", "c"))
+    none = Measured()
+    agreement = Agreement(1.0, 1.0, 0.0, 1.0, True)
+    outcomes = [Outcome({"w": agreement}, agreement, m) for m in (one, none, two)]
+    words, cost = Words("arm", "rule", None), Cost(7.0, 3 * 2**20)
+    for content in (
+        Row(words, outcomes, cost).as_dict(),
+        Reference(words, {}, [one, none, two], cost).as_dict(),
+    ):
+        assert content["evaluations"] == 20 and content["beta"] == pytest.approx(0.2)
+        assert content["residuals"] == {"free": 3e-3, "adjoint": 2e-3, "nudged": 5e-3}
+        assert content["antisymmetry"] == 0.6 and content["response"] == 3e-3
+        assert content["milliseconds"] == 7.0 and content["peak_bytes"] == 3 * 2**20
+        assert content["failures"] == ["a", "b", "c"]
+    assert Row(words, [outcomes[1]], cost).as_dict()["evaluations"] is None
+
+
+def test_a_trial_without_a_figure_is_left_out_of_means_and_not_counted_as_zero() -> None:
+    some = {"v": Agreement(0.5, 2.0, 1.0, 1.0, True), "w": Agreement(flag=Flag.REFERENCE_FLOOR)}
+    other = {"v": Agreement(0.9, 1.0, 0.1, 1.0, False), "w": Agreement(0.1, 4.0, 0.2, 1.0, True)}
+    lost = {"v": Agreement(flag=Flag.NON_FINITE), "w": Agreement(flag=Flag.NON_FINITE)}
+    outcomes = [Outcome(p, p["v"], Measured()) for p in (some, other, lost)]
+    row = Row(Words("arm", "rule", None), outcomes, Cost(None, 0))
+    assert row.per_trial("cosine") == [0.5, pytest.approx(0.5), None]
+    assert row.mean("cosine").mean == pytest.approx(0.5) and row.mean("cosine").count == 2
+    assert row.parameters["w"].figures["cosine"].mean == 0.1
+    assert row.parameters["w"].figures["cosine"].count == 1
+    assert row.whole.descends == 0.5 and row.parameters["w"].descends == 1.0
+    assert row.worst("cosine") == 0.1 and row.worst("norm_ratio") == 4.0
+    assert row.spread == pytest.approx(4.0 / 1.5)
+    assert row.flags == {
+        "v": {Flag.NON_FINITE.value: 1},
+        "w": {Flag.REFERENCE_FLOOR.value: 1, Flag.NON_FINITE.value: 1},
+    }
+
+
+def test_a_reference_at_its_floor_is_noise_and_one_above_is_not() -> None:
+    reference = {"large": torch.tensor([3.0, 4.0]), "small": torch.tensor([0.05])}
+    for floor, flag in ((0.0101, Flag.REFERENCE_FLOOR), (0.0099, None)):
+        named, whole = compare_all(reference, reference, floor=floor)
+        assert named["small"].flag is flag and named["large"].flag is None
+        assert whole.cosine == 1.0 and whole.relative_error == 0.0
+    at = compare(torch.ones(1), torch.ones(1), floor=1.0)
+    assert at.flag is Flag.REFERENCE_FLOOR  # up to it, and not beyond
+
+
+def test_without_a_floor_only_what_rounding_leaves_is_noise() -> None:
+    for dtype in (torch.float32, torch.float64):
+        eps = torch.finfo(dtype).eps
+        for share, flag in ((20, Flag.REFERENCE_FLOOR), (50, None)):
+            reference = {
+                "a": torch.ones(1, dtype=dtype),
+                "b": torch.full((1,), share * eps).to(dtype),
+            }
+            assert compare_all(reference, reference)[0]["b"].flag is flag
+    # numbers so small that they have lost digits count as noise, however small the whole
+    tiny = {"a": torch.full((4,), 1e-39), "b": torch.full((4,), 1e-39)}
+    assert compare_all(tiny, tiny)[0]["a"].flag is Flag.REFERENCE_FLOOR
+
+
+def test_gradients_are_paired_by_name_and_compared_in_float64() -> None:
+    a, b = torch.tensor([1.0, 2.0]), torch.tensor([3.0])
+    named, whole = compare_all({"b": b, "a": a}, {"a": a, "b": b})
+    assert whole.cosine == 1.0 and named["a"].relative_error == 0.0
+    large = torch.full((2,), 1e30)  # whose squares are beyond float32
+    assert compare(large, large).cosine == pytest.approx(1.0, abs=1e-15)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(50):  # rounding carries no cosine past 1
+        v = torch.randn(7, generator=generator)
+        assert compare(3 * v, v).cosine <= 1.0 and compare(-3 * v, v).cosine >= -1.0
+
+
+def test_an_interval_is_of_the_values_that_there_are() -> None:
+    summary = summarise("cosine", [0.7, None, 0.9, None])
+    assert (summary.count, summary.mean) == (2, pytest.approx(0.8))
+    assert summary.half_width == pytest.approx(12.7062 * math.sqrt(0.02) / math.sqrt(2), rel=1e-4)
+    assert summarise("norm_ratio", [2.0, 0.0]).worst == 0.0
+
+
+def test_the_json_form_has_no_numbers_that_json_lacks() -> None:
+    bad = Agreement(0.5, math.inf, math.nan, 1.0, True)
+    outcomes = [Outcome({"w": bad}, bad, Measured(free_residual=math.inf))]
+    words = Words("arm", "rule", None)
+    row = Row(words, outcomes, Cost(None, 0))
+    reference = Reference(words, {"w": math.nan}, [], Cost(None, 0))
+    report = ap.AuditReport(reference, [row], ["one"], {"versions": [math.nan, 1.5]})
+    content = json.loads(report.to_json())
+    assert content["reference"]["norms"] == {"w": None} and content["versions"] == [None, 1.5]
+    assert content["rows"][0]["parameters"]["w"]["norm_ratio"] is None
+    assert content["rows"][0]["residuals"]["free"] is None
+
+
+@pytest.mark.parametrize("directions", [1, 3])
+def test_finite_differences_measure_the_relative_error_of_a_wrong_gradient(
+    directions: int,
+) -> None:
+    class Scaled(nn.Module):
+        """A loss whose gradient for `w` is made too large by a tenth, and is exact for `v`."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.w, self.v = (nn.Parameter(torch.randn(5).double()) for _ in range(2))
+            self.z = nn.Parameter(torch.zeros(3).double())
+
+        def forward(self) -> Tensor:
+            w = 1.1 * self.w - (0.1 * self.w).detach()
+            return (w**3).sum() + torch.sin(self.v).sum() + (self.z**2 + self.z).sum()
+
+    torch.manual_seed(0)
+    model = Scaled()
+    rule = ap.Backprop()
+    model.map = nn.Linear(1, 1).double().requires_grad_(False)  # for a rule to have a place
+    errors = ap.finite_difference_errors(model, model, rule, directions=directions)
+    assert errors["w"] == pytest.approx(0.1 / 1.1, rel=1e-6)
+    assert errors["v"] < 1e-9 and errors["z"] < 1e-9
