@@ -171,6 +171,7 @@ def test_a_folder_of_something_else(here: Path, refused: Refused) -> None:
 
 def test_a_run_to_resume_that_is_none_or_another(here: Path, refused: Refused) -> None:
     assert "new holds no run to resume" in refused(*tiny(here), "--resume")
+    (here / "text.txt").write_text(sentences(300), encoding="utf-8")  # the same characters
     line = refused(*tiny(here, data="text.txt", out="run", lr=0.5), "--resume")
     assert "was started with other values of data, lr: write --config run/config.yaml" in line
     assert "exclude each other" in refused(*tiny(here), "--resume", "--overwrite")

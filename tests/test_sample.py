@@ -11,6 +11,7 @@ import torch
 
 from altprop import Anderson, CheckpointError, ConfigError, DataError
 from altprop.lm import checkpoint
+from altprop.lm.cli import main
 from altprop.lm.config import read_config, write_config
 from altprop.lm.sample_command import load_run, sample
 from altprop.lm.settings import TrainConfig
@@ -91,7 +92,9 @@ def test_best_and_last_are_the_two_checkpoints(run: Path, tmp_path: Path) -> Non
     assert bool((last.head.weight == 0.5).all()) and not bool((best.head.weight == 0.5).any())
     (copied / "best.safetensors").unlink()
     load_run(copied, "last", "cpu")
-    with pytest.raises(CheckpointError, match="best.safetensors: there is no such checkpoint"):
+    with pytest.raises(
+        CheckpointError, match="best.safetensors: there is no such checkpoint.*t last"
+    ):
         load_run(copied, "best", "cpu")
     with pytest.raises(ConfigError, match="unknown checkpoint 'lst': did you mean last"):
         load_run(copied, "lst", "cpu")  # type: ignore[arg-type]
@@ -120,6 +123,67 @@ def test_a_text_that_was_read_from_no_equilibrium_comes_with_a_warning(
     assert len(out) == 9  # the prompt, the tokens and the end of the line
     assert err.startswith("altprop: warning: 7 of 7 tokens were read from a state")
     assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "start"),
+    [
+        ("anarchism originated as a term of abuse " * 50, " "),
+        ("GATTACACCGT" * 50, "A"),
+        ("a line break comes first\n" * 50, "\n"),
+    ],
+    ids=["words", "DNA", "lines"],
+)
+def test_without_a_prompt_the_text_starts_where_its_vocabulary_lets_it(
+    text: str,
+    start: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("altprop.lm.train.plot_run", lambda folder: folder)
+    (tmp_path / "text.txt").write_text(text, encoding="utf-8")
+    train(small(tmp_path / "run", steps=1))
+    capsys.readouterr()
+    assert main(["sample", str(tmp_path / "run"), "--tokens", "7"]) == 0
+    first = written(capsys)
+    assert first[0] == start and len(first) == 8
+    sample(tmp_path / "run", prompt=start, tokens=7)
+    assert written(capsys) == first
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        *("tokens=-5", "temperature=-1", "temperature=nan", "temperature=inf", "top_k=0"),
+        *(
+            "seed=-1",
+            "seed=9223372036854775808",
+            "which=lst",
+            "device=abacus",
+            "prompt=",
+            "prompt=Z",
+        ),
+        *("tokens=many", "top_k=few", "prompts=x"),
+    ],
+)
+def test_no_option_is_refused_after_the_prompt_was_printed(
+    option: str, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["sample", str(run), f"--{option}"]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("altprop: error: ") and err.count("\n") == 1
+
+
+def test_a_temperature_near_zero_takes_the_likeliest(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = []
+    for temperature in (0, 1e-6, 1e-40, 5e-324):
+        sample(run, tokens=20, temperature=temperature)
+        texts.append(written(capsys))
+    assert len(set(texts)) == 1
 
 
 def test_what_cannot_be_continued_is_refused(run: Path) -> None:

@@ -26,10 +26,12 @@ from jsonargparse import ArgumentParser, Namespace, set_loader, set_parsing_sett
 from jsonargparse.typing import register_type
 
 from altprop.errors import AltpropError, ConfigError, suggest
+from altprop.lm.files import write_whole
+from altprop.lm.wording import meant, plain_words
+from altprop.lm.yaml_text import UNREADABLE, TwiceError, items, load
 
 Config = TypeVar("Config")
 _LISTS = (tuple, list, Sequence)
-_UNREADABLE = (yaml.YAMLError, ValueError)  # such as the date 2000-99-99
 
 
 def class_path(cls: type) -> str:
@@ -82,7 +84,7 @@ def to_yaml(data: Mapping[str, Any]) -> str:
 
 def write_config(path: Path, config: Any) -> None:
     """Write a frozen dataclass as the YAML file that `--config` and `read_config` take."""
-    path.write_text(to_yaml(config_dict(config)), encoding="utf-8")
+    write_whole(path, to_yaml(config_dict(config)))
 
 
 def read_config(path: Path, cls: type[Config]) -> Config:
@@ -149,6 +151,22 @@ def _bases(hint: Any) -> list[type]:
     return [m for m in _members(hint) if isinstance(m, type) and ABC in m.__mro__]
 
 
+def _lists(hint: Any) -> list[Any]:
+    """Return the members of a type that are lists, if it takes nothing else but null."""
+    members = [member for member in _members(hint) if member is not NoneType]
+    return members if all(typing.get_origin(member) in _LISTS for member in members) else []
+
+
+def _listed(hint: Any, value: Any, text: str) -> Any:
+    """Return what the word `text` says, `value` as YAML, where a list may stand with commas."""
+    lists = _lists(hint)
+    if not lists or isinstance(value, (list, tuple, dict)) or text.lstrip().startswith("["):
+        return value
+    if value is None and text and NoneType in _members(hint):
+        return value
+    return items(text, as_text=typing.get_args(lists[0])[:1] == (str,))
+
+
 def _spelled(hint: Any, value: Any) -> Any:
     """Return the plain `value` with all arguments of each class that it names."""
     members, bases = _members(hint), _bases(hint)
@@ -166,6 +184,8 @@ def _spelled(hint: Any, value: Any) -> Any:
             return _spelled_all(dict.fromkeys(value, items[1]), value)
         if origin in _LISTS and isinstance(value, list):
             return [_spelled(items[0], item) for item in value]
+    if isinstance(value, str) and _lists(hint):
+        raise ConfigError(f"Expected a <class 'tuple'>. Got value: {value}")
     refused = isinstance(value, (int, float, list)) or value is None and NoneType not in members
     if bases and refused:
         known = ", ".join(choices(bases[0]))
@@ -201,12 +221,16 @@ def _defaults(cls: type) -> dict[str, Any]:
 
 
 def _load(text: str) -> Any:
-    value = yaml.safe_load(text)
+    value = load(text)
     return text if value is None else value  # `#1` is a text; jsonargparse knows `null` itself
 
 
-set_loader("altprop", _load, _UNREADABLE)
-register_type(Path, os.fspath, Path, fail_already_registered=False)  # whose null is no path `None`
+def _path(text: str) -> Path:
+    return Path(os.path.expanduser(text))  # a shell leaves the ~ of --out=~/run to us
+
+
+set_loader("altprop", _load, UNREADABLE)
+register_type(Path, os.fspath, _path, fail_already_registered=False)  # whose null is no path `None`
 set_parsing_settings(
     unset_sentinel=True,  # then null is a value like any other, and no whole number
     docstring_parse_attribute_docstrings=True,
@@ -223,6 +247,7 @@ class Parser(ArgumentParser):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(allow_abbrev=False, **{**kwargs, "parser_mode": "altprop"})
+        self.target: Any = None  # the function or class whose arguments are parsed
         self.hints: dict[str, Any] = {}
         self.places: list[str] = []  # the options that may be written without their name
         self.file = ""  # that is being read
@@ -238,7 +263,7 @@ class Parser(ArgumentParser):
         return super().add_function_arguments(function, *args, **kwargs)
 
     def _learn(self, target: Any) -> None:
-        self.hints, init = _hints(target), target.__init__
+        self.target, self.hints, init = target, _hints(target), target.__init__
         if dataclasses.is_dataclass(target):
             # jsonargparse looks for the annotations of a base in the module of the class itself;
             # if it misses one it lets the fields of the class be anything.
@@ -258,12 +283,19 @@ class Parser(ArgumentParser):
         key = name.removeprefix("--")
         if not given or key not in self.hints:
             return word
+        hint = self.hints[key]
         try:
-            value = wanted = yaml.safe_load(text)
-            if typing.get_origin(self.hints[key]) in _LISTS and not isinstance(value, list):
-                wanted = yaml.safe_load(f"[{text}]")
-        except _UNREADABLE:
-            return word  # names no class
+            value = load(text)
+        except UNREADABLE as error:
+            if isinstance(error, TwiceError) and str not in _members(hint):
+                self.error(f'Parser key "{key}":\n{error}', error)
+            if not _lists(hint):
+                return word  # names no class
+            value = text
+        try:
+            wanted = _listed(hint, value, text)
+        except UNREADABLE:
+            return word
         wanted = self._spelled_data({key: wanted})[key]
         if wanted == value:
             return word
@@ -271,26 +303,36 @@ class Parser(ArgumentParser):
 
     def parse_object(self, obj: Any, *rest: Any, **kwargs: Any) -> Namespace:
         data = obj if isinstance(obj, dict) else vars(obj)
+        if not self.exit_on_error:  # of a class, where words such as --solver.solvers end up
+            data = {k: _listed(self.hints.get(k), v, str(v)) for k, v in data.items()}
         return super().parse_object(self._spelled_data(data), *rest, **kwargs)
 
     def parse_string(self, content: str, *rest: Any, **kwargs: Any) -> Namespace:
+        data = self._spelled_data(self._mapping(content))
+        return super().parse_string(to_yaml(data), *rest, **kwargs)
+
+    def _mapping(self, content: str) -> dict[str, Any]:
         try:
-            data = yaml.safe_load(content)
-        except _UNREADABLE as error:
+            data = load(content)
+        except TwiceError as error:
+            self.error(str(error), error)
+        except UNREADABLE as error:
             where = str(error).replace('in "<unicode string>"', "in it")
             self.error(f"not valid YAML: {where}", error)
         data = {} if data is None else data
         if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
             self.error(f"expected lines such as 'steps: 1000', got {content!r:.80}")
-        return super().parse_string(to_yaml(self._spelled_data(data)), *rest, **kwargs)
+        return data
 
     def parse_path(self, path: str | Path, *rest: Any, **kwargs: Any) -> Namespace:
-        self.file = f"{path}: "
+        self.file, place = f"{path}: ", _path(os.fspath(path))
         try:
-            content = Path(path).read_text(encoding="utf-8")
+            data = self._mapping(place.read_text(encoding="utf-8"))
         except UnicodeDecodeError as error:
             self.error("not a text file, expected YAML in UTF-8", error)
-        namespace = self.parse_string(content, *rest, **kwargs)
+        if hasattr(self.target, "of_file"):  # what it says depends on where it lies
+            data = self.target.of_file(data, place)
+        namespace = self.parse_string(to_yaml(data), *rest, **kwargs)
         self.file = ""
         return namespace
 
@@ -314,7 +356,7 @@ class Parser(ArgumentParser):
         """Raise a `ConfigError` of one line that says what jsonargparse reports as a tree."""
         if not self.exit_on_error:  # in the parser of a class; the parser around it has more to say
             super().error(message, ex)
-        message = _meant(message)
+        message = meant(message)
         path = re.findall(r'Parser key "(.+?)":', message)
         if found := re.search(_UNKNOWN, message):
             text = self._unknown(path, next(filter(None, found.groups())), message)
@@ -323,7 +365,7 @@ class Parser(ArgumentParser):
             text = f"{', '.join(names)} is missing"
         else:
             text = re.sub(r'Parser key ".+?":|Problem with given class_path .+?:', "", message)
-            text = f"{self._shown(path)}: {_plain_words(text)}" if path else text
+            text = f"{self._shown(path)}: {plain_words(text)}" if path else text
         raise ConfigError(self.file + " ".join(text.split())) from ex
 
     def _unknown(self, path: list[str], key: str, message: str) -> str:
@@ -345,37 +387,3 @@ class Parser(ArgumentParser):
 
 
 _UNKNOWN = r"unrecognized arguments: --([^=\s]+)|Option '(.+?)' is not|NestedArg\(key='(.+?)'"
-_UNION = re.compile(
-    r"Does not validate.*?\n( *)Errors:\n(.*?)\n\1Given value type: .*?\n\1Given value: (.*)", re.S
-)
-_TYPES = {
-    "int": "a whole number",
-    "float": "a number",
-    "bool": "true or false",
-    "str": "text",
-    "NoneType": "null",
-    "tuple": "a list",
-}
-
-
-def _meant(message: str) -> str:
-    """Return the message without the alternatives of a union that were not meant."""
-    if not (union := _UNION.search(message)):
-        return message
-    indent, errors, given = union.groups()
-    items = [i.strip() for i in re.split(rf"^{indent}  - ", errors, flags=re.M)[1:]]
-    telling = [i for i in items if not re.fullmatch(r"Expected a <class '\S+'>", i)]
-    if telling:
-        item = telling[0 if given.startswith(("{'class_path'", "Namespace(class_path")) else -1]
-    else:
-        item = f"{' or '.join(items).replace('or Expected', 'or')}. Got value: {given}"
-    return _meant(message[: union.start()] + item)
-
-
-def _plain_words(text: str) -> str:
-    abstract = r"an instantiatable class, but \S+ is abstract"
-    text = re.sub(r"a <class '[\w.]*?(\w+)'>", lambda m: _TYPES.get(m[1], f"a {m[1]}"), text)
-    text = re.sub(r"a (?:choice of |typing.Literal|member of <enum .*?>: )", "one of ", text)
-    text = re.sub(abstract, "a class to be named first", text)
-    text = text.replace("Expected", "expected").replace(". Got value: ", ", got ")
-    return text.replace(", got None", ", got null")

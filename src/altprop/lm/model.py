@@ -374,5 +374,7 @@ def _pick(
     if top_k is not None and top_k < logits.shape[-1]:
         least = logits.topk(top_k).values[:, -1:]
         logits = logits.masked_fill(logits < least, -torch.inf)
-    chances = (logits.float() / temperature).softmax(-1).cpu()
+    # from the likeliest down, in float64: a small temperature must not overflow
+    below = (logits - logits.amax(-1, keepdim=True)).cpu().double()
+    chances = (below / temperature).softmax(-1).float()
     return torch.multinomial(chances, 1, generator=generator).to(logits.device)

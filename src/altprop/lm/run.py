@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import math
-import os
 import shlex
 import time
 from collections.abc import Mapping
@@ -18,8 +19,10 @@ from torch import Tensor, nn
 from altprop import CheckpointError
 from altprop.lm import checkpoint
 from altprop.lm.config import read_config, write_config
-from altprop.lm.settings import TrainConfig
-from altprop.lm.text import Batches, CharTokenizer, Corpus
+from altprop.lm.corpora import names_corpus
+from altprop.lm.files import write_whole
+from altprop.lm.settings import TrainConfig, is_run
+from altprop.lm.text import Batches, CharTokenizer, Corpus, describe
 
 
 class Stateful(Protocol):
@@ -43,11 +46,13 @@ class Progress:
 class Run:
     """A run's folder: what it was configured with, its metrics and its checkpoints."""
 
-    # what a resumed run may change without becoming another run
+    # what a resumed run may change without becoming another run; of the data, the place alone
     _FREE = {"out", "resume", "overwrite", "steps", "eval_every", "device", "sample", "on_failure"}
 
-    def __init__(self, folder: Path, config: TrainConfig) -> None:
+    def __init__(self, folder: Path, config: TrainConfig, text: dict[str, str]) -> None:
         self.folder, self.config = folder, config
+        self._text = text  # its digests
+        self._saved: checkpoint.Checkpoint | None = None  # what to go on from
         self._metrics: TextIO | None = None
 
     @classmethod
@@ -56,54 +61,63 @@ class Run:
 
         **Raises:** `CheckpointError` for a run that is in the way or cannot be resumed.
         """
-        folder = config.out or Path("runs") / time.strftime(
-            f"{Path(config.data).stem}-{type(config.estimator).__name__}-%Y%m%d-%H%M%S"
-        )
-        run = cls(folder, config)
-        # a config.yaml alone may be anybody's, and --overwrite must not replace what is not ours
-        there = all((folder / name).exists() for name in ("config.yaml", "vocab.json"))
-        if config.resume:
-            run._check_same(there, corpus)
-        elif there and not config.overwrite:
-            raise CheckpointError(
-                f"{folder} already holds a run: add --resume to go on with it, --overwrite to "
-                "replace it, or name another folder with --out"
-            )
-        elif folder.exists() and (not folder.is_dir() or (not there and any(folder.iterdir()))):
-            raise CheckpointError(f"{folder} is no run folder: name a new folder with --out")
+        facts = describe(corpus)
+        text = {name: facts[name] for name in ("train_sha256", "validation_sha256")}
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            if not config.resume:
+            folder = config.out or _new_folder(config)
+            run = cls(folder, config, text)
+            there = is_run(folder)
+            if config.resume:
+                run._check_same(there, corpus)
+            elif there and not config.overwrite:
+                raise CheckpointError(
+                    f"{folder} already holds a run: add --resume to go on with it, --overwrite to "
+                    "replace it, or name another folder with --out"
+                )
+            # a config.yaml alone may be anybody's: --overwrite must not replace what is not ours
+            elif folder.exists() and not there and (not folder.is_dir() or any(folder.iterdir())):
+                raise CheckpointError(f"{folder} is no run folder: name a new folder with --out")
+            else:
+                folder.mkdir(parents=True, exist_ok=folder.exists())
                 for old in ("metrics.jsonl", "best.safetensors", "last.safetensors", "curves.png"):
                     (folder / old).unlink(missing_ok=True)
                 corpus.tokenizer.to_json(folder / "vocab.json")
-                write_config(folder / "config.yaml", _resumable(config, folder))
+                write_config(folder / "config.yaml", _stored(config))
         except OSError as error:
-            raise CheckpointError(f"{folder}: cannot be written ({error.strerror})") from None
+            where = config.out or "runs"
+            raise CheckpointError(f"{where}: cannot be written ({error.strerror})") from None
         return run
 
     def _check_same(self, there: bool, corpus: Corpus) -> None:
         if not there:
             raise CheckpointError(f"{self.folder} holds no run to resume: leave out --resume")
-        if not (self.folder / "last.safetensors").exists():
+        path = self.folder / "last.safetensors"
+        if not path.exists():
             raise CheckpointError(
                 f"{self.folder} has no checkpoint yet to go on from: write --overwrite instead of "
                 "--resume to start it again"
             )
         before = read_config(self.folder / "config.yaml", TrainConfig)
+        same_tokens = CharTokenizer.from_json(self.folder / "vocab.json") == corpus.tokenizer
+        self._saved = checkpoint.load(path)
+        same_text = same_tokens and self._saved.notes.get("text", self._text) == self._text
+        now, then = _stored(self.config), _stored(before)
         changed = [
             f.name
             for f in fields(TrainConfig)
-            if f.name not in self._FREE and getattr(before, f.name) != getattr(self.config, f.name)
+            if f.name not in self._FREE and getattr(now, f.name) != getattr(then, f.name)
         ]
+        if same_text and "text" in self._saved.notes:
+            changed = [name for name in changed if name != "data"]  # the same text, elsewhere
         if changed:
             raise CheckpointError(
                 f"{self.folder} was started with other values of {', '.join(changed)}: write "
                 f"{self.resume_options()}, or start a new run"
             )
-        if CharTokenizer.from_json(self.folder / "vocab.json") != corpus.tokenizer:
+        if not same_text:
+            what = "another text" if same_tokens else "other characters"
             raise CheckpointError(
-                f"{self.folder} was started with other characters than {self.config.data} has now: "
+                f"{self.folder} was started with {what} than {self.config.data} has now: "
                 "give the text of that time, or start a new run"
             )
 
@@ -122,8 +136,9 @@ class Run:
 
         **Raises:** `CheckpointError` for a checkpoint that this run cannot go on from.
         """
-        path = self.folder / "last.safetensors"
-        saved = checkpoint.load(path)
+        path, saved = self.folder / "last.safetensors", self._saved
+        self._saved = None  # its tensors need not stay in memory
+        assert saved is not None, "restore belongs to a run that was opened to be resumed"
         checkpoint.restore_model(model, saved, path)
         if not saved.notes.get("resumable"):
             raise CheckpointError(f"{path}: without the optimiser's state: nothing to go on from")
@@ -134,9 +149,14 @@ class Run:
         if stabiliser is not None:
             stabiliser.load_state_dict(state)
         progress = Progress(**saved.notes["progress"])
+        if progress.step > self.config.steps:
+            raise CheckpointError(
+                f"{self.folder} has made {progress.step} steps, more than {self.config.steps}: "
+                f"write --steps {progress.step}, or more to go on"
+            )
         self._trim_metrics(progress.step)
         # steps and the like may have changed, and the next --resume must not take them back
-        write_config(self.folder / "config.yaml", _resumable(self.config, self.folder))
+        write_config(self.folder / "config.yaml", _stored(self.config))
         return progress
 
     def _trim_metrics(self, step: int) -> None:
@@ -150,9 +170,7 @@ class Run:
             except ValueError:
                 break
             kept.append(f"{line}\n")
-        fresh = metrics.with_name("metrics.jsonl.part")
-        fresh.write_text("".join(kept), encoding="utf-8")
-        os.replace(fresh, metrics)
+        write_whole(metrics, "".join(kept))
 
     def __enter__(self) -> Run:
         self._metrics = open(self.folder / "metrics.jsonl", "a", encoding="utf-8")
@@ -185,11 +203,34 @@ class Run:
         extra = {"batches": batches.generator.get_state()}
         if stabiliser is not None:
             extra |= {f"stabiliser.{k}": v for k, v in stabiliser.state_dict().items()}
-        notes = {"progress": vars(progress), "resumable": optimiser is not None}
+        notes = {
+            "progress": vars(progress),
+            "resumable": optimiser is not None,
+            "text": self._text,
+        }
         path = self.folder / f"{name}.safetensors"
         checkpoint.save(path, model, optimiser, extra, notes)
 
 
-def _resumable(config: TrainConfig, folder: Path) -> TrainConfig:
-    """Return the configuration as it is stored: with the folder, ready for `--resume`."""
-    return replace(config, out=folder, resume=False, overwrite=False)
+def _new_folder(config: TrainConfig) -> Path:
+    """Make a folder below runs/ that nobody else has, not even a run of the same second."""
+    parent = Path("runs")
+    parent.mkdir(exist_ok=True)
+    name = f"{Path(config.data).stem}-{config.method}-{time.strftime('%Y%m%d-%H%M%S')}"
+    for number in itertools.count(1):
+        folder = parent / (name if number == 1 else f"{name}-{number}")
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir()
+            break
+    return folder
+
+
+def _stored(config: TrainConfig) -> TrainConfig:
+    """Return the configuration as a run keeps it: it means the same wherever it is read from.
+
+    The folder is that of the file, so the file does not name it; a text is found from any other.
+    """
+    data = config.data
+    if not names_corpus(data):
+        data = str(Path(data).expanduser().absolute())
+    return replace(config, data=data, out=None, resume=False, overwrite=False)

@@ -16,7 +16,7 @@ from altprop.lm.config import read_config
 from altprop.lm.model import LanguageModel, stream
 from altprop.lm.settings import TrainConfig
 from altprop.lm.text import CharTokenizer
-from altprop.lm.train import build_model, pick_device
+from altprop.lm.train import build_model, opening, pick_device
 
 Which = Literal["best", "last"]
 
@@ -39,6 +39,12 @@ def load_run(
     config = read_config(run / "config.yaml", TrainConfig)
     tokenizer = CharTokenizer.from_json(run / "vocab.json")
     path = run / f"{which}.safetensors"
+    kept = [name for name in get_args(Which) if (run / f"{name}.safetensors").is_file()]
+    if kept and which not in kept:
+        raise CheckpointError(
+            f"{path}: there is no such checkpoint, the run has kept {kept[0]} alone: write "
+            f"--which {kept[0]}"
+        )
     saved = checkpoint.load(path)
     model = build_model(config, len(tokenizer)).to(pick_device(device))
     checkpoint.restore_model(model, saved, path)
@@ -48,7 +54,7 @@ def load_run(
 def sample(
     run: Path,
     *,
-    prompt: str = "\n",
+    prompt: str | None = None,
     tokens: int = 500,
     temperature: float = 0.8,
     top_k: int | None = None,
@@ -60,8 +66,9 @@ def sample(
 
     Args:
         run: the folder of a training run.
-        prompt: the text to continue, a line break unless given; its characters must be in the
-            run's vocabulary.
+        prompt: the text to continue; its characters must be in the run's vocabulary. Unless given
+            (or null), a line break, or where the vocabulary has none a space, or else its first
+            character.
         tokens: how many tokens to write.
         temperature: divides the logits; 0 takes the likeliest token.
         top_k: keep only the likeliest so many tokens; null for all.
@@ -69,16 +76,17 @@ def sample(
         which: the checkpoint: that of the lowest validation loss, or the last.
         device: `auto`, `cpu`, `cuda`, or any other that torch knows.
     """
-    model, tokenizer = load_run(run, which, device)
-    ids = torch.as_tensor(tokenizer.encode(prompt).astype("int64")).unsqueeze(0)
-    ids = ids.to(next(model.parameters()).device)
     if not 0 <= seed < 2**63:
         raise ConfigError(f"seed is {seed}, expected in [0, 2^63)")
+    model, tokenizer = load_run(run, which, device)
+    text = opening(tokenizer) if prompt is None else prompt
+    ids = torch.as_tensor(tokenizer.encode(text).astype("int64")).unsqueeze(0)
+    ids = ids.to(next(model.parameters()).device)
     generator = torch.Generator().manual_seed(seed)
+    news = stream(model, ids, tokens, temperature=temperature, top_k=top_k, generator=generator)
     with using(model, on_failure="warn"), warnings.catch_warnings(record=True) as unsettled:
         warnings.simplefilter("always", RuntimeWarning)
-        print(tokenizer.decode(ids[0].cpu().numpy()), end="", flush=True)
-        news = stream(model, ids, tokens, temperature=temperature, top_k=top_k, generator=generator)
+        print(text, end="", flush=True)
         for new in news:
             print(tokenizer.decode(new[0].cpu().numpy()), end="", flush=True)
     print()

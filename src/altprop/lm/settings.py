@@ -21,13 +21,19 @@ from altprop.errors import unknown
 from altprop.lm.model import ModelConfig
 
 
+def is_run(folder: Path) -> bool:
+    """Tell whether a folder is that of a run."""
+    return all((folder / name).is_file() for name in ("config.yaml", "vocab.json"))
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """Everything that a training run depends on.
 
     Args:
         data: a built-in corpus (`plays`), a text file or folder of them, or a prepared folder.
-        out: the run's folder; a new one below runs/ unless given.
+        out: the run's folder; a new one below runs/ unless given. The config.yaml of a run means
+            the folder that it lies in.
         resume: go on from the last checkpoint in the run's folder.
         overwrite: replace a run that is already in the folder.
         model: `equilibrium` (one block that is an equilibrium) or `gpt` (ordinary blocks).
@@ -115,8 +121,9 @@ class TrainConfig:
         _require("seed", self.seed, 0 <= self.seed < 2**63, "in [0, 2^63)")  # torch takes no other
         if self.resume and self.overwrite:
             raise ConfigError("resume and overwrite exclude each other: give one of them")
-        if self.resume and self.out is None:
-            raise ConfigError("resume needs the run's folder: write --out FOLDER --resume")
+        for name in ("resume", "overwrite"):
+            if getattr(self, name) and self.out is None:
+                raise ConfigError(f"{name} needs the run's folder: write --out FOLDER --{name}")
         if self.model not in _OWN:
             raise unknown("model", self.model, _OWN)
         for other, names in _OWN.items():
@@ -130,6 +137,21 @@ class TrainConfig:
         if self.rule is not None and self.rules:
             raise ConfigError("rule and rules exclude each other: put the rule under '*' in rules")
         self.shape(vocabulary=1)  # refuses a shape that no model can have
+
+    @classmethod
+    def of_file(cls, data: dict[str, Any], file: Path) -> dict[str, Any]:
+        """Return the options that a file holds: a run is the folder that its config lies in."""
+        for place in (file, file.resolve()):
+            if place.name == "config.yaml" and is_run(place.parent):
+                return {**data, "out": str(place.parent)}
+        return data
+
+    @property
+    def method(self) -> str:
+        """What the run trains by, in a word."""
+        if self.model == "equilibrium":
+            return type(self.estimator).__name__
+        return "rules" if self.rules else type(self.rule).__name__ if self.rule else "backprop"
 
     def shape(self, vocabulary: int) -> ModelConfig:
         """Return the model's shape for a vocabulary of so many tokens."""

@@ -28,6 +28,7 @@ from altprop.lm.corpora import (
     read_characters,
     read_source,
 )
+from altprop.lm.files import write_whole
 
 if TYPE_CHECKING:  # torch is imported where batches are made: encoding text does not need it
     import torch
@@ -108,8 +109,7 @@ class CharTokenizer:
     def to_json(self, path: str | Path) -> None:
         """Write the vocabulary as JSON that a person can read, the characters in order of id."""
         content = {"format": VOCAB_FORMAT, "size": len(self), "characters": list(self.vocab)}
-        text = json.dumps(content, ensure_ascii=False, indent=1)
-        Path(path).write_text(text + "\n", encoding="utf-8")
+        write_whole(Path(path), json.dumps(content, ensure_ascii=False, indent=1) + "\n")
 
     def __len__(self) -> int:
         return len(self.vocab)

@@ -30,7 +30,7 @@ from altprop.lm.model import GPT, EquilibriumLM, LanguageModel, generate
 from altprop.lm.report import plot_run
 from altprop.lm.run import Progress, Run
 from altprop.lm.settings import TrainConfig
-from altprop.lm.text import Batches, Corpus, check_context, load_corpus, windows
+from altprop.lm.text import Batches, CharTokenizer, Corpus, check_context, load_corpus, windows
 
 
 @dataclass(frozen=True)
@@ -323,6 +323,11 @@ def draw_curves(folder: Path, display: Display) -> None:
         display.note(f"no curves: {error}")
 
 
+def opening(tokenizer: CharTokenizer) -> str:
+    """Return what a text may start after: a line break, or else a space, or else any character."""
+    return next((mark for mark in "\n " if mark in tokenizer.vocab), tokenizer.vocab[0])
+
+
 def write_sample(
     model: LanguageModel,
     corpus: Corpus,
@@ -330,12 +335,12 @@ def write_sample(
     device: torch.device,
     display: Display,
 ) -> str:
-    """Return text that the model writes after a line break (or the corpus's first character)."""
+    """Return text that the model writes after the `opening` of its vocabulary."""
     if not config.sample:
         return ""
     tokenizer = corpus.tokenizer
-    prompt = "\n" if "\n" in tokenizer.vocab else tokenizer.vocab[0]
-    ids = torch.as_tensor(tokenizer.encode(prompt).astype("int64")).unsqueeze(0).to(device)
+    ids = torch.as_tensor(tokenizer.encode(opening(tokenizer)).astype("int64"))
+    ids = ids.unsqueeze(0).to(device)
     generator = torch.Generator().manual_seed(config.seed)
     try:
         out = generate(model, ids, config.sample, temperature=0.8, generator=generator)
