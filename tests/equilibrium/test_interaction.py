@@ -132,7 +132,11 @@ def test_a_force_that_changes_its_buffers_is_refused_and_they_are_put_back(
         assert "\n" not in str(error.value)
         assert all(torch.equal(b, before[name]) for name, b in dynamics.named_buffers())
     if kind == "spectral norm":  # in evaluation mode it iterates no further
-        ap.Equilibrium(dynamics.eval())(torch.randn(3, 4, dtype=torch.float64)).sum().backward()
+        block = ap.Equilibrium(dynamics.eval())
+        block(torch.randn(3, 4, dtype=torch.float64)).sum().backward()
+        with pytest.raises(ap.RuleError, match="changes its buffers"):
+            block.train()(torch.randn(3, 4, dtype=torch.float64))
+        assert all(torch.equal(b, before[name]) for name, b in dynamics.named_buffers())
 
 
 def test_a_buffer_that_changes_later_on_is_found_as_well() -> None:

@@ -219,3 +219,26 @@ def test_a_force_that_draws_nothing_is_left_alone() -> None:
         warnings.simplefilter("always")
         block(X).sum().backward()
     assert not said and torch.equal(torch.get_rng_state(), drawn)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_stack_replays_what_its_blocks_draw_in_any_mode(training: bool) -> None:
+    """Its gradient is then backprop's at the noise of its one forward pass."""
+
+    class Jittered(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.W = nn.Linear(4, 4)
+
+        def forward(self, h: Tensor) -> Tensor:
+            return torch.tanh(self.W(h)) * (1 + 0.3 * torch.randn_like(h))
+
+    blocks = nn.Sequential(*(Jittered() for _ in range(3))).double()
+    stack = ap.Equilibrium(ap.Layered(blocks), estimator=ap.AEP(tol=1e-9, response=1e-5))
+    found = []
+    for forward in (stack.train(training), blocks.train(training)):
+        torch.manual_seed(7)
+        blocks.zero_grad()
+        forward(X).square().sum().backward()
+        found.append(torch.cat([p.grad.flatten() for p in blocks.parameters()]))
+    assert torch.allclose(*found, rtol=1e-6, atol=1e-9)

@@ -33,14 +33,18 @@ class Draws:
     """Where the random generators stood at one moment, so that the same can be drawn again."""
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
+        self._generators: list[Any] = [torch.default_generator]
+        own = None if device.type == "cpu" else torch.get_device_module(device)
+        if hasattr(own, "get_rng_state"):
+            self._generators.append(_DeviceGenerator(own, device))
         self._states = self._now()
 
     def _now(self) -> list[Tensor]:
-        states = [torch.get_rng_state()]
-        if self._device.type != "cpu":
-            states.append(torch.get_device_module(self._device).get_rng_state(self._device))
-        return states
+        return [generator.get_state() for generator in self._generators]
+
+    def _stand(self, states: list[Tensor]) -> None:
+        for generator, state in zip(self._generators, states, strict=True):
+            generator.set_state(state)
 
     def moved(self) -> bool:
         """Tell whether anything was drawn since."""
@@ -50,13 +54,27 @@ class Draws:
     @contextmanager
     def again(self) -> Iterator[None]:
         """Draw inside as was drawn from that moment on, and leave the generators as they were."""
-        cpu, *own = self._states
-        kind = self._device.type if own else "cuda"
-        with torch.random.fork_rng([self._device.index or 0] if own else [], device_type=kind):
-            torch.set_rng_state(cpu)
-            for state in own:
-                torch.get_device_module(self._device).set_rng_state(state, self._device)
+        before = self._now()
+        self._stand(self._states)
+        try:
             yield
+        finally:
+            self._stand(before)
+
+
+class _DeviceGenerator:
+    """The generator of a device, by its module; Apple's has only one device."""
+
+    def __init__(self, module: Any, device: torch.device) -> None:
+        self._module = module
+        self._where = () if device.type == "mps" else (device,)
+
+    def get_state(self) -> Tensor:
+        state: Tensor = self._module.get_rng_state(*self._where)
+        return state
+
+    def set_state(self, state: Tensor) -> None:
+        self._module.set_rng_state(state, *self._where)
 
 
 @dataclass
@@ -202,8 +220,8 @@ def check_apart(
             raise RuleError(
                 f"samples interact: the force on sample {seen[0]} depends on the state of sample "
                 f"{seen[1]}; samples must lie on axis 0 and not see each other: give (N, T, C) and "
-                "transpose inside a force that wants (T, N, C), and use LayerNorm or GroupNorm for "
-                "what averages over the batch"
+                "transpose inside a force that wants (T, N, C), use LayerNorm or GroupNorm for "
+                "what averages over the batch, and give x[None] where all of it is one sample"
             )
     known[kind] = count
 

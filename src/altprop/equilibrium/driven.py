@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from functools import partial
@@ -128,9 +127,9 @@ class Driven:
 
     def kept(self) -> Driven:
         """Return the same without anything of autograd's: what may outlive the call."""
-        kept = copy.copy(self)
-        kept.x, kept._recorded = self.x.detach(), None
-        kept._args, kept._kwargs = detached((self._args, self._kwargs))
+        args, kwargs = detached((self._args, self._kwargs))
+        kept = Driven(self._dynamics, self.x.detach(), args, kwargs)
+        kept._begun, kept._draws = self._begun, self._draws
         return kept
 
     def extend(self, cache: Any, x: Tensor) -> Extension:
@@ -207,6 +206,6 @@ class _Recorded(NamedTuple):
         return same and z._version == self.version
 
 
-def detached(given: Any) -> Any:
-    """Return what a force was given with all tensors in it cut off from autograd's graph."""
-    return tree_map_only(Tensor, Tensor.detach, given)
+def detached(given: tuple[Any, ...]) -> Any:
+    """Return what a force was given, with all tensors in it cut off from autograd's graph."""
+    return tree_map_only(Tensor, Tensor.detach, given) if any(given) else given

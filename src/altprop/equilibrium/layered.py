@@ -40,8 +40,8 @@ class Layered(AbstractDynamics):
     every exact estimator. Each block is evaluated once per evaluation of the force. Blocks may have
     the samples on axis 0 or, as torch's own layers do by default, on axis 1, whichever keeps them
     apart; where neither does, all samples are solved and certified as one. Batch norm, whose
-    statistics every evaluation would change, is refused. Dropout draws the same masks in all phases
-    of one call.
+    statistics every evaluation would change, is refused. What blocks draw, dropout's masks say, is
+    the same in all phases of one call.
 
     What is given to the module beside `x` goes to every block, `block(h, *args, **kwargs)`, and
     the first output of a block that returns a tuple is its level.
@@ -55,7 +55,6 @@ class Layered(AbstractDynamics):
     **Raises:** `ConfigError` for no blocks; `RuleError` for blocks with batch norm.
     """
 
-    draws = True
     feedforward = True
 
     def __init__(self, blocks: Iterable[nn.Module], phases: Phases = "sweep") -> None:
@@ -88,7 +87,7 @@ class Layered(AbstractDynamics):
 
     def under(self, x: Tensor, *args: Any, **kwargs: Any) -> DrivenLayers:
         calls = [Call(block, args, kwargs) for block in self.blocks]
-        return DrivenLayers(x, calls, self.habits, self.phases, self.training)
+        return DrivenLayers(x, calls, self.habits, self.phases)
 
     def extra_repr(self) -> str:
         return f"phases={self.phases!r}"
@@ -105,23 +104,16 @@ class Call(NamedTuple):
 class DrivenLayers(Driven):
     """A stack of blocks under one input.
 
-    **Arguments:** `x`; `calls`, one per level; `habits`, what is known of the blocks; `phases`;
-    `training`, whether blocks may draw.
+    **Arguments:** `x`; `calls`, one per level; `habits`, what is known of the blocks; `phases`.
     """
 
     step = 1.0
 
     def __init__(
-        self,
-        x: Tensor,
-        calls: Sequence[Call],
-        habits: Habits,
-        phases: Phases = "sweep",
-        training: bool = True,
+        self, x: Tensor, calls: Sequence[Call], habits: Habits, phases: Phases = "sweep"
     ) -> None:
-        self.x, self.phases = x, phases
+        self.x, self.phases, self._calls = x, phases, calls
         self._habits, self._layout = habits, Layout(0)
-        self._calls, self._training = calls, training
         self._draws_of: list[Draws | None] = []
         self._outs: list[Tensor] = []
         self._shapes: list[torch.Size] = []
@@ -130,10 +122,10 @@ class DrivenLayers(Driven):
     def push(self, h: Tensor, call: Call) -> Any:
         """Make the first evaluation of the next level at `h`, and return all that it gives out."""
         level = len(self._outs)
-        self._draws_of.append(Draws(h.device) if self._training else None)
         h = self._spare(level, h)
-        version = h._version
+        draws, version = Draws(h.device), h._version
         whole = call.block(h, *call.args, **call.kwargs)
+        self._draws_of.append(draws if draws.moved() else None)
         if h._version == version:
             self._habits.pure.add(level)
         elif level in self._habits.pure:
@@ -157,7 +149,7 @@ class DrivenLayers(Driven):
     def kept(self) -> DrivenLayers:
         kept = copy.copy(self)
         kept.x, kept._known = self.x.detach(), None
-        kept._calls = [call._replace(**detached(call._asdict())) for call in self._calls]
+        kept._calls = [Call(c.block, *detached((c.args, c.kwargs))) for c in self._calls]
         return kept
 
     def start(self) -> Tensor:

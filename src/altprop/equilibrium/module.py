@@ -211,7 +211,7 @@ class Equilibrium(nn.Module):
             )
 
         def finish(certificate: Certificate) -> None:
-            certificate.system = driven.kept()
+            certificate.system = certificate.system or driven.kept()
             self.certificate = certificate
 
         return Site(

@@ -221,10 +221,8 @@ class _DrivenStack(DrivenLayers):
     def __init__(self, x: Tensor, calls: Sequence[Call], stack: Stack) -> None:
         layered = stack.equilibrium.dynamics
         assert isinstance(layered, Layered)
-        training = any(block.training for block in stack.blocks)
-        super().__init__(
-            x.float() if x.itemsize < 4 else x, calls, layered.habits, layered.phases, training
-        )
+        whole = x.float() if x.itemsize < 4 else x
+        super().__init__(whole, calls, layered.habits, layered.phases)
         self._stack = stack
         self.coarse = torch.is_autocast_enabled(x.device.type)
 
