@@ -300,7 +300,7 @@ def encoder() -> nn.Module:
         (ap.BlockDirectFeedback(), TinyModel, "head"),
         (ap.GrAPE(calibrate_every=2), TinyModel, "head"),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_a_draw_that_fails_at_any_place_leaves_no_trace(
     rule: Any, make: Callable[[], nn.Module], output: str, how: type[BaseException]
