@@ -13,12 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from altprop.assign import assign_transport
-from altprop.channel import Switch
 from altprop.errors import ConfigError, RuleError, unknown
 from altprop.feedback import cosine_gradient, draw, generator_for
 from altprop.rule import AbstractTransport, Site, spread_error
 from altprop.rules.feedback_alignment import FeedbackAlignment
 from altprop.rules.sign_symmetry import SignSymmetry
+from altprop.sites import TransportSite
 
 _METHODS = ("bp", "fa", "sign_sym", "dfa", "dfa_block")
 _FEEDBACK = ("B", "B_dfa", "B_dfa_block")
@@ -98,14 +98,15 @@ class LocalLinear(nn.Linear):
         if seed is None:
             seed = int(torch.randint(2**62, (), generator=generator))
         self.seed = seed
-        self._rule = rules.get(method)
-        self._switch = Switch()
+        self._site: TransportSite | None = None
         self._input: Tensor | None = None
         self._probes = 0
         for name in _FEEDBACK:
             self.register_buffer(name, None)
-        if self._rule is not None:
-            B = self._rule.draw(Site("B", out_features, in_features), generator_for(seed, "B"))
+        if method in rules:
+            rule, site = rules[method], Site("B", out_features, in_features)
+            B = rule.draw(site, generator_for(seed, "B"))
+            self._site = TransportSite(site, rule, "" if B is None else "B", seed, noisy=False)
             if B is not None:
                 self._keep("B", B)
 
@@ -131,8 +132,8 @@ class LocalLinear(nn.Linear):
             return F.linear(input, self.weight, self.bias)
         if self.method in ("dfa", "dfa_block"):
             self._input = input.detach()
-        elif self._rule is not None and self._switch.on:
-            return assign_transport(input, self.weight, self.bias, self._rule, self.B)
+        elif self._site is not None:
+            return self._site(self, input, self.weight, self.bias)
         return F.linear(input, self.weight, self.bias)
 
     @torch.no_grad()
