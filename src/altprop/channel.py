@@ -10,7 +10,7 @@ import functools
 import importlib
 import warnings
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,11 +21,12 @@ from altprop.feedback import randn
 from altprop.rule import AbstractBroadcast, Site, spread_error
 
 
-class Switch:
-    """Whether the rules of one conversion are in force; `rules_off` turns it."""
+class Tap(Protocol):
+    """A place that hears the error; `on`, whether its rule is in force."""
 
-    def __init__(self) -> None:
-        self.on = True
+    site: Site
+    index: int
+    on: bool
 
 
 def in_backward() -> bool:
@@ -46,12 +47,11 @@ def _load_forward_mode() -> None:
 class Channel:
     """The way of one error to the taps of one rule."""
 
-    def __init__(self, rule: AbstractBroadcast, seed: int, switch: Switch, shared: str) -> None:
+    def __init__(self, rule: AbstractBroadcast, seed: int, shared: str) -> None:
         self.rule = rule
         self.seed = seed
-        self.switch = switch
         self.shared = shared  # the root's attribute that all taps slice, or ""
-        self.sites: list[Site] = []
+        self.members: list[Tap] = []
         self.probe: JacobianProbe | None = None
         self.clear()
 
@@ -66,6 +66,22 @@ class Channel:
         self.estimates: list[Tensor | None] = []
         self.measured: Sequence[Tensor] | None = None
 
+    @property
+    def sites(self) -> list[Site]:
+        """The sites of all taps, each at its tap's `index`."""
+        return [tap.site for tap in self.members]
+
+    @property
+    def on(self) -> bool:
+        """Whether any tap is in force."""
+        return any(tap.on for tap in self.members)
+
+    def forget(self, tap: Tap) -> None:
+        """Let a tap go, whose place is on backprop from now on."""
+        self.members.remove(tap)
+        for index, left in enumerate(self.members):
+            left.index = index
+
     def begin(self, root: nn.Module, exact: bool = False) -> None:
         """Start to collect for a recorded forward pass of `root`."""
         self.mode = "exact" if exact else "rule"
@@ -78,7 +94,7 @@ class Channel:
         **Arguments:** `B` (features, k); `index`, of the tap's site; `rows`, of `B` if the tap is
         only a part of its site.
         """
-        count = self.sites[index].rows
+        count = self.members[index].site.rows
         # taps of one feedback share one product: the error is multiplied once for all of them
         key = index if B is not None else -count
         if rows is not None or key not in self.places:
@@ -100,12 +116,18 @@ class Channel:
         if self.probe is not None:
             self.probe.catch(error)
             return error
-        if self.mode == "idle" or not torch.is_grad_enabled() or not self.switch.on:
+        if self.mode == "idle" or not torch.is_grad_enabled():
             return error
         if self.joined:
             raise RuleError(
                 "the output was computed twice in one forward pass, so that the error has no one "
                 "place: name a module that runs once as output=..."
+            )
+        if self.feedback and error.shape[-1] != self.feedback[0].shape[1]:
+            have, want = error.shape[-1], self.feedback[0].shape[1]
+            raise RuleError(
+                f"the error has {have} features, but the feedback was drawn for {want}: write "
+                f"revert(model) and convert it again, a block of that width with features={have}"
             )
         for tap in self.taps:
             spread_error(error.detach(), tap.shape)  # raises if the shapes do not fit
@@ -119,7 +141,8 @@ class Channel:
         if self.feedback:
             raise RuleError(
                 f"{len(self.feedback)} tapped outputs were computed after the output module, or "
-                "it never ran: name as output=... the module that makes the logits"
+                "it never ran: name as output=... the module that makes the logits (if it was "
+                "replaced or reverted: write revert(model) and convert again)"
             )
 
     def outside(self, path: str) -> None:
@@ -127,7 +150,8 @@ class Channel:
         if torch.is_grad_enabled() and not in_backward():
             raise RuleError(
                 f"{path} ran outside the forward of the model that was converted, so no error can "
-                "reach it: call the whole model, or wrap the call in torch.no_grad()"
+                "reach it: call the whole model, or wrap the call in rules_off or torch.no_grad()"
+                ", or revert this part"
             )
 
     def unrecorded(self, path: str) -> RuleError:
@@ -210,7 +234,8 @@ class JacobianProbe:
         if self._tangent is None or self._response is None:
             raise RuleError(
                 f"no derivative from {self.taps[tap].path} reached the output in forward mode: "
-                "one of the two did not run, or some operation between them dropped the tangent"
+                "one of the two did not run, or some operation between them dropped the tangent "
+                "(if one was replaced: write revert(model) and convert again)"
             )
         return self._tangent, self._response
 

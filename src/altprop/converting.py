@@ -10,19 +10,21 @@ import contextlib
 import operator
 import warnings
 from collections.abc import Iterator, Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
-from altprop.channel import Channel, Switch
+from altprop.channel import Channel
 from altprop.equilibrium.estimators.estimator import AbstractEstimator
-from altprop.equilibrium.module import STACK, OnFailure
+from altprop.equilibrium.exact import Exact
+from altprop.equilibrium.module import STACK, Equilibrium, OnFailure
 from altprop.equilibrium.solvers.solver import AbstractSolver
-from altprop.equilibrium.stack import convert_stack, revert_stack
+from altprop.equilibrium.stack import convert_stack, level_of, revert_block, revert_stack
 from altprop.errors import ConfigError, Problems, RuleError, RuleWarning, listed, told
 from altprop.feedback import generator_for
-from altprop.places import Conversion, Place, Places, Planner, TapRequest
+from altprop.places import CONVERTED, Place, Places, Planner, TapRequest
 from altprop.rule import AbstractBroadcast, AbstractRule, AbstractTransport, Site
 from altprop.sites import (
     STEP,
@@ -34,11 +36,14 @@ from altprop.sites import (
     RootRole,
     TapRole,
     TransportSite,
-    site_class,
+    add_roles,
+    remove_roles,
+    sites_of,
 )
 from altprop.unfit import others
 
 M = TypeVar("M", bound=nn.Module)
+_NESTED = "_altprop_nested"  # marks an encoder whose nested tensors were switched off
 
 
 def convert(
@@ -112,7 +117,7 @@ def convert(
     if isinstance(rule, AbstractRule):
         _say_what_is_left(model, places, planners[0])
     with _all_or_nothing(model), torch.device("cpu"):  # where a rule's draws belong
-        _apply(model, places, planners, mapping, output, seed)
+        _apply(model, places, planners, seed)
     return model
 
 
@@ -210,36 +215,22 @@ class _Changes:
         """Change the classes: last, so that an error before leaves every forward as it was."""
         for module, roles in self.roles.items():
             module.__dict__["_altprop_names"] = tuple(self.names[module])
-            module.__class__ = site_class(type(module), tuple(sorted(roles, key=_outermost)))
+            add_roles(module, tuple(sorted(roles, key=_outermost)))
 
 
-def _apply(
-    model: nn.Module,
-    places: Places,
-    planners: list[Planner],
-    mapping: Mapping[str, AbstractRule],
-    output: str | None,
-    seed: int,
-) -> None:
-    switch = Switch()
+def _apply(model: nn.Module, places: Places, planners: list[Planner], seed: int) -> None:
     changes = _Changes(seed)
-    rules: dict[str, AbstractRule] = {}
     for planner in planners:
         for place in planner.transports:
-            rules[place.path] = planner.rule
-            _transport(changes, place, planner.rule, switch)
-        for place in planner.kept:
-            rules[place.path] = planner.rule
+            _transport(changes, place, planner.rule)
         for request in planner.taps:
-            rules.update({place.path: planner.rule for place in request.places})
-            _tap(changes, model, places, request, planner.rule, switch)
+            _tap(changes, model, places, request, planner.rule)
     changes.finish()
-    encoders = []
     for encoder in model.modules():  # its nested tensors skip the layers' own forwards
         if isinstance(encoder, nn.TransformerEncoder) and encoder.use_nested_tensor:
             encoder.use_nested_tensor = False
-            encoders.append(encoder)
-    model.__dict__["_altprop"] = Conversion(dict(mapping), rules, output, seed, switch, encoders)
+            encoder.__dict__[_NESTED] = True
+    model.__dict__[CONVERTED] = True
 
 
 def _frozen(place: Place) -> bool:
@@ -248,7 +239,7 @@ def _frozen(place: Place) -> bool:
     return not any(weight.requires_grad for weight in weights)
 
 
-def _transport(changes: _Changes, place: Place, rule: AbstractRule, switch: Switch) -> None:
+def _transport(changes: _Changes, place: Place, rule: AbstractRule) -> None:
     assert isinstance(rule, AbstractTransport)
     module, name = place.module, "B" + place.suffix
     site = Site(place.path, *place.shape)
@@ -260,17 +251,12 @@ def _transport(changes: _Changes, place: Place, rule: AbstractRule, switch: Swit
         changes.counter(module)
     maps = module.__dict__.setdefault("_altprop_maps", {})
     name = "" if B is None else name
-    made = TransportSite(site, rule, name, changes.seed, switch, rule.noisy, _frozen(place))
+    made = TransportSite(site, rule, name, changes.seed, rule.noisy, _frozen(place))
     maps[place.key] = made
 
 
 def _tap(
-    changes: _Changes,
-    model: nn.Module,
-    places: Places,
-    request: TapRequest,
-    rule: AbstractRule,
-    switch: Switch,
+    changes: _Changes, model: nn.Module, places: Places, request: TapRequest, rule: AbstractRule
 ) -> None:
     assert isinstance(rule, AbstractBroadcast)
     local = request.at
@@ -280,7 +266,7 @@ def _tap(
     if rule.one_feedback:
         taken = [n for n in changes.names.get(root, []) if n.startswith("B_dfa_shared")]
         shared = "B_dfa_shared" + str(len(taken) or "")
-    channel = Channel(rule, changes.seed, switch, shared)
+    channel = Channel(rule, changes.seed, shared)
     if local is not None:
         changes.role(root, LocalRole)
         root.__dict__["_altprop_local"] = channel
@@ -300,73 +286,109 @@ def _tap(
         changes.feedback(root, shared, B, like, rule.learned, frozen)
     for index, place in enumerate(request.places):
         site, frozen = Site(place.path, place.rows, k), _frozen(place)
-        channel.sites.append(site)
         name = "" if shared else ("B_dfa" if local is None else "B_dfa_block") + place.suffix
         changes.place(place)
         if name:
             B = rule.draw(site, generator_for(changes.seed, place.path, "tap"))
             changes.feedback(place.module, name, B, place.weight, rule.learned, frozen)
+        tap: MapTap | OutputTap
         if place.is_map:
             maps = place.module.__dict__.setdefault("_altprop_maps", {})
-            maps[place.key] = MapTap(site, channel, name, index, frozen)
+            maps[place.key] = tap = MapTap(site, channel, name, index, frozen)
         else:
-            place.module.__dict__["_altprop_tap"] = OutputTap(site, channel, name, index, frozen)
+            tap = OutputTap(site, channel, name, index, frozen)
+            place.module.__dict__["_altprop_tap"] = tap
+        channel.members.append(tap)
 
 
-def conversions(model: nn.Module) -> Iterator[tuple[str, nn.Module, Conversion]]:
-    """Yield the path, the module and the record of every conversion in or below `model`."""
-    for path, module in model.named_modules():
-        record = module.__dict__.get("_altprop")
-        if record is not None:
-            yield path, module, record
+def is_converted(module: nn.Module) -> bool:
+    """Say whether `convert` left anything at this module itself."""
+    marks = (CONVERTED, _NESTED, STACK)
+    stacked = level_of(module) is not None
+    return stacked or isinstance(module, Role) or any(mark in module.__dict__ for mark in marks)
 
 
 def revert(model: M) -> M:
-    """Undo `convert` in place, drop all feedback, and return the model.
+    """Undo `convert` in place, in `model` and all that is below it, and return the model.
 
-    **Raises:** `RuleError` if neither the model nor any part of it was converted.
+    Of a converted model any part may be reverted alone: its places are on backprop from then on,
+    its feedback is dropped, and the rest keeps its rules. What another library has done to the
+    modules since (parametrisations, merged or replaced weights) stays.
+
+    **Raises:** `RuleError` where there is nothing to revert, or where a feedback was parametrised;
+    nothing is changed then.
     """
-    found = list(conversions(model))
-    stacks = [module for module in model.modules() if STACK in module.__dict__]
-    if not found and not stacks:
+    found = [(path, module) for path, module in model.named_modules() if is_converted(module)]
+    if not found:
         raise RuleError(f"this {type(model).__name__} was not converted: nothing to revert")
-    for module in stacks:
-        revert_stack(module)
-    for _, root, record in found:
-        for module in root.modules():
-            if isinstance(module, Role):
-                base = next(c for c in type(module).__mro__[1:] if not issubclass(c, Role))
-                for name in module._altprop_names:
-                    delattr(module, name)
-                module.__class__ = base  # type: ignore[assignment]
-                for name in module.__dict__.get("_altprop_rooms", ()):
-                    module.register_buffer(name, None)
-                for key in [k for k in module.__dict__ if k.startswith("_altprop_")]:
-                    del module.__dict__[key]
-        for encoder in record.encoders:
-            encoder.use_nested_tensor = True
-        del root.__dict__["_altprop"]
+    for path, module in found:
+        for name in getattr(module, "_altprop_names", ()):
+            if is_parametrized(module, name):
+                raise RuleError(
+                    f"{name} of {path or 'the model itself'} is feedback, and was parametrised: "
+                    f"write remove_parametrizations(module, {name!r}) first"
+                )
+    for _, module in found:
+        if STACK in module.__dict__:
+            revert_stack(module)
+        revert_block(module)
+        if module.__dict__.pop(_NESTED, False):
+            cast(nn.TransformerEncoder, module).use_nested_tensor = True
+        _strip(module)
+        module.__dict__.pop(CONVERTED, None)
     return model
+
+
+def _strip(module: nn.Module) -> None:
+    """Make a module what it was before it got roles, if it has any."""
+    if not isinstance(module, Role):
+        return
+    for site in sites_of(module).values():
+        if not isinstance(site, TransportSite):
+            site.channel.forget(site)
+    for name in module._altprop_names:
+        delattr(module, name)
+    for name in module.__dict__.get("_altprop_rooms", ()):
+        module.register_buffer(name, None)
+    remove_roles(module)
+    for key in [k for k in module.__dict__ if k.startswith("_altprop_")]:
+        del module.__dict__[key]
 
 
 @contextlib.contextmanager
 def rules_off(model: nn.Module) -> Iterator[None]:
     """Give exact gradients inside this context: every rule in `model` stands aside.
 
-    It must cover the forward pass, and the backward pass too under activation checkpointing.
+    `model` may be any part of what was converted; the rules outside of it stay in force, so that
+    exact is meant of the way from the cotangent that reaches the part. An `Equilibrium` solves its
+    adjoint equation to rounding (`‖Jᵀa + g‖` at most 1e-6 of `‖a‖ + ‖g‖`, in float64 1e-10) at the
+    state that its own solver found; under `BPTT` it stays as it is, exact for the relaxation that
+    it records. The blocks of a converted stack are plain modules, all of them or none.
+
+    The context must cover the forward pass, and the backward pass too under checkpointing.
+
+    **Raises:** `RuleError` if there is nothing in `model` to switch off. In the backward pass an
+    `Equilibrium` whose adjoint cannot be solved that well does as its `on_failure` says.
     """
-    switches: dict[int, Any] = {id(r.switch): r.switch for _, _, r in conversions(model)}
-    for module in model.modules():
-        if STACK in module.__dict__:
-            switches[id(module)] = module.__dict__[STACK]
-        own = module.__dict__.get("_switch")
-        if isinstance(own, Switch):
-            switches[id(own)] = own
-    before = [(switch, switch.on) for switch in switches.values()]
+    modules = list(model.modules())
+    places: list[Any] = [site for module in modules for site in sites_of(module).values()]
+    places += [level for module in modules if (level := level_of(module)) is not None]
+    solved = [m for m in modules if isinstance(m, Equilibrium)]
+    if not (places or solved or any(CONVERTED in m.__dict__ for m in modules)):
+        raise RuleError(
+            f"nothing to switch off: no rule, no Equilibrium and no block of a converted stack is "
+            f"in this {type(model).__name__}; give rules_off the module that holds them"
+        )
+    before = [(place, place.on) for place in places]
+    estimators = [(m, m.estimator) for m in solved]
     try:
-        for switch, _ in before:
-            switch.on = False
+        for place in places:
+            place.on = False
+        for block, estimator in estimators:
+            block.estimator = estimator if estimator.records else Exact()
         yield
     finally:
-        for switch, on in before:
-            switch.on = on
+        for place, on in before:
+            place.on = on
+        for block, estimator in estimators:
+            block.estimator = estimator

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, replace
+from typing import Any, NamedTuple, cast
 
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
-from altprop.converting import conversions
-from altprop.equilibrium.stack import StackRow, explain_stack
+from altprop.converting import is_converted
+from altprop.equilibrium.module import Equilibrium
+from altprop.equilibrium.stack import Level, level_of
 from altprop.errors import RuleError
 from altprop.learned import learned_feedback
-from altprop.rule import AbstractBroadcast, AbstractTransport
-from altprop.sites import MapTap, OutputTap, Role, TransportSite
+from altprop.rule import AbstractRule
+from altprop.sites import MapTap, OutputTap, TransportSite, sites_of
+
+_LOCAL = "local backprop inside a block"
+_NOTHING = "none, but for paths around every map"
+_STACK = "adjoint state of a stack"
+_EQUILIBRIUM = "adjoint state of an equilibrium"
+_Q = "q_proj_weight"  # where attention keeps its projections apart, one bias serves them all
+# their weights are looked up or multiplied number by number, never as a matrix
+_NO_MATRIX = (nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, nn.RMSNorm)
 
 
 @dataclass(frozen=True)
@@ -29,7 +39,8 @@ class Row:
     """fixed, learned, or drawn at every pass; empty without feedback."""
     seed: int | None
     transports: bool
-    """Whether the backward pass still multiplies by this weight's exact transpose."""
+    """Whether the backward pass still multiplies by this weight's exact transpose, if anything
+    below it is to receive a gradient."""
 
 
 @dataclass(frozen=True)
@@ -62,55 +73,118 @@ class Table:
         return "\n".join([*text, *(f"note: {note}" for note in self.notes)])
 
 
-def _stack_row(row: StackRow) -> Row:
-    return Row(row.name, row.rule, row.signal, None, "", None, transports=True)
+class _Region(NamedTuple):
+    """The module at `start` in the order of registration and all in it, up to `end`."""
+
+    start: int
+    end: int
+    module: nn.Module
+
+    def holds(self, index: int) -> bool:
+        return self.start <= index <= self.end
+
+
+class _Map:
+    """A model's modules in the order of registration, and what its places send to those below."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.order = list(model.named_modules(remove_duplicate=False))
+        self.index = {path: index for index, (path, _) in enumerate(self.order)}
+        self.senders: list[tuple[int, str]] = []
+        self.taps: list[_Region] = []
+        self.solved: list[_Region] = []
+        for index, (path, module) in enumerate(self.order):
+            inside = f"{path}." if path else ""
+            end = index
+            while end + 1 < len(self.order) and self.order[end + 1][0].startswith(inside):
+                end += 1
+            region = _Region(index, end, module)
+            for site in sites_of(module).values():
+                if isinstance(site, TransportSite):
+                    self.senders.append((index, site.rule.signal))
+                elif isinstance(site, OutputTap):
+                    self.taps.append(region)
+                elif not site.channel.rule.sends:
+                    self.senders.append((index, _NOTHING))
+            if level_of(module) is not None or isinstance(module, Equilibrium):
+                self.solved.append(region)
+                self.senders.append((index, _STACK if level_of(module) else _EQUILIBRIUM))
+
+    def tap_above(self, index: int) -> OutputTap | None:
+        """Return the innermost tap whose module holds the module at `index`."""
+        held = [region.module for region in self.taps if region.holds(index)]
+        return held[-1].__dict__["_altprop_tap"] if held else None
+
+    def estimator(self, index: int) -> AbstractRule | None:
+        """Return the estimator of the equilibrium that holds the module at `index`, if one does."""
+        solved = self.solved_above(index)
+        if solved is None or isinstance(solved, Equilibrium):
+            return None if solved is None else solved.estimator
+        return cast(Level, level_of(solved)).stack.equilibrium.estimator
+
+    def owner(self, index: int, name: str) -> tuple[int, str]:
+        """Return the place of the module whose weight a parameter is or makes up, and its name."""
+        path, module = self.order[index]
+        above, found, below = f".{path}".partition(".parametrizations.")
+        if found:
+            owner, weight = self.index[above[1:]], below.split(".")[0]
+            if is_parametrized(self.order[owner][1], weight):
+                return owner, weight
+        made = name.rpartition("_")[0]  # by hooks, as of weight_v and weight_g
+        if made not in module._parameters and isinstance(getattr(module, made, None), Tensor):
+            return index, made
+        return index, name
+
+    def solved_above(self, index: int) -> nn.Module | None:
+        """Return the block of a stack, or the `Equilibrium`, that holds the module at `index`."""
+        held = [region.module for region in self.solved if region.holds(index)]
+        return held[0] if held else None
+
+    def signal(self, index: int) -> str:
+        """Say what the module at `index` receives from what was registered after it."""
+        ends = [region.end for region in self.taps if region.end >= index]
+        cut = min(ends, default=len(self.order))
+        signals = {text for at, text in self.senders if index < at <= cut}
+        if ends:
+            signals.add(_LOCAL)
+        solved = self.solved_above(index)
+        level = None if solved is None else level_of(solved)
+        if level is not None:
+            signals = signals - {_STACK} | {level.signal}
+        elif solved is not None:
+            signals.add(_EQUILIBRIUM)
+        return " and ".join(sorted(signals)) or "exact"
 
 
 def explain(model: nn.Module) -> Table:
-    """Return, for each parameter, the rule and the signal that reaches it.
+    """Return, for each parameter of `model`, the rule and the signal that reaches it.
 
-    The order in which modules were registered is taken for the order in which they run: what comes
-    after the last place of a rule still receives exact gradients.
+    `model` may be a part of what was converted; then only the places in it are told of. The order
+    in which modules were registered is taken for the order in which they run: what comes after the
+    last place of a rule still receives exact gradients.
 
-    **Raises:** `RuleError` if neither the model nor any part of it was converted.
+    Whether a transpose remains is read off the modules as they are. A matrix in a module of an
+    unknown kind counts as one that a cotangent is multiplied by, unless its first axis is 1, as
+    that of a table of positions.
+
+    **Raises:** `RuleError` if no rule, no `Equilibrium` and no converted stack is in `model`.
     """
-    found = list(conversions(model))
-    stacked = explain_stack(model)
-    if not found and stacked:
-        return Table(tuple(_stack_row(row) for row in stacked), ())
-    if not found:
-        raise RuleError(f"this {type(model).__name__} was not converted: call convert(model, rule)")
+    modules = list(model.modules())
+    if not any(is_converted(m) or sites_of(m) or isinstance(m, Equilibrium) for m in modules):
+        raise RuleError(
+            f"this {type(model).__name__} was not converted: call convert(model, rule), or explain "
+            "the whole model that it is a part of"
+        )
+    found = _Map(model)
     rows: dict[str, Row] = {}
-    seen: dict[int, str] = {}
-    order = list(model.named_modules(remove_duplicate=False))
-    sites = {id(m): _sites(m) for _, m in order}
-    after = [
-        i
-        for i, (_, m) in enumerate(order)
-        if any(_changes(s) for s in sites.get(id(m), {}).values())
-    ]
-    last = after[-1] if after else -1
-    for index, (path, module) in enumerate(order):
-        feedback_names = getattr(module, "_altprop_names", ()) if isinstance(module, Role) else ()
+    first: dict[int, str] = {}
+    for index, (_, module) in enumerate(found.order):
         for name, parameter in module.named_parameters(recurse=False):
-            if name in feedback_names:
+            if name in getattr(module, "_altprop_names", ()):
                 continue
-            row = _row(
-                f"{path}.{name}".lstrip("."), name, parameter, module, path, index, last, found
-            )
-            first = seen.setdefault(id(parameter), row.parameter)
-            if first != row.parameter and rows[first].signal != row.signal:  # tied: both arrive
-                old = rows[first]
-                rows[first] = Row(
-                    old.parameter, old.rule if old.feedback else row.rule,
-                    f"{old.signal} + {row.signal} (tied)", old.feedback or row.feedback,
-                    old.kind or row.kind, old.seed, old.transports or row.transports,
-                )  # fmt: skip
-            elif first == row.parameter:
-                rows[first] = row
-    for stack_row in stacked:
-        if stack_row.level is not None:
-            rows[stack_row.name] = _stack_row(stack_row)
+            row = _row(found, index, name, parameter)
+            name = first.setdefault(id(parameter), row.parameter)
+            rows[name] = _tied(rows[name], row) if name in rows else row
     notes = []
     learned = [name for name, _, _ in learned_feedback(model)]
     if learned:
@@ -124,98 +198,65 @@ def explain(model: nn.Module) -> Table:
     return Table(tuple(rows.values()), tuple(notes))
 
 
-def _sites(module: nn.Module) -> dict[str, Any]:
-    sites = dict(module.__dict__.get("_altprop_maps", {}))
-    if "_altprop_tap" in module.__dict__:
-        sites[""] = module.__dict__["_altprop_tap"]
-    return sites
-
-
-def _changes(site: Any) -> bool:
-    """Say whether what lies below this place receives another signal because of it."""
-    return isinstance(site, (TransportSite, OutputTap)) or not site.channel.rule.sends
-
-
-def _below(module: nn.Module) -> list[str]:
-    """Return the signals that the places in a module send to what lies below them."""
-    signals = []
-    for inner in module.modules():
-        for site in _sites(inner).values():
-            if isinstance(site, TransportSite):
-                signals.append(site.rule.signal)
-            elif isinstance(site, MapTap) and not site.channel.rule.sends:
-                signals.append("none, but for paths around every map")
-    return signals
-
-
-def _row(
-    full: str, name: str, parameter: nn.Parameter, module: nn.Module, path: str, index: int,
-    last: int, found: list[Any],
-) -> Row:  # fmt: skip
-    key = name.replace("_bias", "_weight") if name.startswith("in_proj") else "weight"
-    own = _sites(module)
-    site = own.get(name) or (own.get(key) if name in ("bias", "in_proj_bias") else None)
-    root_path, root, record = next(
-        (f for f in reversed(found) if not f[0] or path == f[0] or path.startswith(f[0] + ".")),
-        found[0],
+def _tied(old: Row, new: Row) -> Row:
+    """Return the row of a parameter that stands in two places."""
+    same = old.signal == new.signal
+    return replace(
+        old if old.kind or not new.kind else new,
+        parameter=old.parameter,
+        signal=old.signal if same else f"{old.signal} + {new.signal} (tied)",
+        transports=old.transports or new.transports,
     )
-    parts = path.split(".")
-    tapped = _tap_above(root, root_path, parts)
-    if tapped is not None:
-        inside = "local backprop inside a block"
-        blocks = sorted(set(_below(_get(root, root_path, tapped.site.path))))
-        below = inside if not blocks else f"{inside}, {' and '.join(blocks)}"
-    elif index > last:
-        below = "exact"
-    else:
-        signals = sorted(set(_below(root)))
-        taps = any(isinstance(s, OutputTap) for m in root.modules() for s in _sites(m).values())
-        if taps:
-            signals.append("local backprop inside a block")
-        below = " and ".join(signals) or "exact"
-    rule = record.rules.get(path)
+
+
+def _row(found: _Map, index: int, name: str, parameter: nn.Parameter) -> Row:
+    """Return the row of a parameter of the module at `index`."""
+    full = f"{found.order[index][0]}.{name}".lstrip(".")
+    index, weight = found.owner(index, name)
+    module = found.order[index][1]
+    sites = sites_of(module)
+    keys = (weight, weight.replace("bias", "weight"), weight.replace("in_proj_bias", _Q))
+    site = next((sites[key] for key in keys if key in sites), None)
+    holder = found.tap_above(index) if site is None else site
+    transports = _is_carried(module, weight, parameter)
+    rule, signal = "Backprop", found.signal(index)
     shape, kind, seed = None, "", None
-    signal = below
-    transports = parameter.dim() == 2 and name.endswith("weight") and isinstance(module, nn.Linear)
-    holder = site if site is not None else tapped
-    if isinstance(site, TransportSite):
-        rule = site.rule
-        seed, transports = site.seed, False
-        signal = "exact" if index >= last and tapped is None else below
-        B = getattr(module, site.name) if site.name else None
+    if isinstance(holder, TransportSite):
+        B = getattr(module, holder.name) if holder.name else None
+        rule, transports = type(holder.rule).__name__, False
         shape = None if B is None else tuple(B.shape)
-        kind = "learned" if site.rule.learned else "fixed" if B is not None else ""
-        kind = kind or ("drawn at every pass" if site.rule.noisy else "from the weight")
-        seed = seed if B is not None or site.rule.noisy else None
-    elif isinstance(holder, (MapTap, OutputTap)):
-        rule = holder.channel.rule
-        seed = holder.channel.seed
+        kind = "learned" if holder.rule.learned else "fixed" if B is not None else ""
+        kind = kind or ("drawn at every pass" if holder.noisy else "from the weight")
+        seed = holder.seed if B is not None or holder.noisy else None
+    elif holder is not None:
+        channel = holder.channel
+        rule, seed = type(channel.rule).__name__, channel.seed
         shape = (holder.site.rows, holder.site.columns)
-        kind = "learned" if rule.learned else "fixed"
-        if holder.channel.shared:
+        kind = "learned" if channel.rule.learned else "fixed"
+        if channel.shared:
             kind += ", shared"
         if isinstance(holder, MapTap):
-            signal, transports = rule.signal, rule.sends and parameter.dim() == 2
+            signal, transports = channel.rule.signal, channel.rule.sends and transports
+    elif (estimator := found.estimator(index)) is not None:
+        rule = type(estimator).__name__
     if not parameter.requires_grad:
         signal = "none (frozen)"
-    if isinstance(rule, (AbstractTransport, AbstractBroadcast)):
-        text = type(rule).__name__
-    else:
-        text = "Backprop"
-    return Row(full, text, signal, shape, kind, seed, bool(transports))
+    return Row(full, rule, signal, shape, kind, seed, transports)
 
 
-def _get(root: nn.Module, root_path: str, path: str) -> nn.Module:
-    return root.get_submodule(path)
+def _is_carried(module: nn.Module, weight: str, parameter: nn.Parameter) -> bool:
+    """Say whether backprop would multiply a cotangent by this parameter, as a matrix."""
+    if isinstance(module, _NO_MATRIX) or "bias" in weight or parameter.dim() < 2:
+        return False
+    if "weight" not in weight and parameter.shape[0] == 1:
+        return False
+    # of several that make up one weight, the largest stands for it
+    return parameter is max(_parts(module, weight), key=Tensor.numel)
 
 
-def _tap_above(root: nn.Module, root_path: str, parts: list[str]) -> OutputTap | None:
-    """Return the innermost tap whose module holds the module at `parts`."""
-    skip = len(root_path.split(".")) if root_path else 0
-    inner = parts[skip:]
-    for length in range(len(inner), 0, -1):
-        module = root.get_submodule(".".join(inner[:length]))
-        tap = module.__dict__.get("_altprop_tap")
-        if tap is not None:
-            return tap
-    return None
+def _parts(module: nn.Module, weight: str) -> list[nn.Parameter]:
+    """Return the parameters that a weight is made of: itself, or those of its parametrisation."""
+    if is_parametrized(module, weight):
+        return list(cast(nn.ModuleDict, module.parametrizations)[weight].parameters())
+    own = dict(module.named_parameters(recurse=False))
+    return [own[weight]] if weight in own else [own[n] for n in own if n.startswith(f"{weight}_")]

@@ -13,12 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from altprop.assign import assign_transport
-from altprop.channel import Switch
 from altprop.errors import ConfigError, RuleError, unknown
 from altprop.feedback import cosine_gradient, draw, generator_for, randn
 from altprop.rule import AbstractTransport, Site, spread_error
 from altprop.rules.feedback_alignment import FeedbackAlignment
 from altprop.rules.sign_symmetry import SignSymmetry
+from altprop.sites import TransportSite
 
 _METHODS = ("bp", "fa", "sign_sym", "dfa", "dfa_block")
 _FEEDBACK = ("B", "B_dfa", "B_dfa_block")
@@ -102,20 +102,23 @@ class LocalLinear(nn.Linear):
             raise ConfigError(
                 f"method={method!r} is for real numbers, not {self.weight.dtype}: write method='bp'"
             )
-        self._rule = rules.get(method)
-        self._switch = Switch()
+        self._site: TransportSite | None = None
         self._input: Tensor | None = None
         self._probes = 0
         for name in _FEEDBACK:
             self.register_buffer(name, None)
+        if method in rules:
+            rule = rules[method]
+            name = "B" if type(rule).draw is not AbstractTransport.draw else ""
+            site = Site("B", out_features, in_features)
+            self._site = TransportSite(site, rule, name, seed, noisy=False)
         self._draw()
 
     def _draw(self) -> None:
         """Draw the feedback that the method has from its beginning, from the seed alone."""
-        if self._rule is None:
+        if self._site is None:
             return
-        site = Site("B", self.out_features, self.in_features)
-        B = self._rule.draw(site, generator_for(self.seed, "B"))
+        B = self._site.rule.draw(self._site.site, generator_for(self.seed, "B"))
         if B is not None:
             self._keep("B", B)
 
@@ -148,8 +151,8 @@ class LocalLinear(nn.Linear):
             return F.linear(input, self.weight, self.bias)
         if self.method in ("dfa", "dfa_block"):
             self._input = input.detach()
-        elif self._rule is not None and self._switch.on:
-            return assign_transport(input, self.weight, self.bias, self._rule, self.B)
+        elif self._site is not None:
+            return self._site(self, input, self.weight, self.bias)
         return F.linear(input, self.weight, self.bias)
 
     @torch.no_grad()

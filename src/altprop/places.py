@@ -16,7 +16,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import is_lazy
 
 from altprop.attention import AttentionRole, EncoderLayerRole, why_not
-from altprop.channel import Switch
+from altprop.equilibrium.stack import level_of
 from altprop.errors import Problems, suggest
 from altprop.linear import LocalLinear
 from altprop.rule import AbstractBroadcast, AbstractRule
@@ -61,18 +61,7 @@ class TapRequest:
     at: Place | None
 
 
-@dataclass
-class Conversion:
-    """The record that a converted model carries."""
-
-    mapping: dict[str, AbstractRule]
-    rules: dict[str, AbstractRule]
-    """By path of a map or tapped module."""
-    output: str | None
-    seed: int
-    switch: Switch
-    encoders: list[Any]
-    """`nn.TransformerEncoder`s whose nested tensors were switched off."""
+CONVERTED = "_altprop"  # marks a module that was given to convert; all else lies with the places
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -102,7 +91,7 @@ class Places:
         self.output_path = output
         self.claimed: dict[tuple[int, str], str] = {}
         converted = [path for path, m in model.named_modules() if isinstance(m, Role)]
-        if converted or any("_altprop" in m.__dict__ for m in model.modules()):
+        if converted or any(CONVERTED in m.__dict__ for m in model.modules()):
             where = f" ({named(converted[0])}, …)" if converted else ""
             problems.append(("", f"it is already converted{where}: write revert(model) first"))
             return
@@ -124,16 +113,18 @@ class Places:
             elif isinstance(module, nn.Linear) or is_conv1d(module):
                 self._add_linear(path, module, around)
 
-    def _surroundings(
+    def surroundings(
         self, around: list[nn.Module]
     ) -> tuple[tuple[tuple[nn.Module, type[Role]], ...], str]:
+        """Return which of these modules need forwards of their own, and why none may hold a rule,
+        if so."""
         needs: list[tuple[nn.Module, type[Role]]] = []
         refusal = ""
         for module in around:
             if getattr(module, "opaque_to_rules", False):
                 refusal = (
                     f"it is inside a {type(module).__name__}, whose adjoint a rule within would "
-                    "falsify: give the Equilibrium an estimator instead"
+                    "falsify: give the Equilibrium an estimator instead, or revert the stack"
                 )
             if isinstance(module, nn.MultiheadAttention):
                 needs.append((module, AttentionRole))
@@ -143,7 +134,7 @@ class Places:
         return tuple(needs), refusal
 
     def _add_linear(self, path: str, module: nn.Module, around: list[nn.Module]) -> None:
-        needs, refusal = self._surroundings(around)
+        needs, refusal = self.surroundings([*around, module])
         weight: Any = module.weight
         role: type[Role] = TransposedLinearRole if is_conv1d(module) else LinearRole
         owned = bool(around) and isinstance(around[-1], nn.MultiheadAttention)
@@ -176,7 +167,7 @@ class Places:
     def _add_attention(
         self, path: str, module: nn.MultiheadAttention, around: list[nn.Module]
     ) -> None:
-        needs, refusal = self._surroundings([*around, module])
+        needs, refusal = self.surroundings([*around, module])
         if type(module) is not nn.MultiheadAttention:
             refusal = self._foreign(module)
         elif why_not(module):
@@ -254,7 +245,6 @@ class Planner:
     pattern: str | None
     earlier: list[tuple[str, AbstractRule]]
     transports: list[Place] = field(default_factory=list)
-    kept: list[Place] = field(default_factory=list)
     taps: list[TapRequest] = field(default_factory=list)
     asked: list[str] = field(default_factory=list)
     """Where all linear maps were asked for: paths of blocks, or nothing for the whole model."""
@@ -328,8 +318,12 @@ class Planner:
         if width is None:
             self.refuse(path, f"the width of its output is not known: {self._name}(features=...)")
             return None
-        lacking = unready(module.modules(), module.parameters())
-        return Place(path, module, real(module.parameters()), width, refusal=lacking)
+        parts = path.split(".")
+        around = [self.places.model.get_submodule(".".join(parts[:n])) for n in range(len(parts))]
+        around += [module] if level_of(module) is not None else []
+        _, refusal = self.places.surroundings(around)
+        refusal = refusal or unready(module.modules(), module.parameters())
+        return Place(path, module, real(module.parameters()), width, refusal=refusal)
 
     def maps_in(self, block: Place) -> list[Place]:
         self.asked.append(block.path)
@@ -370,7 +364,7 @@ class Planner:
         return self.transports + [place for request in self.taps for place in request.places]
 
     def keep(self, place: Place) -> None:
-        self.kept.append(place)
+        """Leave a linear map as it is: nothing is asked for."""
 
     def transport(self, place: Place) -> None:
         if self._claim(place):

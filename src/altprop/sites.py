@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from altprop.assign import assign_map, assign_transport
-from altprop.channel import Channel, JacobianProbe, Switch, in_backward
+from altprop.channel import Channel, JacobianProbe, in_backward
 from altprop.errors import RuleError
 from altprop.feedback import generator_for
 from altprop.rule import AbstractTransport, Site
@@ -90,19 +91,22 @@ class TransportSite:
     name: str
     """The module's attribute that holds the feedback, or nothing."""
     seed: int
-    switch: Switch
     noisy: bool
     held: bool = False
     """Whether `convert` froze a learned feedback, since its weight was frozen."""
+    on: bool = True
+    """Whether the rule is in force; `rules_off` turns it."""
 
     def __call__(
         self, module: nn.Module, x: Tensor, W: Tensor, b: Tensor | None, rows: slice | None = None
     ) -> Tensor:
-        if not (self.switch.on and torch.is_grad_enabled()):
+        if not (self.on and torch.is_grad_enabled()):
             return F.linear(x, W, b)
         B = _feedback(self, module, self.rule.learned, [W])
-        if rows is not None and B is not None:
-            B = B[rows]
+        if B is not None:
+            B = B if rows is None else B[rows]
+            if B.shape != W.shape:
+                raise _redrawn(self.site, B.shape, W.shape)
         noise = self.noise(module, W) if self.noisy else None
         return assign_transport(x, W, b, self.rule, B, noise)
 
@@ -113,7 +117,7 @@ class TransportSite:
             return self.rule.noise(Site(self.site.path, *W.shape), generator).to(W)
 
 
-@dataclass
+@dataclass(eq=False)
 class MapTap:
     """A linear map whose weight learns from a broadcast error."""
 
@@ -122,12 +126,13 @@ class MapTap:
     name: str
     index: int
     held: bool = False
+    on: bool = True
 
     def __call__(
         self, module: nn.Module, x: Tensor, W: Tensor, b: Tensor | None, rows: slice | None = None
     ) -> Tensor:
         channel = self.channel
-        if not channel.switch.on or channel.probe is not None:
+        if not self.on or channel.probe is not None:
             return F.linear(x, W, b)
         if not torch.is_grad_enabled():
             if channel.mode != "idle" and W.requires_grad:
@@ -135,6 +140,9 @@ class MapTap:
             return F.linear(x, W, b)
         if channel.mode == "idle":
             channel.outside(self.site.path)
+        count = self.site.rows if rows is None else rows.stop - rows.start
+        if W.shape[0] != count:
+            raise _redrawn(self.site, (count, W.shape[1]), W.shape)
         y, tap = assign_map(x, W, b, send=channel.rule.sends, exact=channel.mode == "exact")
         if channel.mode != "idle":
             B = _feedback(self, module, channel.rule.learned, [W])
@@ -142,7 +150,7 @@ class MapTap:
         return y
 
 
-@dataclass
+@dataclass(eq=False)
 class OutputTap:
     """A module whose output is cut: it goes on without its graph, and hears the error instead."""
 
@@ -151,13 +159,14 @@ class OutputTap:
     name: str
     index: int
     held: bool = False
+    on: bool = True
 
     def __call__(self, module: nn.Module, out: Any) -> Any:
         hidden = out if isinstance(out, Tensor) else out[0]
         channel = self.channel
         if channel.probe is not None:
             cut = channel.probe.drop(hidden, self.index)
-        elif not channel.switch.on:
+        elif not self.on:
             return out
         elif channel.mode == "idle":
             channel.outside(self.site.path)
@@ -178,6 +187,13 @@ class OutputTap:
         if isinstance(out, Tensor):
             return cut
         return type(out)((cut, *out[1:]))
+
+
+def _redrawn(site: Site, drawn: Sequence[int], now: Sequence[int]) -> RuleError:
+    return RuleError(
+        f"{site.path or 'this map'}: its weight has the shape {tuple(now)}, but its feedback was "
+        f"drawn for {tuple(drawn)}: write revert(model) and convert it again"
+    )
 
 
 class Role:
@@ -261,12 +277,12 @@ class RootRole(Role):
     _altprop_channels: list[Channel]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        channels = self._altprop_channels
-        if not torch.is_grad_enabled() or not channels[0].switch.on:
+        channels = [channel for channel in self._altprop_channels if channel.on]
+        if not channels or not torch.is_grad_enabled():
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         try:
             if any(c.rule.period or c.rule.learned for c in channels):
-                self._schedule(args, kwargs)
+                self._schedule(channels, args, kwargs)
             else:
                 for channel in channels:
                     channel.begin(cast(nn.Module, self))
@@ -279,12 +295,12 @@ class RootRole(Role):
                 channel.clear()
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _schedule(self, args: Any, kwargs: Any) -> None:
+    def _schedule(self, channels: list[Channel], args: Any, kwargs: Any) -> None:
         """Decide whether this pass is a calibration; if not, let learned feedback be measured."""
         root = cast(nn.Module, self)
         step = _count(root)
         plans = []
-        for channel in self._altprop_channels:  # all are measured before any starts to collect
+        for channel in channels:  # all are measured before any starts to collect
             period = channel.rule.period
             exact = period > 0 and step % period == period - 1
             measured = None
@@ -304,7 +320,7 @@ class LocalRole(Role):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         channel = self._altprop_local
-        if not torch.is_grad_enabled() or not channel.switch.on:
+        if not channel.on or not torch.is_grad_enabled():
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         channel.begin(cast(nn.Module, self))
         try:
@@ -316,7 +332,51 @@ class LocalRole(Role):
             channel.clear()
 
 
+def sites_of(module: nn.Module) -> dict[str, TransportSite | MapTap | OutputTap]:
+    """Return the places of rules that a module itself holds: by its weights' names, its output's
+    under an empty one."""
+    own = module.__dict__
+    sites = dict(own.get("_altprop_maps", {}))
+    if "_altprop_tap" in own:
+        sites[""] = own["_altprop_tap"]
+    if isinstance(own.get("_site"), TransportSite):  # a LocalLinear's own
+        sites["weight"] = own["_site"]
+    return sites
+
+
+_BASE = "_altprop_base"  # where a class that was made here keeps the one that it was made of
 _CLASSES: dict[tuple[type, ...], type[nn.Module]] = {}
+
+
+def add_roles(module: nn.Module, roles: tuple[type[Role], ...]) -> None:
+    """Put these roles, outermost first, before a module's own class.
+
+    A class that a parametrisation has put around that one stays around it, where torch seeks it.
+    """
+    cls = type(module)
+    if is_parametrized(module):
+        module.__class__ = _rebased(cls, (site_class(cls.__bases__[0], roles),))
+    else:
+        module.__class__ = site_class(cls, roles)
+
+
+def remove_roles(module: nn.Module) -> None:
+    """Take every role out of a module's class; what others have put around it since stays."""
+    module.__class__ = _without_roles(type(module))
+
+
+def _without_roles(cls: type) -> type:
+    if _BASE in cls.__dict__:
+        return cast(type, cls.__dict__[_BASE])
+    if not issubclass(cls, Role):
+        return cls
+    return _rebased(cls, tuple(_without_roles(base) for base in cls.__bases__))
+
+
+def _rebased(cls: type, bases: tuple[type, ...]) -> type:
+    """Return a class like one that was made for a single module, on other bases."""
+    body = {k: v for k, v in cls.__dict__.items() if k not in ("__dict__", "__weakref__")}
+    return type(cls)(cls.__name__, bases, body)
 
 
 def site_class(base: type[nn.Module], roles: tuple[type[Role], ...]) -> type[nn.Module]:
@@ -357,7 +417,10 @@ def _make_class(base: type[nn.Module], roles: tuple[type[Role], ...]) -> type[nn
     # torch.compile limits recompilations per code object, so each class gets one of its own
     plain = cast(types.FunctionType, forward)
     plain.__code__ = plain.__code__.replace(co_name=f"forward_{base.__name__}")
-    body = {"__reduce_ex__": __reduce_ex__, "forward": forward, "__module__": base.__module__}
+    body = {
+        "__reduce_ex__": __reduce_ex__, "forward": forward, "__module__": base.__module__,
+        _BASE: base,
+    }  # fmt: skip
     if issubclass(roles[0], (LinearRole, TransposedLinearRole)):
         del body["forward"]
     cls = cast(type[nn.Module], _maker(type(base))(base.__name__, (*roles, base), body))

@@ -59,7 +59,7 @@ def convert_stack(
     if taken:
         raise RuleError(f"{', '.join(taken)}: somebody has replaced forward there already")
     for path, block in blocks:
-        if any(key.startswith("_altprop") for m in block.modules() for key in m.__dict__):
+        if _holds_rules(block):
             raise RuleError(
                 f"{path} holds a converted part, whose rule would falsify the adjoint: call "
                 "revert(model) first"
@@ -71,7 +71,7 @@ def convert_stack(
     record = Stack(stack, [path for path, _ in blocks], layers, equilibrium)
     model.__dict__[STACK] = record  # past nn.Module, which would register the blocks twice
     for block in dict.fromkeys(layers):
-        block.__dict__["forward"] = _Level(record, block)
+        block.__dict__["forward"] = Level(record, block)
         block.__dict__["opaque_to_rules"] = True
     return model
 
@@ -85,9 +85,24 @@ def revert_stack(model: M) -> M:
     if record is None:
         raise RuleError(f"this {type(model).__name__} has no converted stack: nothing to revert")
     for block in record.blocks:
-        block.__dict__.pop("forward", None)
-        block.__dict__.pop("opaque_to_rules", None)
+        if (level := level_of(block)) is not None and level.stack is record:
+            revert_block(block)
     return model
+
+
+def level_of(block: nn.Module) -> Level | None:
+    """Return what makes a module a level of a converted stack, or none if it is no such block."""
+    forward = block.__dict__.get("forward")
+    return forward if isinstance(forward, Level) else None
+
+
+def revert_block(block: nn.Module) -> None:
+    """Make a block of a converted stack, if it is one, an ordinary module again.
+
+    What is left of its stack then refuses to run, until it is reverted too.
+    """
+    if level_of(block) is not None:
+        del block.__dict__["forward"], block.__dict__["opaque_to_rules"]
 
 
 class StackRow(NamedTuple):
@@ -100,66 +115,98 @@ class StackRow(NamedTuple):
 
 
 def explain_stack(model: nn.Module) -> list[StackRow]:
-    """Return one row per parameter of a model with a converted stack, or none without one."""
+    """Return one row per parameter of a model with a converted stack, or none without one.
+
+    The order of registration is taken for that in which modules run: what comes after the stack is
+    above it.
+    """
     record: Stack | None = model.__dict__.get(STACK)
     if record is None:
         return []
     rule = type(record.equilibrium.estimator).__name__
-    level_of = {
+    levels = {
         id(p): level
         for level, block in reversed(list(enumerate(record.blocks, start=1)))
         for p in block.parameters()
     }
-    depth = len(record.blocks)
+    named = list(model.named_parameters())
+    last = max((i for i, (_, p) in enumerate(named) if id(p) in levels), default=-1)
     rows = []
-    for name, p in model.named_parameters():
+    for index, (name, p) in enumerate(named):
         if not p.requires_grad:
             rows.append(StackRow(name, None, "-", "frozen"))
-        elif id(p) in level_of:
-            level = level_of[id(p)]
-            signal = f"adjoint state of level {level} of {depth} of the layered equilibrium"
-            rows.append(StackRow(name, level, rule, signal))
+        elif id(p) in levels:
+            level = levels[id(p)]
+            rows.append(StackRow(name, level, rule, record.signal(level)))
         else:
-            signal = "autograd; below the stack, from its adjoint state"
+            signal = "exact" if index > last else "adjoint state of the stack"
             rows.append(StackRow(name, None, "Backprop", signal))
     return rows
 
 
 @dataclass
 class Stack:
-    """The record of a conversion. `on`: whether it is in force."""
+    """The record of a conversion."""
 
     name: str
     paths: list[str]
     blocks: list[nn.Module]
     equilibrium: Equilibrium
-    on: bool = True
     busy: bool = field(default=False, init=False)
     _run: _Run | None = field(default=None, init=False)
 
     def call(self, block: nn.Module, h: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Answer a call of `block` in the model's forward pass."""
-        if self.busy or not self.on:
+        if self.busy:
             return type(block).forward(block, h, *args, **kwargs)
+        place = self.paths[self.blocks.index(block)]
         if torch._C._current_graph_task_id() != -1:
             raise RuleError(
                 "a block of a converted stack was recomputed in the backward pass: turn "
                 "activation checkpointing of the blocks off, the phases evaluate them anew anyway"
             )
         run, self._run = self._run, None  # an exception must not leave half a pass behind
+        if run is None:
+            self._check(place)
         if block is self.blocks[0] and (run is None or not run.awaits(block, self.blocks)):
             run = _Run(self, h)
         if run is None or not run.awaits(block, self.blocks):
-            place = self.paths[self.blocks.index(block)]
             raise RuleError(
                 f"{place} was called out of order: the blocks of a converted stack must be called "
-                "one after the other, from the first to the last"
+                "one after the other, from the first to the last (if one was replaced: write "
+                "revert(model) and convert it again)"
             )
         with self.evaluating():
             out = run.step(self, h, args, kwargs)
         if len(run.calls) < len(self.blocks):
             self._run = run
         return out
+
+    def _check(self, place: str) -> None:
+        """Refuse to run a stack some of whose blocks are no longer levels, or are switched off."""
+        levels = [level_of(block) for block in self.blocks]
+        zipped = list(zip(self.paths, levels, strict=True))
+        gone = [path for path, level in zipped if level is None or level.stack is not self]
+        off = [path for path, level in zipped if level is not None and not level.on]
+        if gone:
+            raise RuleError(
+                f"{', '.join(gone)} of the stack that {place} belongs to was reverted or converted "
+                "anew: write revert(model) for the rest of it, too"
+            )
+        if any(_holds_rules(block) for block in self.blocks):
+            raise RuleError(
+                f"a part of the stack that {place} belongs to was converted by itself, and its "
+                "rule would falsify the adjoint: write revert(model), which reverts them all"
+            )
+        if off:
+            raise RuleError(
+                f"rules are off in {', '.join(off)} and on in {place}, which are levels of one "
+                "equilibrium: give rules_off a module that holds all blocks of the stack"
+            )
+
+    def signal(self, level: int) -> str:
+        """Say in words what reaches the parameters of a level."""
+        return f"adjoint state of level {level} of {len(self.blocks)} of the layered equilibrium"
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -231,19 +278,25 @@ class _DrivenStack(DrivenLayers):
             return super()._block(level, h)
 
 
-class _Level:
-    """What stands for a block's `forward` while its stack is converted."""
+class Level:
+    """What stands for a block's `forward` while its stack is converted; `on`: if it is in force."""
 
     def __init__(self, stack: Stack, block: nn.Module) -> None:
-        self._stack, self._block = stack, block
+        self.stack, self._block = stack, block
+        self.on = True
+
+    @property
+    def signal(self) -> str:
+        """What reaches the parameters of this block, in words."""
+        return self.stack.signal(self.stack.blocks.index(self._block) + 1)
 
     def __call__(self, h: Any, *args: Any, **kwargs: Any) -> Any:
-        if not torch.is_grad_enabled():
+        if not self.on or not torch.is_grad_enabled():
             return type(self._block).forward(self._block, h, *args, **kwargs)
         if torch.compiler.is_compiling():
-            call = torch.compiler.disable(self._stack.call, reason="a stack is solved as a whole")
+            call = torch.compiler.disable(self.stack.call, reason="a stack is solved as a whole")
             return call(self._block, h, args, kwargs)
-        return self._stack.call(self._block, h, args, kwargs)
+        return self.stack.call(self._block, h, args, kwargs)
 
 
 def _find(model: nn.Module, stack: str) -> list[tuple[str, nn.Module]]:
@@ -269,6 +322,10 @@ def _find(model: nn.Module, stack: str) -> list[tuple[str, nn.Module]]:
         hint = suggest(stack, lists) if lists else "the model has none: name the blocks' pattern"
         raise ConfigError(f"stack={stack!r} names no list of blocks in this model: {hint}")
     return blocks
+
+
+def _holds_rules(block: nn.Module) -> bool:
+    return any(key.startswith("_altprop") for m in block.modules() for key in m.__dict__)
 
 
 def _same(h: Any, last: Tensor) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -25,6 +26,8 @@ class BPTT(AbstractEstimator):
     Memory grows with the number of steps, so use it as a reference, not to train. It needs
     `solver=Euler(...)`, whose `max_steps` steps it records without stopping early.
     """
+
+    records: ClassVar[bool] = True
 
     def attach(self, site: Site) -> Tensor:
         z = site.solver.unroll(site.force, site.start)

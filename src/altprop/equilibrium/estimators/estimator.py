@@ -171,6 +171,8 @@ class AbstractEstimator(AbstractRule):
     """Base of every estimator: a frozen dataclass whose `adjoint` turns `g` into `a`."""
 
     seam: ClassVar[Seam] = "adjoint"
+    records: ClassVar[bool] = False
+    """Whether its gradient is autograd's own, of a relaxation that it records."""
 
     @abstractmethod
     def adjoint(self, problem: Problem, cotangent: Tensor) -> Adjoint:
