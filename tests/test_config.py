@@ -246,6 +246,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"spare": {"class_path": "Square", "init_args": {"q": 1}}}, "it takes side, radius"),
     ({"rule": {"a.*": "Sqare"}}, r"--rule.a.\*: unknown class 'Sqare': did you mean Square"),
     ({"rule": "Sqare"}, "--rule: unknown class 'Sqare'"),
+    ({"places": {1: "Circle"}}, "--places: the name 1 is no text: write '1'"),
     ({"shapes": "Circle"}, "--shapes: expected a list, got Circle"),
 ]
 

@@ -181,6 +181,9 @@ def _spelled(hint: Any, value: Any) -> Any:
     for member in members:
         origin, items = typing.get_origin(member), typing.get_args(member)
         if origin in (dict, Mapping) and isinstance(value, dict):
+            for key in value:
+                if not isinstance(key, str):
+                    raise ConfigError(f"the name {key} is no text: write '{key}'")
             return _spelled_all(dict.fromkeys(value, items[1]), value)
         if origin in _LISTS and isinstance(value, list):
             return [_spelled(items[0], item) for item in value]
