@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import json as jsonlib
-import os
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -31,7 +30,7 @@ from altprop import (
     rules_off,
 )
 from altprop.lm.config import plain
-from altprop.lm.files import write_whole
+from altprop.lm.files import replacing, write_whole
 from altprop.lm.model import LanguageModel
 from altprop.lm.settings import TrainConfig
 from altprop.lm.text import Batches, load_corpus, windows
@@ -312,9 +311,8 @@ def _draw(path: Path, audits: list[RuleAudit]) -> None:
     figure.supxlabel("step of training by the rule", fontsize=9)
     if image is not None:
         figure.colorbar(image, ax=list(axes), label="cosine to backprop", shrink=0.8)
-    fresh = path.with_name(f".{path.stem}.part.png")
-    figure.savefig(fresh, dpi=130)
-    os.replace(fresh, path)
+    with replacing(path) as fresh:
+        figure.savefig(fresh, format="png", dpi=130)
 
 
 def _or_nan(value: float | None) -> float:
