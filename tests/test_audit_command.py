@@ -184,6 +184,7 @@ def test_arms_are_named_once_each_and_none_is_the_reference() -> None:
         ({"json": Path("a.json"), "png": Path("a.json")}, "json and png are both a.json"),
         ({"heads": 3}, "heads must divide d_model"),
         ({"batch": 0}, "batch"),
+        *(({name: 0}, f"{name} is 0, expected at least 1") for name in ("d_model", "heads")),
         ({"context": 5000}, "a context of 5000 needs 5001"),
         ({"phase_steps": 0}, "max_steps"),
         ({"repeats": -1}, "repeats is -1"),
