@@ -266,6 +266,8 @@ FILES = [
     ("steps", "expected lines such as 'steps: 1000', got 'steps'"),
     ("shape: {radus: 1}", "run.yaml: unknown option shape.radus of Circle: did you mean shape.rad"),
     ("shape: Square", "run.yaml: shape.side is missing"),
+    ("shape.radius: 1", "unknown option shape.radius: in a file radius stands below shape"),
+    ("steps: " + "[" * 3000, "run.yaml: not valid YAML: maximum recursion depth"),
     ("steps: x", "run.yaml: steps: expected a whole number, got x"),
 ]
 

@@ -380,7 +380,9 @@ class Parser(ArgumentParser):
             hint = f"it takes {', '.join(names) or 'nothing'}"
         near = [n for n in names if n.rpartition(".")[2] == key or n.startswith(key)]
         near += difflib.get_close_matches(key, names, n=1, cutoff=0.6)
-        if near:
+        if self.file and "." in key:
+            hint = f"in a file {key.rpartition('.')[2]} stands below {key.rpartition('.')[0]}"
+        elif near and near[0] != key:
             hint = f"did you mean {self._shown([*path, near[0]])}?"
         return f"unknown option {self._shown([*path, key])}{owner}: {hint}"
 
