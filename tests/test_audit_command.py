@@ -180,8 +180,11 @@ def test_arms_are_named_once_each_and_none_is_the_reference() -> None:
     [
         ({"seeds": 0}, "seeds is 0"),
         ({"rows": ("AEPP",)}, "unknown row 'AEPP': did you mean AEP"),
+        ({"rows": ()}, "rows is empty: leave it out, or name some of EP "),
+        ({"json": Path("a.json"), "png": Path("a.json")}, "json and png are both a.json"),
         ({"heads": 3}, "heads must divide d_model"),
         ({"batch": 0}, "batch"),
+        *(({name: 0}, f"{name} is 0, expected at least 1") for name in ("d_model", "heads")),
         ({"context": 5000}, "a context of 5000 needs 5001"),
         ({"phase_steps": 0}, "max_steps"),
         ({"repeats": -1}, "repeats is -1"),
@@ -242,6 +245,18 @@ def test_the_gpt_audit_follows_each_rule_layer_by_layer_while_it_trains(
     assert png.stat().st_size > 10_000
 
 
+@pytest.mark.parametrize(("count", "places"), [(0, [0]), (1, [0, 1]), (3, [0, 1, 2, 3])])
+def test_the_gpt_audit_trains_for_exactly_the_steps_that_were_asked_for(
+    count: int, places: list[int], text: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "rules.json"
+    words = ["--rules", "SignSymmetry", "--steps", str(count), "--json", str(file)]
+    assert main(["audit", "--data", text, *GPT, "--batch", "2", *words]) == 0
+    data = json.loads(file.read_text())
+    assert data["rows"][0]["steps"] == places
+    assert bool(data["controls"]) == (count > 0)
+
+
 @pytest.mark.parametrize(
     ("words", "part"),
     [
@@ -250,6 +265,7 @@ def test_the_gpt_audit_follows_each_rule_layer_by_layer_while_it_trains(
         (["--rules", "SignSymmetry"], "has no --rules"),
         (["--model", "gtp"], "did you mean gpt?"),
         ([*GPT, "--rules", "SignSymmetry,SignSymmetry"], "named twice"),
+        ([*GPT, "--rules", "SignSymmetry", "--steps", "-4"], "steps is -4, expected at least 0"),
     ],
 )
 def test_options_of_the_other_audit_are_refused(

@@ -244,6 +244,8 @@ def test_a_nudge_that_is_not_positive(
         ("context", 100000, "give more text or a shorter context"),
         ("seed", -1, "seed is -1"),
         ("device", "abacus", "device 'abacus' cannot be used here"),
+        ("device", "meta", "device 'meta' cannot be used here"),
+        ("data", "", "no file or folder '': give the name of a corpus"),
         ("freeze", '["*"]', "freeze: '*' leaves no parameter to learn"),
         ("estimator", "BPTT", "BPTT differentiates a stated relaxation, and Anderson is none"),
         ("solver", "{class_path: Anderson, init_args: {memory: 0}}", "memory is 0"),

@@ -246,6 +246,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"spare": {"class_path": "Square", "init_args": {"q": 1}}}, "it takes side, radius"),
     ({"rule": {"a.*": "Sqare"}}, r"--rule.a.\*: unknown class 'Sqare': did you mean Square"),
     ({"rule": "Sqare"}, "--rule: unknown class 'Sqare'"),
+    ({"places": {1: "Circle"}}, "--places: the name 1 is no text: write '1'"),
     ({"shapes": "Circle"}, "--shapes: expected a list, got Circle"),
 ]
 
@@ -265,6 +266,8 @@ FILES = [
     ("steps", "expected lines such as 'steps: 1000', got 'steps'"),
     ("shape: {radus: 1}", "run.yaml: unknown option shape.radus of Circle: did you mean shape.rad"),
     ("shape: Square", "run.yaml: shape.side is missing"),
+    ("shape.radius: 1", "unknown option shape.radius: in a file radius stands below shape"),
+    ("steps: " + "[" * 3000, "run.yaml: not valid YAML: maximum recursion depth"),
     ("steps: x", "run.yaml: steps: expected a whole number, got x"),
 ]
 

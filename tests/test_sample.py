@@ -176,6 +176,14 @@ def test_no_option_is_refused_after_the_prompt_was_printed(
     assert err.startswith("altprop: error: ") and err.count("\n") == 1
 
 
+def test_a_run_that_is_named_twice_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (["a", "--run", "b"], ["--run=b", "a"]):
+        assert main(["sample", *words]) == 2
+        assert "RUN is given twice, by its place and as --run: give it once" in (
+            capsys.readouterr().err
+        )
+
+
 def test_a_temperature_near_zero_takes_the_likeliest(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -68,7 +68,7 @@ def audit(
         data: Name of a corpus, a UTF-8 text file, a folder of them, or a prepared folder.
         seeds: Number of seeds; the figures are means over them.
         seed: The first seed; the others follow it.
-        rows: List of the rows to compute, such as "[AEP, Implicit]"; without it, all of them.
+        rows: The rows to compute, such as AEP,Implicit; without it (or null), all of them.
         repeats: How often each row is timed, in turn with the others, on the first seed; 0: never.
         phase_steps: Limit of evaluations of a nudged or adjoint solve of the rows not "published".
         batch: Windows in the batch.
@@ -89,6 +89,8 @@ def audit(
     """
     if model not in ("equilibrium", "gpt"):
         raise unknown("model", model, ("equilibrium", "gpt"))
+    if json is not None and json == png:
+        raise ConfigError(f"json and png are both {json}: give each a file of its own")
     if model == "gpt":
         _refuse_others(
             "gpt",
@@ -103,11 +105,13 @@ def audit(
             raise ConfigError(
                 "--model gpt needs rules: write --rules FeedbackAlignment,SignSymmetry"
             )
+        if steps < 0:
+            raise ConfigError(f"steps is {steps}, expected at least 0")
         config = TrainConfig(
             data=data, model="gpt", layers=layers, d_model=d_model, heads=heads, context=context,
             batch=batch, seed=seed, steps=max(1, steps), warmup=min(100, steps // 10),
         )  # fmt: skip
-        table, checks = audit_gpt(rules, config, json, png)
+        table, checks = audit_gpt(rules, config, json, png, training=steps > 0)
         console = Console(width=None if sys.stdout.isatty() else 100, highlight=False)
         console.print(table)
         for line in [*checks, *(f"wrote {path}" for path in (json, png) if path)]:
@@ -120,6 +124,8 @@ def audit(
     if seeds < 1:
         raise ConfigError(f"seeds is {seeds}, expected at least 1")
     arms = {arm.describe().name: arm for arm in make_arms(phase_steps)}
+    if rows == ():
+        raise ConfigError(f"rows is empty: leave it out, or name some of {', '.join(arms)}")
     for row in rows or ():
         if row not in arms:
             raise unknown("row", row, arms)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import json as jsonlib
-import os
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -31,6 +30,7 @@ from altprop import (
     rules_off,
 )
 from altprop.lm.config import plain
+from altprop.lm.files import replacing, write_whole
 from altprop.lm.model import LanguageModel
 from altprop.lm.settings import TrainConfig
 from altprop.lm.text import Batches, load_corpus, windows
@@ -58,12 +58,17 @@ class RuleAudit:
 
 
 def audit_gpt(
-    rules: Sequence[AbstractRule], config: TrainConfig, json: Path | None, png: Path | None
+    rules: Sequence[AbstractRule],
+    config: TrainConfig,
+    json: Path | None,
+    png: Path | None,
+    *,
+    training: bool,
 ) -> tuple[Table, list[str]]:
     """Audit `rules` on the model of `config`; return a table and the checks in words.
 
-    With `config.steps` above 1 each rule trains its model for so many steps and is measured at five
-    places on the way; otherwise at the initialisation alone.
+    With `training` each rule trains its model for `config.steps` and is measured at five places on
+    the way; otherwise at the initialisation alone.
 
     **Raises:** `RuleError` for a rule that does not fit; `ConfigError` for rules of one name.
     """
@@ -80,11 +85,10 @@ def audit_gpt(
     arms = [replace(config, rule=rule) for rule in rules]
     for arm in arms:
         build_model(arm, vocabulary)  # every misfit is heard before anything takes time
-    training = config.steps > 1
     controls = {}
     audits = []
     for name, arm in zip(names, arms, strict=True):
-        audits.append(_audit_rule(name, arm, corpus.train, vocabulary, held_out))
+        audits.append(_audit_rule(name, arm, corpus.train, vocabulary, held_out, training))
     if training:
         for name, freeze in (("backprop", ()), ("frozen", ("blocks.*",))):
             plain_run = replace(config, rule=None, freeze=freeze)
@@ -129,9 +133,10 @@ def _audit_rule(
     tokens: Any,
     vocabulary: int,
     held_out: tuple[Tensor, Tensor],
+    training: bool,
 ) -> RuleAudit:
     model = _model(config, vocabulary)
-    last = config.steps if config.steps > 1 else 0
+    last = config.steps if training else 0
     places = sorted({round(last * part / 4) for part in range(5)})
     batch = Batches(
         tokens, config.batch, config.context, torch.Generator().manual_seed(config.seed + 1)
@@ -271,9 +276,7 @@ def _write_json(
             for audit in audits
         ],
     }
-    fresh = path.with_name(f".{path.name}.part")
-    fresh.write_text(jsonlib.dumps(data, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(fresh, path)
+    write_whole(path, jsonlib.dumps(data, indent=1, allow_nan=False) + "\n")
 
 
 def _figures(agreement: Agreement) -> dict[str, Any]:
@@ -308,9 +311,8 @@ def _draw(path: Path, audits: list[RuleAudit]) -> None:
     figure.supxlabel("step of training by the rule", fontsize=9)
     if image is not None:
         figure.colorbar(image, ax=list(axes), label="cosine to backprop", shrink=0.8)
-    fresh = path.with_name(f".{path.stem}.part.png")
-    figure.savefig(fresh, dpi=130)
-    os.replace(fresh, path)
+    with replacing(path) as fresh:
+        figure.savefig(fresh, format="png", dpi=130)
 
 
 def _or_nan(value: float | None) -> float:

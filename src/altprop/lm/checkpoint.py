@@ -7,7 +7,6 @@ else a run needs to go on (`extra.…`); the header says what wrote it and at wh
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from altprop import CheckpointError
+from altprop.lm.files import replacing
 
 FORMAT = "altprop/1"
 
@@ -54,14 +54,11 @@ def save(
     tensors |= {f"extra.{k}": v for k, v in extra.items()}
     # clone: tied parameters share storage, which the format refuses
     whole = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
-    fresh = path.with_name(path.name + ".part")
     try:
-        save_file(whole, fresh, {"format": FORMAT, "notes": json.dumps(dict(notes))})
-        os.replace(fresh, path)
+        with replacing(path) as fresh:
+            save_file(whole, fresh, {"format": FORMAT, "notes": json.dumps(dict(notes))})
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: cannot be written ({error})") from error
-    finally:
-        fresh.unlink(missing_ok=True)
 
 
 def load(path: Path) -> Checkpoint:

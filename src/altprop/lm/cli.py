@@ -176,6 +176,11 @@ def _one_word_each(argv: Sequence[str], parser: Parser) -> list[str]:
             result.append(f"--{key}")
         else:
             result.append(f"--{key}={words.popleft()}")
+    for place in parser.places[: len(parser.places) - len(places)]:
+        if sum(word.startswith(f"--{place}=") for word in result) > 1:
+            raise ConfigError(
+                f"{place.upper()} is given twice, by its place and as --{place}: give it once"
+            )
     return sorted(result, key=lambda word: not word.startswith("--config="))
 
 

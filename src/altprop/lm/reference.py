@@ -22,6 +22,7 @@ from altprop import (
     EP,
     Anderson,
     Arm,
+    ConfigError,
     DampedAttention,
     Equilibrium,
     Euler,
@@ -49,6 +50,11 @@ class Sizes:
     scale: float = 1.0
     damping: float = 1.0
     embedding_std: float = 0.02
+
+    def __post_init__(self) -> None:
+        for name in ("batch", "context", "d_model", "heads"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}, expected at least 1")
 
 
 class ReferenceProblem(nn.Module):

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from altprop import CheckpointError, ConfigError
+from altprop.lm.files import replacing
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
@@ -81,9 +81,8 @@ def plot_run(folder: Path) -> Path:
         axis.grid(alpha=0.25)
 
     path = folder / "curves.png"
-    fresh = folder / "curves.part.png"
-    figure.savefig(fresh, dpi=130)
-    os.replace(fresh, path)
+    with replacing(path) as fresh:
+        figure.savefig(fresh, format="png", dpi=130)
     return path
 
 

@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import json
 import math
+import os
 import shlex
 import time
 from collections.abc import Mapping
@@ -216,7 +217,8 @@ def _new_folder(config: TrainConfig) -> Path:
     """Make a folder below runs/ that nobody else has, not even a run of the same second."""
     parent = Path("runs")
     parent.mkdir(exist_ok=True)
-    name = f"{Path(config.data).stem}-{config.method}-{time.strftime('%Y%m%d-%H%M%S')}"
+    text = Path(os.path.abspath(config.data)).stem  # of `.` too
+    name = f"{text}-{config.method}-{time.strftime('%Y%m%d-%H%M%S')}"
     for number in itertools.count(1):
         folder = parent / (name if number == 1 else f"{name}-{number}")
         with contextlib.suppress(FileExistsError):

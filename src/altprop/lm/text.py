@@ -194,7 +194,7 @@ def load_corpus(spec: str | Path) -> Corpus:
 
     Raises DataError, one line each, for everything that cannot be used.
     """
-    if not names_corpus(spec):
+    if spec != "" and not names_corpus(spec):
         folder = Path(spec).expanduser()
         if any(os.path.exists(folder / name) for name in ("train.bin", "val.bin")):
             return _load_prepared(folder)

@@ -6,7 +6,8 @@ from typing import Any
 
 import yaml
 
-UNREADABLE = (yaml.YAMLError, ValueError)  # such as the date 2000-99-99
+# such as the date 2000-99-99, and a thousand brackets
+UNREADABLE = (yaml.YAMLError, ValueError, RecursionError)
 
 
 class TwiceError(yaml.YAMLError):

@@ -1,0 +1,83 @@
+"""Every `altprop …` on the pages does what it is there for: short ones run, in tiny sizes."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from altprop.lm.cli import COMMANDS, main
+from lm_runs import SMALL, sentences
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+FENCED = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
+TINY = [word for name, value in SMALL.items() for word in (f"--{name}", str(value))]
+STANDS_FOR = {"RUN": "runs/old", "N": "0", "[CORPUS]": "mytext.txt"}
+
+
+def commands(page: Path) -> list[list[str]]:
+    """Return the commands on a page in the order in which they are read, as a shell splits them."""
+    text = page.read_text(encoding="utf-8")
+    lines = [
+        line
+        for language, block in FENCED.findall(text)
+        if not language
+        for line in block.replace("\\\n", " ").splitlines()
+        if line.startswith("altprop ")
+    ]
+    lines += re.findall(r"`(altprop [^`]*)`", FENCED.sub("", text))
+    found = [shlex.split(line, comments=True)[1:] for line in lines]
+    return [[STANDS_FOR.get(word, word) for word in words] for words in found]
+
+
+class ReachedError(Exception):
+    """Every option was understood and checked: from here on it computes."""
+
+
+def understood(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Go as far as an audit goes before it reads a text, which its sizes make long."""
+
+    def reached(*_: object) -> None:
+        raise ReachedError
+
+    with monkeypatch.context() as patch:
+        for module in ("audit_command", "audit_gpt"):
+            patch.setattr(f"altprop.lm.{module}.load_corpus", reached)
+        with pytest.raises(ReachedError):
+            main(words)
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if commands(p)], ids=lambda page: page.name)
+def test_every_command_on_the_page_works(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("altprop.lm.train.plot_run", lambda folder: folder)
+    for name in ("mytext.txt", "tinyshakespeare.txt"):
+        Path(name).write_text(sentences(), encoding="utf-8")
+    data = ["--data", "mytext.txt"]  # what a command says of its own wins
+    assert main(["train", *data, "--out", "runs/old", *TINY]) == 0
+    for words in commands(page):
+        command, *rest = words
+        if command == "audit":
+            understood(words, monkeypatch)
+        elif "--print_config" in words:  # > FILE
+            printed = io.StringIO()
+            with contextlib.redirect_stdout(printed):
+                assert main(words[:-2]) == 0
+            Path(words[-1]).write_text(printed.getvalue(), encoding="utf-8")
+        elif command == "explain":
+            training = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+            ((_, yaml),) = [block for block in FENCED.findall(training) if block[0] == "yaml"]
+            Path("run.yaml").write_text(yaml, encoding="utf-8")
+            assert main([command, *data, *(rest or ["--config", "run.yaml"])]) == 0
+        elif command == "train":
+            rest = ["runs/old/config.yaml" if "…" in word else word for word in rest]
+            assert main([command, *data, *rest, *TINY]) == 0, words
+        elif command in COMMANDS and "plays" not in words:
+            assert main([*words, *(["--tokens", "9"] if command == "sample" else [])]) == 0, words
