@@ -8,6 +8,7 @@ Shapes: N samples, T tokens; a feedback `B` is (features, k), an error `e` is (N
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -266,6 +267,40 @@ def test_an_error_of_as_many_tokens_in_another_grouping_finds_its_own() -> None:
     close(layer.weight.grad, outer(e @ layer.B_dfa.T, x))
 
 
+def test_an_error_that_fits_no_tap_is_refused_by_its_shapes() -> None:
+    class Fewer(Uneven):
+        def above(self, h: Tensor) -> Tensor:
+            return self.head(self.blocks[1](h)[:2])
+
+    model = ap.convert(Fewer(), ap.DirectFeedback(), output="head")
+    with pytest.raises(ap.RuleError, match=r"shape \(2, 2, 4\) does not fit a tap of shape \(3, 2"):
+        model(inputs()[0])
+
+
+@dataclass(frozen=True)
+class Plainest(ap.AbstractBroadcast):
+    """What the base class alone makes of a broadcast."""
+
+    def plan(self, scope: Any) -> None:
+        scope.tap(scope.maps())
+
+    def draw(self, site: Any, generator: torch.Generator) -> Tensor:
+        return torch.randn(site.rows, site.columns, generator=generator)
+
+
+def test_a_rule_that_says_no_more_has_its_own_feedbacks_and_sends_the_exact_cotangent() -> None:
+    model = Uneven()
+    exact = Exact(model)
+    ap.convert(model, Plainest(), output="head")
+    for _ in range(3):
+        to_x = trained(model)
+        for block, x in zip(model.blocks, exact.h, strict=False):
+            signal = torch.einsum("ntk,fk->ntf", exact.e, block[0].B_dfa)
+            close(block[0].weight.grad, outer(signal, x))
+        close(to_x, exact.to_x)
+    assert not ap.feedback_parameters(model)
+
+
 class Halves(nn.Module):
     """A gated block: twelve features inside, of which six come out."""
 
@@ -314,12 +349,21 @@ def test_a_blocks_own_error_is_projected_to_every_map_inside_it() -> None:
     close(model.head.weight.grad, head)
 
 
-def test_the_width_of_a_block_that_is_not_its_last_maps_is_what_it_is_told() -> None:
+@pytest.mark.parametrize(
+    "rule",
+    [
+        ap.DirectFeedback("block", features=6, feedback="independent", std=0.5),
+        ap.GrAPE(features=6, normalize="none", std=0.5),
+    ],
+    ids=lambda r: type(r).__name__,
+)
+def test_the_width_of_a_block_that_is_not_its_last_maps_is_what_it_is_told(
+    rule: ap.AbstractBroadcast,
+) -> None:
     model = Gated()
     x, targets = inputs()
     logits = model(x)
     (e,) = torch.autograd.grad(loss_of(logits, targets), logits)
-    rule = ap.DirectFeedback("block", features=6, feedback="independent", std=0.5)
     ap.convert(model, rule, output="head")
     trained(model)
     block = model.blocks[0]
@@ -457,6 +501,14 @@ def test_grapes_tangents_are_standard_normal_and_new_for_every_probe_tap_and_ste
         trained(ap.convert(Uneven(), ap.GrAPE(probes=2), output="head", seed=seed))
         again.append(tangents[0][1].flatten()[:36])
     assert torch.equal(again[0], drawn[0]) and not torch.equal(again[1], drawn[0])
+
+
+def test_blocks_of_one_shape_hear_tangents_of_their_own(
+    tangents: list[tuple[int, Tensor]],
+) -> None:
+    trained(ap.convert(Stack(), ap.GrAPE(), output="head"))
+    (_, first), (_, second) = tangents
+    assert first.shape == second.shape and not torch.equal(first, second)
 
 
 def test_grape_measures_at_every_nth_pass_only_and_never_on_a_calibration(

@@ -101,6 +101,7 @@ TRANSPORTS: list[tuple[ap.AbstractTransport, Formula]] = [
     (ap.SignSymmetry(scale="none", variant="frsf"), lambda W, B: signs(W) * fixed(W, B)),
     (ap.KolenPollack(std=0.3), fixed),
     (ap.WeightMirror(probes=4, std=0.3), fixed),
+    (ap.WeightMirror(probes=4, decay=0.25), fixed),
     (ap.AlignedFeedback(probes=4, std=0.3), fixed),
     (ap.AlignedFeedback(probes=4, std=0.3, normalize=True), equal_columns(0.3)),
 ]
@@ -169,7 +170,9 @@ def test_kolen_pollack_gives_the_feedback_the_weights_gradient_in_memory_of_its_
     done = run(ap.KolenPollack(), shape)
     B, W = done.layer.B, done.layer.weight
     close(B.grad, torch.einsum("abo,abi->oi", done.g, done.x))
-    assert B.grad.data_ptr() != W.grad.data_ptr()
+    # what is done to one of the two must not be done to the other
+    both = torch.autograd.grad(done.layer(done.x).sum(), [W, B])
+    assert torch.equal(*both) and both[0].data_ptr() != both[1].data_ptr()
 
 
 @pytest.fixture

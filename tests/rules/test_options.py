@@ -56,7 +56,7 @@ def test_init_names_the_drawing(rule: type) -> None:
 
 @pytest.mark.parametrize("rule", DRAWN)
 def test_k_is_the_number_of_a_sparse_rows_entries(rule: type) -> None:
-    assert (feedback(rule(init="sparse", k=3)) != 0).sum(1).tolist() == [3] * OUT
+    assert (feedback(rule(init="sparse", k=7)) != 0).sum(1).tolist() == [7] * OUT
 
 
 @pytest.mark.parametrize("rule", [ap.WeightMirror, ap.AlignedFeedback])
