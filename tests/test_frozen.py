@@ -179,3 +179,21 @@ def test_lora_trains_its_own_feedback_and_none_of_the_base(adapted_first: bool) 
         optimizer.step()
     moved = {n for n, p in model.named_parameters() if not torch.equal(p, start[n])}
     assert moved == wanted
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["frozen before convert", "after"])
+def test_a_blocks_feedback_learns_while_any_of_its_weights_does(before: bool) -> None:
+    model = model_of(ap.GrAPE(), "blocks.0.first" if before else "")
+    freeze(model, "blocks.0.first")
+    assert model.blocks[0].B_dfa.requires_grad
+    assert torch.equal(
+        grads(model)["blocks.0.B_dfa"], grads(model_of(ap.GrAPE()))["blocks.0.B_dfa"]
+    )
+    start = [id(p) for p in ap.feedback_parameters(model)]
+    assert start == [id(block.B_dfa) for block in model.blocks]
+    # and it goes with a weight that learns, the only ones that an optimiser need hold
+    optimizer = torch.optim.SGD(
+        [p for n, p in model.named_parameters() if p.requires_grad and not is_feedback(n)]
+    )
+    ap.add_feedback(optimizer, model)
+    assert set(start) <= {id(p) for p in optimizer.param_groups[0]["params"]}
