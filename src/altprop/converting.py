@@ -19,6 +19,7 @@ from altprop.equilibrium.module import STACK
 from altprop.equilibrium.stack import convert_stack, revert_stack
 from altprop.errors import ConfigError, RuleError
 from altprop.feedback import generator_for
+from altprop.layouts import Layout, allowed_layouts
 from altprop.places import Conversion, Place, Places, Planner, TapRequest
 from altprop.rule import AbstractBroadcast, AbstractRule, AbstractTransport, Site
 from altprop.sites import (
@@ -44,6 +45,7 @@ def convert(
     output: str | None = None,
     seed: int = 0,
     stack: str | None = None,
+    batch_axis: int | tuple[int, int] | None = None,
 ) -> M:
     """Let a learning rule decide what `.backward()` writes, in place, and return the model.
 
@@ -58,7 +60,9 @@ def convert(
     the linear map that makes the logits: where broadcast rules take their error. `seed`, from
     which, with the module's path, every feedback matrix is drawn. `stack`, with an estimator such
     as `AEP()` for a rule: the list of blocks that become one layered equilibrium, as in
-    `convert_stack`.
+    `convert_stack`. `batch_axis`, for broadcast rules: which axis of what the taps see counts the
+    samples, or a pair, the error's axis and the taps'; without it the shapes say so, or a probe in
+    the first recorded pass that leaves it open.
 
     **Raises:** `RuleError`, one for everything that cannot be converted, with paths and what to
     write instead; `ConfigError` for arguments of a wrong kind. The model is then untouched.
@@ -80,6 +84,7 @@ def convert(
         if not isinstance(pattern, str) or not isinstance(value, AbstractRule):
             hint = f": write {value.__name__}()" if isinstance(value, type) else ""
             raise ConfigError(f"{pattern!r}: {value!r} is not a rule{hint}")
+    layouts = allowed_layouts(batch_axis)
     problems: list[str] = []
     places = Places(model, output, problems)
     planners = []
@@ -93,7 +98,7 @@ def convert(
     if problems:
         lines = "".join(f"\n  - {problem}" for problem in dict.fromkeys(problems))
         raise RuleError(f"cannot convert this {type(model).__name__}; nothing was changed:{lines}")
-    _apply(model, places, planners, mapping, output, seed)
+    _apply(model, places, planners, mapping, output, seed, layouts)
     return model
 
 
@@ -150,6 +155,7 @@ def _apply(
     mapping: Mapping[str, AbstractRule],
     output: str | None,
     seed: int,
+    layouts: tuple[Layout, ...],
 ) -> None:
     switch = Switch()
     changes = _Changes(seed)
@@ -162,7 +168,7 @@ def _apply(
             rules[place.path] = planner.rule
         for request in planner.taps:
             rules.update({place.path: planner.rule for place in request.places})
-            _tap(changes, model, places, request, planner.rule, switch)
+            _tap(changes, model, places, request, planner.rule, switch, layouts)
     changes.finish()
     encoders = []
     for encoder in model.modules():  # its nested tensors skip the layers' own forwards
@@ -194,6 +200,7 @@ def _tap(
     request: TapRequest,
     rule: AbstractRule,
     switch: Switch,
+    layouts: tuple[Layout, ...],
 ) -> None:
     assert isinstance(rule, AbstractBroadcast)
     local = request.at
@@ -203,7 +210,9 @@ def _tap(
     if rule.one_feedback:
         taken = [n for n in changes.names.get(root, []) if n.startswith("B_dfa_shared")]
         shared = "B_dfa_shared" + str(len(taken) or "")
-    channel = Channel(rule, changes.seed, switch, shared)
+    if local is not None and layouts:  # here the error is at a block, as the taps are
+        layouts = allowed_layouts(layouts[0][1])
+    channel = Channel(rule, changes.seed, switch, shared, layouts)
     if local is not None:
         changes.role(root, LocalRole)
         root.__dict__["_altprop_local"] = channel

@@ -16,7 +16,8 @@ from altprop.assign import assign_transport
 from altprop.channel import Switch
 from altprop.errors import ConfigError, RuleError, unknown
 from altprop.feedback import cosine_gradient, draw, generator_for
-from altprop.rule import AbstractTransport, Site, spread_error
+from altprop.layouts import spread_error
+from altprop.rule import AbstractTransport, Site
 from altprop.rules.feedback_alignment import FeedbackAlignment
 from altprop.rules.sign_symmetry import SignSymmetry
 

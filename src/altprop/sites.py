@@ -16,9 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from altprop.assign import assign_map, assign_transport
-from altprop.channel import Channel, JacobianProbe, Switch, in_backward
+from altprop.channel import Channel, Switch
 from altprop.errors import RuleError
 from altprop.feedback import generator_for
+from altprop.probes import JacobianProbe, in_backward
 from altprop.rule import AbstractTransport, Site
 
 STEP = "B_step"
@@ -84,11 +85,12 @@ class MapTap:
         self, module: nn.Module, x: Tensor, W: Tensor, b: Tensor | None, rows: slice | None = None
     ) -> Tensor:
         channel = self.channel
-        if not channel.switch.on or channel.probe is not None:
+        if channel.probe is not None:
+            return channel.probe.drop(F.linear(x, W, b), self.index)
+        if not channel.switch.on:
             return F.linear(x, W, b)
         if not torch.is_grad_enabled():
-            if channel.mode != "idle" and W.requires_grad:
-                raise channel.unrecorded(self.site.path)
+            channel.missed(self.site.path, [W])
             return F.linear(x, W, b)
         if channel.mode == "idle":
             channel.outside(self.site.path)
@@ -119,8 +121,7 @@ class OutputTap:
             channel.outside(self.site.path)
             return out
         elif not torch.is_grad_enabled():
-            if any(p.requires_grad for p in module.parameters()):
-                raise channel.unrecorded(self.site.path)
+            channel.missed(self.site.path, module.parameters())
             return out
         else:
             if hidden.shape[-1] != self.site.rows:
@@ -224,7 +225,7 @@ class RootRole(Role):
                 self._schedule(args, kwargs)
             else:
                 for channel in channels:
-                    channel.begin(cast(nn.Module, self))
+                    channel.begin(cast(nn.Module, self), args, kwargs)
             out = super().forward(*args, **kwargs)  # type: ignore[misc]
             for channel in channels:
                 channel.finish()
@@ -248,7 +249,7 @@ class RootRole(Role):
                 measured = channel.rule.estimates(probe, channel.seed, step)
             plans.append((channel, exact, measured))
         for channel, exact, measured in plans:
-            channel.begin(root, exact)
+            channel.begin(root, args, kwargs, exact)
             channel.measured = measured
 
 
@@ -259,16 +260,21 @@ class LocalRole(Role):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         channel = self._altprop_local
+        if channel.probe is not None:
+            return self._joined(channel, args, kwargs)
         if not torch.is_grad_enabled() or not channel.switch.on:
             return super().forward(*args, **kwargs)  # type: ignore[misc]
-        channel.begin(cast(nn.Module, self))
+        channel.begin(cast(nn.Module, self), args, kwargs)
         try:
-            out = super().forward(*args, **kwargs)  # type: ignore[misc]
-            if isinstance(out, Tensor):
-                return channel.join(out)
-            return type(out)((channel.join(out[0]), *out[1:]))
+            return self._joined(channel, args, kwargs)
         finally:
             channel.clear()
+
+    def _joined(self, channel: Channel, args: Any, kwargs: Any) -> Any:
+        out = super().forward(*args, **kwargs)  # type: ignore[misc]
+        if isinstance(out, Tensor):
+            return channel.join(out)
+        return type(out)((channel.join(out[0]), *out[1:]))
 
 
 _CLASSES: dict[tuple[type, ...], type[nn.Module]] = {}

@@ -1,0 +1,167 @@
+"""How the leading axes of an error lie on those of a tap, and which of them counts the samples.
+
+A *layout* `(a, b)` says that axis `a` of the error and axis `b` of the tap count the samples. All
+other leading axes correspond in order; where the error has none, or one of size 1, it is repeated,
+and either of the two may have joined neighbouring axes, as a head on flattened tokens does.
+Shapes: error (..., k), tap (..., features).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from altprop.errors import ConfigError, RuleError
+
+Layout = tuple[int, int]
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Fit:
+    """An error laid on a tap by one layout."""
+
+    layout: Layout
+    view: Shape
+    """The error's leading axes in its own order, one for each of the tap's, 1 where repeated."""
+    fine: Shape
+    """The tap's leading axes before it joined any."""
+    want: Shape
+    """The tap's leading axes."""
+
+    def spread(self, e: Tensor) -> Tensor:
+        """Return `e` with leading axes that broadcast against the tap's."""
+        e = e.reshape(*self.view, e.shape[-1]).movedim(*self.layout)
+        return e if self.fine == self.want else e.reshape(*self.want, e.shape[-1])
+
+    def pairs(self) -> list[tuple[int, int]]:
+        """Return, for each axis of the tap, its size and the step that it makes in the error.
+
+        Two fits pair the same positions if these are equal; axes of size 1 do not count.
+        """
+        if 0 in self.fine:
+            return []
+        steps: list[int] = []
+        step = 1
+        for size in reversed(self.view):
+            steps.insert(0, 0 if size == 1 else step)
+            step *= size
+        moved = _moved(tuple(steps), *self.layout)
+        return [(size, step) for size, step in zip(self.fine, moved, strict=True) if size != 1]
+
+
+def _moved(axes: Shape, source: int, target: int) -> Shape:
+    moved = list(axes)
+    if moved:
+        moved.insert(target, moved.pop(source))
+    return tuple(moved)
+
+
+def _joins(fine: Shape, coarse: Shape) -> bool:
+    """Say whether `coarse` is `fine` with some neighbouring axes multiplied."""
+    left, product = list(fine), 1
+    for size in coarse:
+        product = 1
+        while product != size:
+            if not left:
+                return False
+            product *= left.pop(0)
+    return all(product * size == product for size in left)
+
+
+def fit(have: Shape, want: Shape, layout: Layout) -> Fit | None:
+    """Lay leading axes `have` of an error on those of a tap, `want`; or return nothing."""
+    a, b = layout
+    if max(a, b) >= max(len(have), len(want), 1):
+        return None
+    if len(have) > len(want):
+        fine = _moved(have, a, b)
+        return Fit(layout, have, fine, want) if _joins(fine, want) else None
+    view = _moved(want, b, a)
+    if _joins(view, have):
+        return Fit(layout, view, want, want)
+    padded = have + (1,) * (len(want) - len(have))
+    repeats = all(mine in (1, size) for mine, size in zip(padded, view, strict=True))
+    # a sample is repeated over its tokens, and never over samples; () is one sample by itself
+    alone = not have or padded[a] == view[a]
+    return Fit(layout, padded, want, want) if repeats and alone else None
+
+
+def fits(have: Shape, want: Shape) -> list[list[Fit]]:
+    """Return all ways to lay an error on a tap, those together that pair the same positions."""
+    groups: list[list[Fit]] = []
+    rank = max(len(have), len(want), 1)
+    for layout in ((a, b) for a in range(rank) for b in range(rank)):
+        found = fit(have, want, layout)
+        if found is None:
+            continue
+        for group in groups:
+            if group[0].pairs() == found.pairs():
+                group.append(found)
+                break
+        else:
+            groups.append([found])
+    return groups
+
+
+def lay(e: Tensor, shape: Shape, layout: Layout) -> Tensor:
+    """Return `e` (..., k) with axes that broadcast against the leading axes of `shape`.
+
+    **Raises:** `RuleError` if it does not fit.
+    """
+    found = fit(e.shape[:-1], shape[:-1], layout)
+    if found is None:
+        raise misfit("", e.shape, shape, (layout,))
+    return found.spread(e)
+
+
+def allowed_layouts(batch_axis: int | tuple[int, int] | None) -> tuple[Layout, ...]:
+    """Return the layouts that a user's `batch_axis` allows, the first that fits to be taken.
+
+    One axis is that of taps and error alike, or the error has no other axis than the samples'; a
+    pair is the error's and the taps'. **Raises:** `ConfigError` for anything else.
+    """
+    if batch_axis is None:
+        return ()
+    pair = batch_axis if isinstance(batch_axis, tuple) else (batch_axis,)
+    whole = all(isinstance(axis, int) and not isinstance(axis, bool) for axis in pair)
+    if not whole or len(pair) not in (1, 2) or min(pair) < 0:
+        raise ConfigError(
+            f"batch_axis must be an axis counted from 0, or two: (the error's, the taps'), not "
+            f"{batch_axis!r}"
+        )
+    return ((pair[0], pair[0]), (0, pair[0])) if len(pair) == 1 else ((pair[0], pair[1]),)
+
+
+def spread_error(e: Tensor, shape: Shape) -> Tensor:
+    """Return `e` (..., k) with axes that broadcast against the leading axes of `shape`.
+
+    Axes correspond in order if there are as many, or as many positions (some axes were joined);
+    an error with fewer is repeated over those that it lacks.
+
+    **Raises:** `RuleError` when nothing fits, and when it is open which axes the error lacks.
+    """
+    have, want = tuple(e.shape[:-1]), tuple(shape[:-1])
+    groups = fits(have, want)
+    if len(have) == len(want) or math.prod(have) == math.prod(want):
+        groups = [group for group in groups if any(a == b for a, b in (f.layout for f in group))]
+    if len(groups) == 1:
+        return groups[0][0].spread(e)
+    if groups:
+        raise RuleError(
+            f"an error of shape {tuple(e.shape)} can be repeated over more than one axis of "
+            f"{tuple(shape)}: give it an axis of size 1 where it lacks one, as e.unsqueeze(1)"
+        )
+    raise misfit("", have, want, ())
+
+
+def misfit(path: str, error: Shape, tap: Shape, layouts: tuple[Layout, ...]) -> RuleError:
+    """Say that an error does not lie on a tap, by the `layouts` that were given if there were."""
+    given = f" by (error's, tap's) batch axes {' or '.join(map(str, layouts))}" if layouts else ""
+    return RuleError(
+        f"{path}{': ' * bool(path)}an error of shape {tuple(error)} does not fit a tap of shape "
+        f"{tuple(tap)}{given}: it must have the tap's samples, and its tokens or none; "
+        "keep what sees another sequence on backprop, by a pattern with Backprop() put first"
+    )
