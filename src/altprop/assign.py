@@ -15,8 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from altprop.layouts import Layout, lay
-
 Grads = tuple[Tensor | None, ...]
 
 
@@ -219,11 +217,7 @@ class _AssignTaps(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        error: Tensor,
-        rule: Broadcasts,
-        which: list[tuple[int, Layout]],
-        *tensors: Tensor | None,
+        ctx: Any, error: Tensor, rule: Broadcasts, which: list[int], *tensors: Tensor | None
     ) -> Tensor:
         taps, rest = tensors[: len(which)], tensors[len(which) :]
         ctx.rule, ctx.which = rule, which
@@ -244,13 +238,12 @@ class _AssignTaps(torch.autograd.Function):
         count = len(ctx.shapes)
         products: dict[Any, Tensor] = {}
         to_taps: list[Tensor | None] = []
-        for (place, layout), shape, dtype, needed in zip(
+        for place, shape, dtype, needed in zip(
             ctx.which, ctx.shapes, ctx.dtypes, ctx.needs_input_grad[3 : 3 + count], strict=True
         ):
-            key = (place, layout, *shape)
+            key = (place, *shape)
             if needed and key not in products:
-                laid = lay(e, shape, layout)
-                products[key] = rule.cotangent(laid, feedback[place], shape).to(dtype)
+                products[key] = rule.cotangent(e, feedback[place], shape).to(dtype)
             to_taps.append(products[key] if needed else None)
         to_feedback: list[Tensor | None] = []
         for B, estimate, needed in zip(
@@ -352,7 +345,6 @@ def assign_taps(
     error: Tensor,
     taps: Sequence[Tensor],
     which: Sequence[int],
-    layouts: Sequence[Layout],
     feedback: Sequence[Tensor],
     estimates: Sequence[Tensor | None],
     rule: Broadcasts,
@@ -361,10 +353,9 @@ def assign_taps(
 
     **Arguments:** `error` (..., k), the logits or whatever the error is taken at; `taps`, tensors
     of shape (..., features); `which`, for each tap the place of its `B` (features, k) in
-    `feedback`; those that no tap uses get a zero gradient; `layouts`, for each tap how the error
-    lies on it; `estimates`, for each `B` what a learned one moves towards.
+    `feedback`; those that no tap uses get a zero gradient; `estimates`, for each `B` what a
+    learned one moves towards.
 
     **Raises:** `RuntimeError` when the result is differentiated twice.
     """
-    places = list(zip(which, layouts, strict=True))
-    return _AssignTaps.apply(error, rule, places, *taps, *feedback, *estimates)
+    return _AssignTaps.apply(error, rule, list(which), *taps, *feedback, *estimates)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from altprop.assign import assign_taps
 from altprop.errors import RuleError
-from altprop.layouts import Fit, Layout, Shape, fit, fits, misfit
+from altprop.layouts import Fit, Layout, Shape, fit, fits, misfit, undecided
 from altprop.probes import JacobianProbe, LayoutProbe, in_backward
 from altprop.rule import AbstractBroadcast, Site
 
@@ -103,21 +103,20 @@ class Channel:
                 "the output was computed twice in one forward pass, so that the error has no one "
                 "place: name a module that runs once as output=..."
             )
-        have, want, groups, layouts = error.shape[:-1], None, [], []
+        taps, want, groups = [], None, []
         for tap, index in zip(self.taps, self.indices, strict=True):
             if tap.shape[:-1] != want:  # most taps of a model have the same leading axes
                 want = tap.shape[:-1]
-                groups = self._groups(have, want)
-            layouts.append(self._choose(groups, index, error.shape, tap.shape).layout)
+                groups = self._groups(error.shape, tap.shape)
+            taps.append(self._choose(groups, index, error.shape, tap.shape).turn(tap))
         self.joined = True
-        joined = assign_taps(
-            error, self.taps, self.which, layouts, self.feedback, self.estimates, self.rule
-        )
+        joined = assign_taps(error, taps, self.which, self.feedback, self.estimates, self.rule)
         self.taps, self.indices, self.which, self.feedback, self.estimates = [], [], [], [], []
         return joined
 
-    def _groups(self, have: Shape, want: Shape) -> list[list[Fit]]:
+    def _groups(self, error: Shape, tap: Shape) -> list[list[Fit]]:
         """Return the ways to lay an error on a tap that the shapes, or the user, leave open."""
+        have, want = tuple(error[:-1]), tuple(tap[:-1])
         if not self.layouts:
             return fits(have, want)
         found = [fit(have, want, layout) for layout in self.layouts]
@@ -128,13 +127,13 @@ class Channel:
             return groups[0][0]
         path = self.sites[index].path
         if not groups:
-            raise misfit(path, tuple(error), tuple(tap), self.layouts)
+            raise misfit(path, error, tap, self.layouts)
         if index not in self.measured_layouts:
             self._measure_layouts()
-        known = self.measured_layouts[index]
+        known = self.measured_layouts.get(index)
         found = [f for group in groups for f in group if f.layout == known]
         if not found:
-            raise misfit(path, tuple(error), tuple(tap), (known,))
+            raise undecided(path, error, tap, "in evaluation mode it ran otherwise, or not at all")
         return found[0]
 
     def lay(self, index: int, error: Shape, tap: Shape) -> Fit:
@@ -142,7 +141,7 @@ class Channel:
 
         **Raises:** `RuleError` if it does not fit, or if it stays open which axis counts samples.
         """
-        return self._choose(self._groups(error[:-1], tap[:-1]), index, error, tap)
+        return self._choose(self._groups(error, tap), index, error, tap)
 
     @torch.compiler.disable(  # type: ignore[untyped-decorator]
         reason="the shapes leave open which axis counts the samples, and only a pass that is not "

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from altprop.attention import swaps
 from altprop.channel import Channel, Switch
 from altprop.equilibrium.estimators.estimator import AbstractEstimator
 from altprop.equilibrium.module import STACK
@@ -72,6 +73,8 @@ def convert(
             raise ConfigError(
                 f"stack={stack!r} takes an estimator such as AEP() for all its blocks, not {rule!r}"
             )
+        if batch_axis is not None:
+            raise ConfigError("batch_axis is for broadcast rules: leave it out with stack")
         return convert_stack(model, rule, stack)
     mapping = {"*": rule} if isinstance(rule, AbstractRule) else rule
     if not isinstance(mapping, Mapping) or not mapping:
@@ -95,6 +98,8 @@ def convert(
             planner = Planner(places, value, None if bare else pattern, earlier)
             value.plan(planner)
             planners.append(planner)
+        if layouts and not any(planner.taps for planner in planners):
+            problems.append(f"batch_axis={batch_axis} is for broadcast rules: leave it out")
     if problems:
         lines = "".join(f"\n  - {problem}" for problem in dict.fromkeys(problems))
         raise RuleError(f"cannot convert this {type(model).__name__}; nothing was changed:{lines}")
@@ -170,12 +175,7 @@ def _apply(
             rules.update({place.path: planner.rule for place in request.places})
             _tap(changes, model, places, request, planner.rule, switch, layouts)
     changes.finish()
-    encoders = []
-    for encoder in model.modules():  # its nested tensors skip the layers' own forwards
-        if isinstance(encoder, nn.TransformerEncoder) and encoder.use_nested_tensor:
-            encoder.use_nested_tensor = False
-            encoders.append(encoder)
-    model.__dict__["_altprop"] = Conversion(dict(mapping), rules, output, seed, switch, encoders)
+    model.__dict__["_altprop"] = Conversion(dict(mapping), rules, output, seed, switch)
 
 
 def _transport(changes: _Changes, place: Place, rule: AbstractRule, switch: Switch) -> None:
@@ -239,7 +239,8 @@ def _tap(
             changes.feedback(place.module, name, B, place.weight, rule.learned)
         if place.is_map:
             maps = place.module.__dict__.setdefault("_altprop_maps", {})
-            maps[place.key] = MapTap(site, channel, name, index)
+            swapped = swaps(module for module, _ in place.needs)
+            maps[place.key] = MapTap(site, channel, name, index, swapped)
         else:
             place.module.__dict__["_altprop_tap"] = OutputTap(site, channel, name, index)
 
@@ -263,7 +264,7 @@ def revert(model: M) -> M:
         raise RuleError(f"this {type(model).__name__} was not converted: nothing to revert")
     for module in stacks:
         revert_stack(module)
-    for _, root, record in found:
+    for _, root, _ in found:
         for module in root.modules():
             if isinstance(module, Role):
                 base = next(c for c in type(module).__mro__[1:] if not issubclass(c, Role))
@@ -272,8 +273,6 @@ def revert(model: M) -> M:
                 module.__class__ = base  # type: ignore[assignment]
                 for key in [k for k in module.__dict__ if k.startswith("_altprop_")]:
                     del module.__dict__[key]
-        for encoder in record.encoders:
-            encoder.use_nested_tensor = True
         del root.__dict__["_altprop"]
     return model
 

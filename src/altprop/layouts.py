@@ -8,7 +8,6 @@ Shapes: error (..., k), tap (..., features).
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -31,10 +30,12 @@ class Fit:
     want: Shape
     """The tap's leading axes."""
 
-    def spread(self, e: Tensor) -> Tensor:
-        """Return `e` with leading axes that broadcast against the tap's."""
-        e = e.reshape(*self.view, e.shape[-1]).movedim(*self.layout)
-        return e if self.fine == self.want else e.reshape(*self.want, e.shape[-1])
+    def turn(self, tap: Tensor) -> Tensor:
+        """Return a tap (..., features) with its leading axes in the order of the error's."""
+        if self.fine != self.want:
+            tap = tap.reshape(*self.fine, tap.shape[-1])
+        error_axis, tap_axis = self.layout
+        return tap if error_axis == tap_axis else tap.movedim(tap_axis, error_axis)
 
     def pairs(self) -> list[tuple[int, int]]:
         """Return, for each axis of the tap, its size and the step that it makes in the error.
@@ -71,6 +72,15 @@ def _joins(fine: Shape, coarse: Shape) -> bool:
     return all(product * size == product for size in left)
 
 
+def _in_order(have: Shape, want: Shape) -> Shape | None:
+    """Return the axes, 1 where repeated, as which `have` broadcasts against `want`; or nothing."""
+    if _joins(want, have):
+        return want
+    padded = have + (1,) * (len(want) - len(have))
+    pairs = zip(padded, want, strict=True) if len(padded) == len(want) else ()
+    return padded if pairs and all(mine == 1 or mine == size for mine, size in pairs) else None
+
+
 def fit(have: Shape, want: Shape, layout: Layout) -> Fit | None:
     """Lay leading axes `have` of an error on those of a tap, `want`; or return nothing."""
     a, b = layout
@@ -79,14 +89,12 @@ def fit(have: Shape, want: Shape, layout: Layout) -> Fit | None:
     if len(have) > len(want):
         fine = _moved(have, a, b)
         return Fit(layout, have, fine, want) if _joins(fine, want) else None
-    view = _moved(want, b, a)
-    if _joins(view, have):
-        return Fit(layout, view, want, want)
-    padded = have + (1,) * (len(want) - len(have))
-    repeats = all(mine in (1, size) for mine, size in zip(padded, view, strict=True))
+    turned = _moved(want, b, a)
+    view = _in_order(have, turned)
     # a sample is repeated over its tokens, and never over samples; () is one sample by itself
-    alone = not have or padded[a] == view[a]
-    return Fit(layout, padded, want, want) if repeats and alone else None
+    if view is None or (len(have) > 0 and view[a] != turned[a]):
+        return None
+    return Fit(layout, view, want, want)
 
 
 def fits(have: Shape, want: Shape) -> list[list[Fit]]:
@@ -104,17 +112,6 @@ def fits(have: Shape, want: Shape) -> list[list[Fit]]:
         else:
             groups.append([found])
     return groups
-
-
-def lay(e: Tensor, shape: Shape, layout: Layout) -> Tensor:
-    """Return `e` (..., k) with axes that broadcast against the leading axes of `shape`.
-
-    **Raises:** `RuleError` if it does not fit.
-    """
-    found = fit(e.shape[:-1], shape[:-1], layout)
-    if found is None:
-        raise misfit("", e.shape, shape, (layout,))
-    return found.spread(e)
 
 
 def allowed_layouts(batch_axis: int | tuple[int, int] | None) -> tuple[Layout, ...]:
@@ -138,23 +135,31 @@ def allowed_layouts(batch_axis: int | tuple[int, int] | None) -> tuple[Layout, .
 def spread_error(e: Tensor, shape: Shape) -> Tensor:
     """Return `e` (..., k) with axes that broadcast against the leading axes of `shape`.
 
-    Axes correspond in order if there are as many, or as many positions (some axes were joined);
-    an error with fewer is repeated over those that it lacks.
+    The axes correspond in order; an error with fewer has joined some of them, or lacks the last.
 
-    **Raises:** `RuleError` when nothing fits, and when it is open which axes the error lacks.
+    **Raises:** `RuleError` when neither fits.
     """
     have, want = tuple(e.shape[:-1]), tuple(shape[:-1])
-    groups = fits(have, want)
-    if len(have) == len(want) or math.prod(have) == math.prod(want):
-        groups = [group for group in groups if any(a == b for a, b in (f.layout for f in group))]
-    if len(groups) == 1:
-        return groups[0][0].spread(e)
-    if groups:
+    if have == want:
+        return e
+    view = _in_order(have, want)
+    if view is None:
+        raise misfit("", e.shape, shape, ())
+    return e.reshape(*view, e.shape[-1])
+
+
+def spread_given(e: Tensor, shape: Shape) -> Tensor:
+    """Return an error that a user hands over as `spread_error` does, where its axes are certain.
+
+    **Raises:** `RuleError` when nothing fits, or when the shapes leave open which axes it lacks.
+    """
+    have, want = tuple(e.shape[:-1]), tuple(shape[:-1])
+    if len(have) < len(want) and not _joins(want, have) and len(fits(have, want)) > 1:
         raise RuleError(
-            f"an error of shape {tuple(e.shape)} can be repeated over more than one axis of "
-            f"{tuple(shape)}: give it an axis of size 1 where it lacks one, as e.unsqueeze(1)"
+            f"an error of shape {tuple(e.shape)} may lack the first or a later axis of "
+            f"{tuple(shape)}: write e.unsqueeze(1) if samples come first, or e.unsqueeze(0)"
         )
-    raise misfit("", have, want, ())
+    return spread_error(e, shape)
 
 
 def misfit(path: str, error: Shape, tap: Shape, layouts: tuple[Layout, ...]) -> RuleError:
@@ -162,6 +167,16 @@ def misfit(path: str, error: Shape, tap: Shape, layouts: tuple[Layout, ...]) -> 
     given = f" by (error's, tap's) batch axes {' or '.join(map(str, layouts))}" if layouts else ""
     return RuleError(
         f"{path}{': ' * bool(path)}an error of shape {tuple(error)} does not fit a tap of shape "
-        f"{tuple(tap)}{given}: it must have the tap's samples, and its tokens or none; "
-        "keep what sees another sequence on backprop, by a pattern with Backprop() put first"
+        f"{tuple(tap)}{given}: it must have the tap's samples, and its tokens or none; what sees "
+        f"another sequence stays on backprop with {path or 'its path'!r}: Backprop() as the first "
+        "pattern"
+    )
+
+
+def undecided(path: str, error: Shape, tap: Shape, why: str) -> RuleError:
+    """Say that shapes leave several layouts open, and why measuring left them open too."""
+    return RuleError(
+        f"{path}: an error of shape {tuple(error)} can lie on a tap of shape {tuple(tap)} in more "
+        f"than one way, and {why}: write convert(..., batch_axis=0) if the first axis counts the "
+        "samples, batch_axis=1 for (T, N, C)"
     )

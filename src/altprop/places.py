@@ -69,8 +69,6 @@ class Conversion:
     output: str | None
     seed: int
     switch: Switch
-    encoders: list[Any]
-    """`nn.TransformerEncoder`s whose nested tensors were switched off."""
 
 
 def is_conv1d(module: nn.Module) -> bool:

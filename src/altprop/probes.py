@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from altprop.errors import AltpropError, RuleError
-from altprop.layouts import Fit, Layout, fits
+from altprop.layouts import Fit, Layout, fits, undecided
 from altprop.rule import Site
 
 if TYPE_CHECKING:
@@ -96,10 +96,10 @@ class JacobianProbe:
         channel.call = root, args, kwargs
 
     def push(self, tap: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Draw `p ~ N(0, I)` at a tap and return it with `J p` laid on it, detached.
+        """Draw `p ~ N(0, I)` at a tap and return it with `J p`, detached.
 
-        Shapes: (..., features) and (..., k), whose leading axes broadcast against the tap's. Runs
-        in evaluation mode under math attention.
+        Shapes: (..., features) and (..., k), the leading axes of both in the order of the error's.
+        Runs in evaluation mode under math attention.
         """
         from torch.autograd import forward_ad
         from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -129,7 +129,7 @@ class JacobianProbe:
                 "one of the two did not run, or some operation between them dropped the tangent"
             )
         p, Jp = self._tangent, self._response
-        return p, self._channel.lay(tap, Jp.shape, p.shape).spread(Jp)
+        return self._channel.lay(tap, Jp.shape, p.shape).turn(p), Jp
 
     def drop(self, hidden: Tensor, index: int) -> Tensor:
         """Give the tapped tensor its tangent, if this is the tap that is probed."""
@@ -192,7 +192,7 @@ class LayoutProbe:
         if not in_backward():  # else it is a checkpoint's recomputation
             self._sites.append(index)
             self._taps.append(hidden)
-        return hidden
+        return hidden.clone()  # what is kept may not change in place
 
     def catch(self, error: Tensor) -> None:
         """Keep the tensor at the error's place."""
@@ -225,11 +225,11 @@ class LayoutProbe:
             layouts = alone[0] if len(alone) == 1 else []
             found[index] = [x for x in layouts if x in found.get(index, layouts)]
             if not found[index]:
-                raise RuleError(
-                    f"{self._channel.sites[index].path}: an error of shape {error} can lie on a "
-                    f"tap of shape {tap} in more than one way, and no axis was found along which "
-                    "the samples are independent of one another: write convert(..., batch_axis=0) "
-                    "if the first counts them, batch_axis=1 for (T, N, C)"
+                raise undecided(
+                    self._channel.sites[index].path,
+                    error,
+                    tap,
+                    "no axis was found along which the samples are independent of one another",
                 )
         return {index: layouts[0] for index, layouts in found.items()}
 
@@ -268,9 +268,8 @@ class LayoutProbe:
                     allow_unused=True,
                 )
             except (RuntimeError, AltpropError) as error:
-                raise RuleError(
-                    "the shapes of error and taps leave open which axis counts the samples, and it "
-                    f"could not be measured: write convert(..., batch_axis=0) ({error})"
-                ) from error
+                path = self._channel.sites[self._sites[0]].path
+                shapes = self._shapes(0)
+                raise undecided(path, *shapes, f"it could not be measured ({error})") from error
             self._reached[key] = [None if g is None else g.isnan().any(-1) for g in grads]
         return self._reached[key]

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from altprop.errors import RuleError
+from altprop.layouts import spread_error as spread_error
 
 Seam = Literal["transport", "broadcast", "adjoint"]
 
@@ -176,11 +177,8 @@ class AbstractBroadcast(AbstractRule):
         """Draw the feedback `B` (features, k) on the CPU."""
 
     def cotangent(self, e: Tensor, B: Tensor, shape: torch.Size) -> Tensor:
-        """Return the cotangent `e Bᵀ` of a tap of this shape.
-
-        `e` (..., k) has been laid on the tap: its leading axes broadcast against those of `shape`.
-        """
-        return (e @ B.t().to(e.dtype)).expand(shape)
+        """Return the cotangent `e Bᵀ` of a tap of this shape, its axes in the order of `e`'s."""
+        return (spread_error(e, shape) @ B.t().to(e.dtype)).expand(shape)
 
     def estimates(self, probe: Probe, seed: int, step: int) -> Sequence[Tensor] | None:
         """Measure, before a recorded pass, what each tap's `B` should move towards, or nothing."""
@@ -197,10 +195,11 @@ class Probe(Protocol):
     taps: Sequence[Site]
 
     def push(self, tap: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Draw a Gaussian tangent `p` at a tap and return it with `J p`, laid on the tap.
+        """Draw a Gaussian tangent `p` at a tap and return it with `J p`.
 
-        Shapes: (..., features) and (..., k), whose leading axes broadcast against the tap's. In a
-        data-parallel pass, of this rank's batch.
+        Shapes: (..., features) and (..., k), the leading axes of both in the order of the error's;
+        `spread_error` gives `J p` those that it lacks. In a data-parallel pass, of this rank's
+        batch.
         """
 
     def average(self, estimate: Tensor) -> Tensor:

@@ -80,13 +80,15 @@ class MapTap:
     channel: Channel
     name: str
     index: int
+    swapped: bool
+    """Whether `x` has the caller's first two axes swapped; the tap then has them as he does."""
 
     def __call__(
         self, module: nn.Module, x: Tensor, W: Tensor, b: Tensor | None, rows: slice | None = None
     ) -> Tensor:
         channel = self.channel
         if channel.probe is not None:
-            return channel.probe.drop(F.linear(x, W, b), self.index)
+            return self._turned(channel.probe.drop(self._turned(F.linear(x, W, b)), self.index))
         if not channel.switch.on:
             return F.linear(x, W, b)
         if not torch.is_grad_enabled():
@@ -97,8 +99,11 @@ class MapTap:
         y, tap = assign_map(x, W, b, send=channel.rule.sends, exact=channel.mode == "exact")
         if channel.mode != "idle":
             B = getattr(module, self.name) if self.name else None
-            channel.push(tap, B, self.index, rows)
+            channel.push(self._turned(tap), B, self.index, rows)
         return y
+
+    def _turned(self, y: Tensor) -> Tensor:
+        return y.transpose(0, 1) if self.swapped else y
 
 
 @dataclass
@@ -134,6 +139,21 @@ class OutputTap:
         if isinstance(out, Tensor):
             return cut
         return type(out)((cut, *out[1:]))
+
+
+def refuse_unrecorded(module: nn.Module) -> None:
+    """Refuse for all parts of a module that will not be called to refuse for themselves.
+
+    Without recording no rule acts, so that a fast path may take their place, but not in a pass
+    that is collected: see `Channel.missed`.
+    """
+    if torch.is_grad_enabled():
+        return
+    for part in module.modules():
+        taps = [*getattr(part, "_altprop_maps", {}).values(), getattr(part, "_altprop_tap", None)]
+        for tap in taps:
+            if isinstance(tap, MapTap | OutputTap):
+                tap.channel.missed(tap.site.path, part.parameters())
 
 
 class Role:

@@ -18,7 +18,7 @@ from altprop.feedback import (
     generator_for,
     normalised,
 )
-from altprop.rule import AbstractBroadcast, Probe, Scope, Site
+from altprop.rule import AbstractBroadcast, Probe, Scope, Site, spread_error
 
 _AXES = {"hidden": 1, "output": 0, "none": 1}
 
@@ -103,7 +103,7 @@ class GrAPE(AbstractBroadcast):
             total: Tensor | None = None
             for _ in range(self.probes):
                 p, Jp = probe.push(tap, generator)
-                Jp = Jp.expand(*p.shape[:-1], Jp.shape[-1])
+                Jp = spread_error(Jp, p.shape).expand(*p.shape[:-1], Jp.shape[-1])
                 # over tokens first: never anything of size V x features per token
                 pairs = p.flatten(0, -2).t() @ Jp.flatten(0, -2) / p.shape[:-1].numel()
                 total = pairs if total is None else total + pairs
