@@ -43,8 +43,6 @@ class AttentionRole(Role):
     the taps the caller's layout, which is the error's.
     """
 
-    _altprop_maps: dict[str, Any]
-
     def forward(
         self,
         query: Tensor,
@@ -58,7 +56,11 @@ class AttentionRole(Role):
     ) -> tuple[Tensor, Tensor | None]:
         m = cast(nn.MultiheadAttention, self)
         inputs = (query, key, value)
-        if not _records(m, inputs) or any(t.is_nested for t in inputs):
+        known = all(
+            t is None or (isinstance(t, Tensor) and not t.is_nested)
+            for t in (*inputs, attn_mask, key_padding_mask)
+        )
+        if not known or not _records(m, inputs):
             refuse_unrecorded(m)
             return super().forward(  # type: ignore[misc]
                 *inputs,
@@ -110,7 +112,7 @@ class AttentionRole(Role):
         else:
             if mask is not None:
                 mask = mask.unsqueeze(0) if len(mask) == 1 else mask.view(N, H, -1, S)
-            q, k, v = (t.view(N, H, -1, D) for t in (q, k, v))
+            q, k, v = (t.view(N, H, t.shape[1], D) for t in (q, k, v))
             mixed = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal).flatten(0, 1)
         out: Tensor = m.out_proj(mixed.transpose(0, 1).reshape(L, N, H * D))
         if not batched:
@@ -153,19 +155,23 @@ class AttentionRole(Role):
             biases = (None, None, None) if b is None else b.chunk(3)
             names = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
             return [
-                self._altprop_maps[name](m, x, W, bias)
-                for name, x, W, bias in zip(
-                    names, (query, key, value), weights, biases, strict=True
-                )
+                self._map(*part)
+                for part in zip(names, (query, key, value), weights, biases, strict=True)
             ]
-        packed = self._altprop_maps["in_proj_weight"]
+        name, W = "in_proj_weight", m.in_proj_weight
         if same:
-            return list(packed(m, query, m.in_proj_weight, b).chunk(3, dim=-1))
+            return list(self._map(name, query, W, b).chunk(3, dim=-1))
         parts = [slice(i * E, (i + 1) * E) for i in range(3)]
         return [
-            packed(m, x, m.in_proj_weight[rows], None if b is None else b[rows], rows)
+            self._map(name, x, W[rows], None if b is None else b[rows], rows)
             for x, rows in zip((query, key, value), parts, strict=True)
         ]
+
+    def _map(
+        self, name: str, x: Tensor, W: Tensor, b: Tensor | None, rows: slice | None = None
+    ) -> Tensor:
+        site = getattr(self, "_altprop_maps", {}).get(name)
+        return F.linear(x, W, b) if site is None else site(self, x, W, b, rows)
 
 
 def _records(module: nn.Module, inputs: tuple[Tensor, ...]) -> bool:

@@ -122,14 +122,14 @@ def allowed_layouts(batch_axis: int | tuple[int, int] | None) -> tuple[Layout, .
     """
     if batch_axis is None:
         return ()
-    pair = batch_axis if isinstance(batch_axis, tuple) else (batch_axis,)
-    whole = all(isinstance(axis, int) and not isinstance(axis, bool) for axis in pair)
-    if not whole or len(pair) not in (1, 2) or min(pair) < 0:
+    axes = batch_axis if isinstance(batch_axis, tuple) else (batch_axis, batch_axis)
+    whole = all(isinstance(axis, int) and not isinstance(axis, bool) for axis in axes)
+    if not whole or len(axes) != 2 or min(axes) < 0:
         raise ConfigError(
             f"batch_axis must be an axis counted from 0, or two: (the error's, the taps'), not "
             f"{batch_axis!r}"
         )
-    return ((pair[0], pair[0]), (0, pair[0])) if len(pair) == 1 else ((pair[0], pair[1]),)
+    return (axes,) if isinstance(batch_axis, tuple) else (axes, (0, batch_axis))
 
 
 def spread_error(e: Tensor, shape: Shape) -> Tensor:
