@@ -98,8 +98,6 @@ def convert(
             planner = Planner(places, value, None if bare else pattern, earlier)
             value.plan(planner)
             planners.append(planner)
-        if layouts and not any(planner.taps for planner in planners):
-            problems.append(f"batch_axis={batch_axis} is for broadcast rules: leave it out")
     if problems:
         lines = "".join(f"\n  - {problem}" for problem in dict.fromkeys(problems))
         raise RuleError(f"cannot convert this {type(model).__name__}; nothing was changed:{lines}")

@@ -225,12 +225,10 @@ class LayoutProbe:
             layouts = alone[0] if len(alone) == 1 else []
             found[index] = [x for x in layouts if x in found.get(index, layouts)]
             if not found[index]:
-                raise undecided(
-                    self._channel.sites[index].path,
-                    error,
-                    tap,
-                    "no axis was found along which the samples are independent of one another",
-                )
+                why = "no axis was found along which the samples are independent of one another"
+                if layouts:
+                    why = "it runs several times, with the samples on different axes"
+                raise undecided(self._channel.sites[index].path, error, tap, why)
         return {index: layouts[0] for index, layouts in found.items()}
 
     def _shapes(self, number: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
