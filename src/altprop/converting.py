@@ -10,12 +10,13 @@ import contextlib
 import operator
 import warnings
 from collections.abc import Iterator, Mapping
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from altprop.attention import swaps
 from altprop.channel import Channel
 from altprop.equilibrium.estimators.estimator import AbstractEstimator
 from altprop.equilibrium.exact import Exact
@@ -24,6 +25,7 @@ from altprop.equilibrium.solvers.solver import AbstractSolver
 from altprop.equilibrium.stack import convert_stack, level_of, revert_block, revert_stack
 from altprop.errors import ConfigError, Problems, RuleError, RuleWarning, listed, told
 from altprop.feedback import generator_for
+from altprop.layouts import Layout, allowed_layouts
 from altprop.places import CONVERTED, Place, Places, Planner, TapRequest
 from altprop.rule import AbstractBroadcast, AbstractRule, AbstractTransport, Site
 from altprop.sites import (
@@ -43,7 +45,6 @@ from altprop.sites import (
 from altprop.unfit import others
 
 M = TypeVar("M", bound=nn.Module)
-_NESTED = "_altprop_nested"  # marks an encoder whose nested tensors were switched off
 
 
 def convert(
@@ -55,6 +56,7 @@ def convert(
     stack: str | None = None,
     solver: AbstractSolver | None = None,
     on_failure: OnFailure | None = None,
+    batch_axis: int | tuple[int, int] | None = None,
 ) -> M:
     """Let a learning rule decide what `.backward()` writes, in place, and return the model.
 
@@ -70,7 +72,9 @@ def convert(
     the linear map that makes the logits: where broadcast rules take their error. `seed`, from
     which, with the module's path, every feedback matrix is drawn. `stack`, with an estimator such
     as `AEP()` for a rule: the list of blocks that become one layered equilibrium, as in
-    `convert_stack`, which says what `solver` and `on_failure` are.
+    `convert_stack`, which says what `solver` and `on_failure` are. `batch_axis`, for broadcast
+    rules: which axis of what the taps see counts the samples, or a pair, the error's axis and the
+    taps'; without it the shapes say so, or a probe in the first recorded pass that leaves it open.
 
     **Raises:** `RuleError`, one for everything that cannot be converted, with paths and what to
     write instead; `ConfigError` for arguments of a wrong kind. The model is then untouched, as it
@@ -81,6 +85,8 @@ def convert(
             raise ConfigError(
                 f"stack={stack!r} takes an estimator such as AEP() for all its blocks, not {rule!r}"
             )
+        if batch_axis is not None:
+            raise ConfigError("batch_axis is for broadcast rules: leave it out with stack")
         return convert_stack(model, rule, stack, solver, on_failure or "raise")
     if solver is not None or on_failure is not None:
         raise ConfigError(
@@ -97,6 +103,7 @@ def convert(
         if not isinstance(pattern, str) or not isinstance(value, AbstractRule):
             hint = f": write {value.__name__}()" if isinstance(value, type) else ""
             raise ConfigError(f"{pattern!r}: {value!r} is not a rule{hint}")
+    layouts = allowed_layouts(batch_axis)
     try:
         seed = operator.index(seed)
     except TypeError:
@@ -117,7 +124,7 @@ def convert(
     if isinstance(rule, AbstractRule):
         _say_what_is_left(model, places, planners[0])
     with _all_or_nothing(model), torch.device("cpu"):  # where a rule's draws belong
-        _apply(model, places, planners, seed)
+        _apply(model, places, planners, seed, layouts)
     return model
 
 
@@ -218,18 +225,20 @@ class _Changes:
             add_roles(module, tuple(sorted(roles, key=_outermost)))
 
 
-def _apply(model: nn.Module, places: Places, planners: list[Planner], seed: int) -> None:
+def _apply(
+    model: nn.Module,
+    places: Places,
+    planners: list[Planner],
+    seed: int,
+    layouts: tuple[Layout, ...],
+) -> None:
     changes = _Changes(seed)
     for planner in planners:
         for place in planner.transports:
             _transport(changes, place, planner.rule)
         for request in planner.taps:
-            _tap(changes, model, places, request, planner.rule)
+            _tap(changes, model, places, request, planner.rule, layouts)
     changes.finish()
-    for encoder in model.modules():  # its nested tensors skip the layers' own forwards
-        if isinstance(encoder, nn.TransformerEncoder) and encoder.use_nested_tensor:
-            encoder.use_nested_tensor = False
-            encoder.__dict__[_NESTED] = True
     model.__dict__[CONVERTED] = True
 
 
@@ -256,7 +265,12 @@ def _transport(changes: _Changes, place: Place, rule: AbstractRule) -> None:
 
 
 def _tap(
-    changes: _Changes, model: nn.Module, places: Places, request: TapRequest, rule: AbstractRule
+    changes: _Changes,
+    model: nn.Module,
+    places: Places,
+    request: TapRequest,
+    rule: AbstractRule,
+    layouts: tuple[Layout, ...],
 ) -> None:
     assert isinstance(rule, AbstractBroadcast)
     local = request.at
@@ -266,7 +280,9 @@ def _tap(
     if rule.one_feedback:
         taken = [n for n in changes.names.get(root, []) if n.startswith("B_dfa_shared")]
         shared = "B_dfa_shared" + str(len(taken) or "")
-    channel = Channel(rule, changes.seed, shared)
+    if local is not None and layouts:  # here the error is at a block, as the taps are
+        layouts = allowed_layouts(layouts[0][1])
+    channel = Channel(rule, changes.seed, shared, layouts)
     if local is not None:
         changes.role(root, LocalRole)
         root.__dict__["_altprop_local"] = channel
@@ -294,7 +310,8 @@ def _tap(
         tap: MapTap | OutputTap
         if place.is_map:
             maps = place.module.__dict__.setdefault("_altprop_maps", {})
-            maps[place.key] = tap = MapTap(site, channel, name, index, frozen)
+            swapped = swaps(module for module, _ in place.needs)
+            maps[place.key] = tap = MapTap(site, channel, name, index, frozen, swapped)
         else:
             tap = OutputTap(site, channel, name, index, frozen)
             place.module.__dict__["_altprop_tap"] = tap
@@ -303,7 +320,7 @@ def _tap(
 
 def is_converted(module: nn.Module) -> bool:
     """Say whether `convert` left anything at this module itself."""
-    marks = (CONVERTED, _NESTED, STACK)
+    marks = (CONVERTED, STACK)
     stacked = level_of(module) is not None
     return stacked or isinstance(module, Role) or any(mark in module.__dict__ for mark in marks)
 
@@ -332,8 +349,6 @@ def revert(model: M) -> M:
         if STACK in module.__dict__:
             revert_stack(module)
         revert_block(module)
-        if module.__dict__.pop(_NESTED, False):
-            cast(nn.TransformerEncoder, module).use_nested_tensor = True
         _strip(module)
         module.__dict__.pop(CONVERTED, None)
     return model

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from altprop.assign import assign_transport
 from altprop.errors import ConfigError, RuleError, unknown
 from altprop.feedback import cosine_gradient, draw, generator_for, randn
-from altprop.rule import AbstractTransport, Site, spread_error
+from altprop.layouts import spread_given
+from altprop.rule import AbstractTransport, Site
 from altprop.rules.feedback_alignment import FeedbackAlignment
 from altprop.rules.sign_symmetry import SignSymmetry
 from altprop.sites import TransportSite
@@ -187,9 +188,11 @@ class LocalLinear(nn.Linear):
     def dfa_compute_grad(self, e_L: Tensor) -> None:
         """Overwrite the gradients with `(e_L Bᵀ)ᵀ x` and `Σ e_L Bᵀ`, summed over leading axes.
 
-        **Arguments:** `e_L` (..., target_dim), the error at the output, detached here; without a
-        token axis it is repeated over the tokens. Forgets the remembered input.
-        **Raises:** `RuleError` before `set_dfa_target_dim` or before a recorded forward pass.
+        **Arguments:** `e_L` (..., target_dim), the error at the output, detached here; its axes are
+        those of the layer's input; where it lacks the last, or has one of size 1, it is repeated.
+        Forgets the remembered input.
+        **Raises:** `RuleError` before `set_dfa_target_dim` or before a recorded forward pass, and
+        for an error that does not fit, or may lack one axis or another.
         """
         self._compute("B_dfa", e_L, "initialize_dfa_targets(model, target_dim)", per_token=False)
 
@@ -207,7 +210,7 @@ class LocalLinear(nn.Linear):
             )
         x, self._input = self._input, None
         shape = torch.Size((*x.shape[:-1], self.out_features))
-        signal = (spread_error(e.detach().to(B.dtype), shape) @ B.t()).expand(shape)
+        signal = (spread_given(e.detach().to(B.dtype), shape) @ B.t()).expand(shape)
         signal = signal.reshape(-1, self.out_features)
         if per_token:
             signal = signal / len(signal)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from altprop.errors import RuleError
+from altprop.layouts import spread_error as spread_error
 
 Seam = Literal["transport", "broadcast", "adjoint"]
 
@@ -171,7 +172,7 @@ class AbstractBroadcast(AbstractRule):
         """Draw the feedback `B` (features, k) on the CPU."""
 
     def cotangent(self, e: Tensor, B: Tensor, shape: torch.Size) -> Tensor:
-        """Return the cotangent `e Bᵀ` of a tap of this shape, `e` spread over missing axes."""
+        """Return the cotangent `e Bᵀ` of a tap of this shape, its axes in the order of `e`'s."""
         return (spread_error(e, shape) @ B.t().to(e.dtype)).expand(shape)
 
     def estimates(self, probe: Probe, seed: int, step: int) -> Sequence[Tensor] | None:
@@ -191,28 +192,10 @@ class Probe(Protocol):
     def push(self, tap: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Draw a Gaussian tangent `p` at a tap and return it with `J p`.
 
-        Shapes: (..., features) and (..., k). In a data-parallel pass, of this rank's batch.
+        Shapes: (..., features) and (..., k), the leading axes of both in the order of the error's;
+        `spread_error` gives `J p` those that it lacks. In a data-parallel pass, of this rank's
+        batch.
         """
 
     def average(self, estimate: Tensor) -> Tensor:
         """Turn a mean over this rank's batch, at the last tap, into that over the joint batch."""
-
-
-def spread_error(e: Tensor, shape: torch.Size) -> Tensor:
-    """Return `e` (..., k) with axes that broadcast against the leading axes of `shape`.
-
-    An error without a token axis is repeated over the tap's tokens; equal counts are regrouped.
-
-    **Raises:** `RuleError` when neither fits.
-    """
-    have, want = e.shape[:-1], shape[:-1]
-    if have == want:
-        return e
-    if len(have) < len(want) and want[: len(have)] == have:
-        return e.reshape(*have, *([1] * (len(want) - len(have))), e.shape[-1])
-    if have.numel() == want.numel():
-        return e.reshape(*want, e.shape[-1])
-    raise RuleError(
-        f"an error of shape {tuple(e.shape)} does not fit a tap of shape {tuple(shape)}: their "
-        "leading axes must agree, or the error's must be the first of the tap's (batch first)"
-    )

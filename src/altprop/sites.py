@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from altprop.assign import assign_map, assign_transport
-from altprop.channel import Channel, JacobianProbe, in_backward
+from altprop.channel import Channel
 from altprop.errors import RuleError
 from altprop.feedback import generator_for
+from altprop.probes import JacobianProbe, in_backward
 from altprop.rule import AbstractTransport, Site
 from altprop.transforms import refuse_transforms
 
@@ -126,17 +127,20 @@ class MapTap:
     name: str
     index: int
     held: bool = False
+    swapped: bool = False
+    """Whether `x` has the caller's first two axes swapped; the tap then has them as he does."""
     on: bool = True
 
     def __call__(
         self, module: nn.Module, x: Tensor, W: Tensor, b: Tensor | None, rows: slice | None = None
     ) -> Tensor:
         channel = self.channel
-        if not self.on or channel.probe is not None:
+        if channel.probe is not None:
+            return self._turned(channel.probe.drop(self._turned(F.linear(x, W, b)), self.index))
+        if not self.on:
             return F.linear(x, W, b)
         if not torch.is_grad_enabled():
-            if channel.mode != "idle" and W.requires_grad:
-                raise channel.unrecorded(self.site.path)
+            channel.missed(self.site.path, [W])
             return F.linear(x, W, b)
         if channel.mode == "idle":
             channel.outside(self.site.path)
@@ -146,8 +150,11 @@ class MapTap:
         y, tap = assign_map(x, W, b, send=channel.rule.sends, exact=channel.mode == "exact")
         if channel.mode != "idle":
             B = _feedback(self, module, channel.rule.learned, [W])
-            channel.push(tap, B, self.index, rows)
+            channel.push(self._turned(tap), B, self.index, rows)
         return y
+
+    def _turned(self, y: Tensor) -> Tensor:
+        return y.transpose(0, 1) if self.swapped else y
 
 
 @dataclass(eq=False)
@@ -172,8 +179,7 @@ class OutputTap:
             channel.outside(self.site.path)
             return out
         elif not torch.is_grad_enabled():
-            if any(p.requires_grad for p in module.parameters()):
-                raise channel.unrecorded(self.site.path)
+            channel.missed(self.site.path, module.parameters())
             return out
         else:
             if hidden.shape[-1] != self.site.rows:
@@ -194,6 +200,20 @@ def _redrawn(site: Site, drawn: Sequence[int], now: Sequence[int]) -> RuleError:
         f"{site.path or 'this map'}: its weight has the shape {tuple(now)}, but its feedback was "
         f"drawn for {tuple(drawn)}: write revert(model) and convert it again"
     )
+
+
+def refuse_unrecorded(module: nn.Module) -> None:
+    """Refuse for all parts of a module that will not be called to refuse for themselves.
+
+    Without recording no rule acts, so that a fast path may take their place, but not in a pass
+    that is collected: see `Channel.missed`.
+    """
+    if torch.is_grad_enabled():
+        return
+    for part in module.modules():
+        for tap in sites_of(part).values():
+            if isinstance(tap, MapTap | OutputTap):
+                tap.channel.missed(tap.site.path, part.parameters())
 
 
 class Role:
@@ -285,7 +305,7 @@ class RootRole(Role):
                 self._schedule(channels, args, kwargs)
             else:
                 for channel in channels:
-                    channel.begin(cast(nn.Module, self))
+                    channel.begin(cast(nn.Module, self), args, kwargs)
             out = super().forward(*args, **kwargs)  # type: ignore[misc]
             for channel in channels:
                 channel.finish()
@@ -309,7 +329,7 @@ class RootRole(Role):
                 measured = channel.rule.estimates(probe, channel.seed, step)
             plans.append((channel, exact, measured))
         for channel, exact, measured in plans:
-            channel.begin(root, exact)
+            channel.begin(root, args, kwargs, exact)
             channel.measured = measured
 
 
@@ -320,16 +340,21 @@ class LocalRole(Role):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         channel = self._altprop_local
+        if channel.probe is not None:
+            return self._joined(channel, args, kwargs)
         if not channel.on or not torch.is_grad_enabled():
             return super().forward(*args, **kwargs)  # type: ignore[misc]
-        channel.begin(cast(nn.Module, self))
+        channel.begin(cast(nn.Module, self), args, kwargs)
         try:
-            out = super().forward(*args, **kwargs)  # type: ignore[misc]
-            if isinstance(out, Tensor):
-                return channel.join(out)
-            return type(out)((channel.join(out[0]), *out[1:]))
+            return self._joined(channel, args, kwargs)
         finally:
             channel.clear()
+
+    def _joined(self, channel: Channel, args: Any, kwargs: Any) -> Any:
+        out = super().forward(*args, **kwargs)  # type: ignore[misc]
+        if isinstance(out, Tensor):
+            return channel.join(out)
+        return type(out)((channel.join(out[0]), *out[1:]))
 
 
 def sites_of(module: nn.Module) -> dict[str, TransportSite | MapTap | OutputTap]:

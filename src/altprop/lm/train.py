@@ -162,7 +162,7 @@ def _equilibrium(config: TrainConfig, vocabulary: int) -> EquilibriumLM:
 def _gpt(config: TrainConfig, vocabulary: int) -> GPT:
     model = GPT(config.shape(vocabulary))
     rules = config.rules or config.rule
-    return convert(model, rules, output="head", seed=config.seed) if rules else model
+    return convert(model, rules, output="head", seed=config.seed, batch_axis=0) if rules else model
 
 
 _BUILD: dict[str, Callable[[TrainConfig, int], LanguageModel]] = {

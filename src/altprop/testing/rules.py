@@ -27,6 +27,7 @@ from altprop.feedback import generator_for
 from altprop.learned import feedback_parameters
 from altprop.rule import AbstractBroadcast, AbstractRule, AbstractTransport, Site
 from altprop.sites import Role
+from altprop.testing.samples import check_samples
 
 N, T, C, V = 4, 3, 8, 7
 Grads = dict[str, Tensor | None]
@@ -319,7 +320,8 @@ def check_rule(rule: AbstractRule, *, compiled: bool = True, distributed: bool =
     """Assert the whole contract of a transport or broadcast rule.
 
     Logits, state dicts, optimisers and tying survive; gradients are finite, accumulate, refuse to
-    be differentiated twice, and follow the closed form; autocast, checkpointing, seeds, deepcopy,
+    be differentiated twice, and follow the closed form; a batch's are the sum of its samples', in
+    either layout; autocast, checkpointing, seeds, deepcopy,
     pickle, `revert`, `rules_off`, compilation and two data-parallel processes work.
 
     **Arguments:** `compiled`, whether to compile (seconds); `distributed`, whether to start two
@@ -331,6 +333,7 @@ def check_rule(rule: AbstractRule, *, compiled: bool = True, distributed: bool =
         raise RuleError(f"{type(rule).__name__} is neither a transport nor a broadcast rule")
     _check_forward(rule)
     _check_gradients(rule)
+    check_samples(rule)
     _check_twice(rule)
     _check_precision(rule)
     _check_checkpointing(rule)
