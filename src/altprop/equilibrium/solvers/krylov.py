@@ -72,8 +72,10 @@ def gmres_cycle(
         solved = torch.linalg.solve_triangular(
             r, q.transpose(1, 2) @ target[:, : k + 2], upper=True
         )
-        # a singular triangle (A v inside the old space): keep what the smaller space gave
-        sound = torch.isfinite(solved).all(1, keepdim=True)
+        # a triangle that is singular but for rounding (A v inside the old space) would give any
+        # length: keep what the smaller space gave
+        pivot = (r[:, k, k].abs() > 10 * eps * size).view(-1, 1, 1)
+        sound = pivot & torch.isfinite(solved).all(1, keepdim=True)
         y = torch.where(sound, solved, torch.cat([y, torch.zeros_like(target[:, :1])], 1))
         k += 1
         miss = (target[:, : k + 1] - small[:, : k + 1, :k] @ y).squeeze(2).norm(dim=1)

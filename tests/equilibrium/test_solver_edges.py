@@ -1,0 +1,436 @@
+"""Where solvers stop, what they keep, and how many products they spend: counted beforehand."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from torch import Tensor
+
+import altprop as ap
+from altprop.equilibrium.solvers.defect import defect_correction
+from altprop.equilibrium.solvers.solver import AbstractSolver, conclude, relative_residual
+
+Force = Callable[[Tensor], Tensor]
+R = ap.Result
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def tensor(*values: float) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def watched(force: Force) -> tuple[Force, list[Tensor]]:
+    seen: list[Tensor] = []
+
+    def wrapped(z: Tensor) -> Tensor:
+        seen.append(z.clone())
+        return force(z)
+
+    return wrapped, seen
+
+
+def size(z: Tensor) -> Tensor:
+    return (z.flatten(1) ** 2).sum(1).sqrt()
+
+
+# ------------------------------------------------------------------------------------- Anderson
+
+
+def test_anderson_returns_the_best_state_that_it_met_and_not_the_last() -> None:
+    turn = tensor(-1.0, -3.0, 3.0, -1.0).view(2, 2)
+    plain = lambda z: z @ turn.T + 1  # noqa: E731
+    chosen = set()
+    for limit in range(3, 9):
+        force, seen = watched(plain)
+        solver = ap.Anderson(memory=1, ridge=0.5, tol=0, max_steps=limit)
+        found = solver.solve(force, randn(3, 2, seed=limit), step=0.9)
+        residuals = torch.stack([size(plain(z)) / size(z) for z in seen])
+        best = residuals.argmin(0)
+        chosen |= {limit - 1 - int(n) for n in best}
+        torch.testing.assert_close(found.residual, residuals.amin(0))
+        for i, n in enumerate(best.tolist()):
+            assert torch.equal(found.value[i], seen[n][i])
+        torch.testing.assert_close(found.force, plain(found.value))
+    assert len(chosen) > 2  # it was the last one in some, and others in others
+
+
+def test_a_sample_that_left_the_forces_domain_is_told_though_its_best_state_is_kept() -> None:
+    force = lambda z: torch.where(z > 1.5, math.nan, 3 * (1 - z))  # noqa: E731
+    found = ap.Anderson(tol=1e-12).solve(force, tensor(0.5).view(1, 1), step=1.0)
+    assert found.result is R.NON_FINITE
+    assert found.value.tolist() == [[0.5]] and found.residual.tolist() == [3.0]
+
+
+@pytest.mark.parametrize("tol", [1e-2, 1e-3, 1e-5])
+def test_a_sample_whose_arrival_is_foreseen_is_left_alone_by_a_slow_mate(tol: float) -> None:
+    rates = torch.stack([torch.linspace(a, 1.3, 8).double() for a in (0.8, 0.1)])
+    force = lambda z: rates[: len(z)] * (1 - z) + 0.1 * torch.sin(z)  # noqa: E731
+    start = randn(2, 8, seed=1)
+    solver = ap.Anderson(tol=tol)
+    together, ahead = solver.approach(force, start, step=1.0)
+    alone, own = solver.approach(force, start[:1], step=1.0)
+    assert together.evaluations > alone.evaluations
+    torch.testing.assert_close(together.value[:1], alone.value, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(ahead[:1], own, rtol=1e-12, atol=1e-12)
+    # and it was foreseen rightly: where it goes on to, it has arrived
+    assert float((size(force(ahead[:1])) / size(ahead[:1])).max()) <= tol
+
+
+# ---------------------------------------------------------------------------- defect correction
+
+
+def corrected(
+    force: Force, inverse: Force, start: Tensor, tol: float = 1e-10, max_steps: int = 50
+) -> tuple[ap.Solution, int]:
+    wrapped, seen = watched(force)
+    one = torch.ones(len(start), dtype=torch.float64)
+    found = defect_correction(wrapped, inverse, start, tol=tol, max_steps=max_steps, scale=one)
+    assert found.evaluations == len(seen)
+    return found, len(seen)
+
+
+class TestDefectCorrection:
+    rates = tensor(0.5, 2.0)
+
+    def force(self, z: Tensor) -> Tensor:
+        return self.rates * (1 - z)
+
+    def test_solves_a_linear_force_in_one_correction(self) -> None:
+        found, calls = corrected(self.force, lambda f: f / self.rates, randn(3, 2))
+        assert calls == 2 and found.result is R.CONVERGED
+        torch.testing.assert_close(found.value, torch.ones(3, 2).double())
+
+    def test_stops_where_no_sample_gets_better_and_keeps_the_best(self) -> None:
+        start = randn(3, 2)
+        found, calls = corrected(self.force, lambda f: -3 * f / self.rates, start)
+        assert calls == 2 and found.result is R.MAX_STEPS and torch.equal(found.value, start)
+
+    def test_keeps_of_each_sample_its_own_best(self) -> None:
+        # one sample's corrections overshoot, the others' do not
+        factor = tensor(0.6, 2.7, 0.8).view(3, 1)
+        start = randn(3, 2) + 3
+        found, _ = corrected(self.force, lambda f: factor * f / self.rates, start)
+        assert torch.equal(found.value[1], start[1])
+        assert float(found.residual[[0, 2]].max()) <= 1e-10 and found.result is R.MAX_STEPS
+        torch.testing.assert_close(found.force, self.force(found.value))
+        torch.testing.assert_close(found.residual, size(found.force))
+
+    @pytest.mark.parametrize("limit", [1, 2, 5])
+    def test_keeps_its_limit(self, limit: int) -> None:
+        slow = lambda f: 0.1 * f / self.rates  # noqa: E731
+        found, calls = corrected(self.force, slow, randn(3, 2), max_steps=limit)
+        assert calls == limit and found.result is R.MAX_STEPS
+
+    def test_tells_of_a_lost_sample_which_costs_the_others_nothing(self) -> None:
+        start = randn(3, 2)
+        start[1] = 1.0
+        slow = lambda f: 0.7 * f / self.rates  # noqa: E731
+
+        def lost(z: Tensor) -> Tensor:
+            f = self.force(z)
+            return torch.stack([f[0], torch.full_like(f[1], math.nan), f[2]])
+
+        alone, calls = corrected(self.force, slow, start)
+        beside, again = corrected(lost, slow, start)
+        assert again == calls and beside.result is R.NON_FINITE
+        assert torch.equal(beside.value, alone.value)
+        # one that is lost on the way keeps the state before, and is told all the same
+        bounded = lambda z: torch.where(z > 1.5, math.nan, self.force(z))  # noqa: E731
+        far, _ = corrected(bounded, lambda f: 1.9 * f / self.rates, tensor(0.2, 0.2).view(1, 2))
+        assert far.result is R.NON_FINITE
+        assert far.value.flatten().tolist() == [0.2, 0.2] and bool(far.residual.isfinite().all())
+
+    def test_takes_the_scale_that_is_given(self) -> None:
+        start, scale = randn(3, 2), tensor(1e4, 1.0, 1e-3)
+        slow = lambda f: 0.9 * f / self.rates  # noqa: E731
+        found = defect_correction(self.force, slow, start, tol=1e-3, max_steps=50, scale=scale)
+        torch.testing.assert_close(found.residual, size(self.force(found.value)) / scale)
+        assert found.result is R.CONVERGED and torch.equal(found.value[0], start[0])
+
+
+# ---------------------------------------------------------------------------------------- Krylov
+
+
+def spread(n: int = 16, B: int = 2) -> tuple[Force, Tensor]:
+    """Return a linear force whose eigenvalues are spread, so that residuals fall gradually."""
+    q = torch.linalg.qr(randn(B, n, n, seed=1)).Q
+    rates = torch.stack([torch.linspace(low, 2, n).double() for low in (0.2, 0.7)])[:B]
+    a = -(q * rates[:, None]) @ q.mT
+    b = randn(B, n, seed=2)
+    return lambda z: torch.einsum("bij,bj->bi", a, z) + b, a
+
+
+def columns_for(a: Tensor, right: Tensor, goal: float) -> int:
+    """Return how many dimensions a Krylov space needs for `‖right − A x‖ ≤ goal`."""
+    space: list[Tensor] = []
+    v = right / right.norm()
+    for count in range(1, len(right) + 1):
+        space.append(v)
+        Q = torch.stack(space, 1)
+        y = torch.linalg.lstsq(a @ Q, right[:, None]).solution
+        if float((right - (a @ Q @ y)[:, 0]).norm()) <= goal:
+            return count
+        v = a @ v
+        for _ in range(2):
+            for u in space:
+                v = v - (u @ v) * u
+        v = v / v.norm()
+    return len(right)
+
+
+@pytest.mark.parametrize("tol", [1e-1, 1e-2, 1e-4])
+@pytest.mark.parametrize("scale", [1.0, 7.0])
+def test_gmres_makes_as_many_products_as_its_hardest_sample_needs(tol: float, scale: float) -> None:
+    force, a = spread()
+    start = torch.zeros(2, 16, dtype=torch.float64)
+    f = force(start)
+    needed = [columns_for(a[i], -f[i], tol * scale) for i in range(2)]
+    assert needed[0] > needed[1]
+    scales = torch.full((2,), scale, dtype=torch.float64)
+    found = ap.GMRES(tol=tol).solve(force, start, step=1.0, scale=scales)
+    assert found.evaluations == 1 + max(needed) + 1 and found.result is R.CONVERGED
+    torch.testing.assert_close(found.residual, size(force(found.value)) / scale)
+    # without a scale it is the state's own norm
+    at = randn(2, 16, seed=3)
+    f = force(at)
+    needed = [columns_for(a[i], -f[i], tol * float(at[i].norm())) for i in range(2)]
+    once = ap.GMRES(tol=tol, max_steps=3 + max(needed)).solve(force, at, step=1.0)
+    assert once.evaluations == 2 + max(needed)
+
+
+@pytest.mark.parametrize("forcing", [0.01, 0.1, 0.5, 0.99])
+def test_a_newton_steps_products_are_those_of_its_forcing(forcing: float) -> None:
+    force, a = spread()
+    start = torch.zeros(2, 16, dtype=torch.float64)
+    f = force(start)
+    share = min(forcing, 0.9)  # some progress has to be made
+    needed = max(columns_for(a[i], -f[i], share * float(f[i].norm())) for i in range(2))
+    tight = ap.NewtonKrylov(tol=1e-9, forcing=forcing, max_steps=2 + needed + 1)
+    wrapped, seen = watched(force)
+    tight.solve(wrapped, start, step=1.0)
+    near = [float(size(z - start).max()) < 1e-5 for z in seen]
+    assert near[: needed + 2] == [True] * (needed + 1) + [False]
+
+
+def test_newtons_last_step_aims_at_half_the_tolerance() -> None:
+    force, a = spread()
+    start = torch.zeros(2, 16, dtype=torch.float64)
+    f = force(start)
+    for scale in (1.0, 20.0):
+        needed = max(columns_for(a[i], -f[i], 0.5 * 1e-2 * scale) for i in range(2))
+        solver = ap.NewtonKrylov(tol=1e-2, forcing=1e-9)
+        scales = torch.full((2,), scale, dtype=torch.float64)
+        found = solver.solve(force, start, step=1.0, scale=scales)
+        assert found.evaluations == 1 + needed + 1 and found.result is R.CONVERGED
+        torch.testing.assert_close(found.residual, size(force(found.value)) / scale)
+
+
+@pytest.mark.parametrize("solver", [ap.GMRES, ap.NewtonKrylov, ap.Adaptive, ap.Anderson])
+@pytest.mark.parametrize("limit", [1, 2, 3, 4, 7, 12])
+def test_a_limit_of_evaluations_is_kept(solver: type, limit: int) -> None:
+    wrapped, seen = watched(spread()[0])
+    found = solver(tol=1e-13, max_steps=limit).solve(wrapped, randn(2, 16, seed=3), step=0.3)
+    assert len(seen) == found.evaluations <= limit and found.result is R.MAX_STEPS
+
+
+def test_a_sample_without_a_solution_ends_after_a_cycle_that_did_not_help() -> None:
+    a = torch.zeros(2, 3, 3, dtype=torch.float64)
+    a[1] = torch.diag(tensor(1.0, 2.0, 3.0))
+    b = torch.ones(2, 3, dtype=torch.float64)
+    force, seen = watched(lambda z: torch.einsum("bij,bj->bi", a, z) + b)
+    found = ap.GMRES(tol=1e-10).solve(force, torch.ones(2, 3).double(), step=1.0)
+    assert (found.residual <= 1e-10).tolist() == [False, True]
+    assert len(seen) == 1 + 3 + 1 and torch.equal(found.value[0], torch.ones(3).double())
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_where_the_triangle_is_singular_the_smaller_space_gives_what_it_has(turned: bool) -> None:
+    """`A v` falls into the old space, so that the newest direction could have any length."""
+    block = tensor(1.0, -1.0, 1.0, -1.0).view(2, 2)
+    a = torch.block_diag(block, torch.eye(3, dtype=torch.float64))
+    q = torch.linalg.qr(randn(5, 5, seed=4)).Q if turned else torch.eye(5, dtype=torch.float64)
+    a, b = q @ a @ q.T, -q[:, 0]
+    for scale in (None, torch.ones(1, dtype=torch.float64)):
+        found = ap.GMRES(tol=1e-8).solve(
+            lambda z: z @ a.T + b, torch.zeros(1, 5).double(), step=1.0, scale=scale
+        )
+        # the least that ‖A z + b‖ can be
+        assert found.result is R.MAX_STEPS
+        assert float(size(found.force)) == pytest.approx(math.sqrt(0.5))
+        assert float(size(found.value)) < 2
+
+
+def test_ill_conditioned_systems_are_solved_in_one_cycle_of_their_size() -> None:
+    n = 24
+    q, p = (torch.linalg.qr(randn(n, n, seed=s)).Q for s in (5, 6))
+    a = (q * torch.logspace(0, -6, n, dtype=torch.float64)) @ p.T
+    b = a @ randn(n, seed=7)
+    found = ap.GMRES(tol=1e-11, max_steps=n + 3).solve(
+        lambda z: z @ a.T - b,
+        torch.zeros(1, n).double(),
+        step=1.0,
+        scale=torch.ones(1).double(),
+    )
+    assert found.result is R.CONVERGED and found.evaluations <= n + 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_gmres_tells_a_force_that_bends_from_one_that_rounds(dtype: torch.dtype) -> None:
+    force, a = spread()
+    a, b = a.to(dtype), randn(2, 16, seed=2).to(dtype)
+    start = torch.ones(2, 16, dtype=dtype)
+    linear = lambda z: torch.einsum("bij,bj->bi", a, z) + 1e3 * b  # noqa: E731
+    tol = 1e-6 if dtype == torch.float32 else 1e-13
+    found = ap.GMRES(tol=tol, restart=4, max_steps=500).solve(linear, start, step=1.0)
+    assert float(found.residual.max()) <= 10 * tol
+    with pytest.raises(ap.RuleError, match="not linear"):
+        ap.GMRES().solve(lambda z: linear(z) + 0.5 * z.abs() * z, start, step=1.0)
+
+
+@pytest.mark.parametrize("solver", [ap.GMRES(tol=1e-8), ap.NewtonKrylov(tol=1e-8)], ids=repr)
+def test_a_sample_that_is_lost_in_its_first_product_does_no_harm(solver: AbstractSolver) -> None:
+    rates = torch.linspace(0.5, 1.5, 4, dtype=torch.float64)
+    start = randn(2, 4, seed=8)
+
+    def force(z: Tensor) -> Tensor:
+        f = rates * (1 - z)
+        there = bool((z[1] == start[1]).all())
+        return torch.stack([f[0], f[1] if there else torch.full_like(f[1], math.inf)])
+
+    found = solver.solve(force, start, step=1.0)
+    assert float(found.residual[0]) <= 1e-8 and torch.equal(found.value[1], start[1])
+    assert found.result is R.MAX_STEPS and bool(torch.isfinite(found.residual).all())
+
+
+# --------------------------------------------------------------------------------- many starts
+
+
+@dataclass(frozen=True)
+class Stuck(AbstractSolver):
+    """Solves nothing, and keeps where it was sent, to what tolerance and with what limit."""
+
+    tol: float = 7e-4
+    max_steps: int = 3
+    sent: list[tuple[Tensor, float, int]] = field(default_factory=list, compare=False)
+
+    def solve(
+        self, force: Force, start: Tensor, *, step: float, scale: Tensor | None = None
+    ) -> ap.Solution:
+        self.sent.append((start.clone(), self.tol, self.max_steps))
+        f = force(start)
+        residual = relative_residual(f, start, scale)
+        return ap.Solution(start, f, residual, self.max_steps, conclude(residual, self.tol))
+
+
+NOWHERE = lambda z: 1 + z**2  # noqa: E731
+
+
+def test_starts_lie_near_and_far_and_are_the_same_for_every_sample_and_run() -> None:
+    start = torch.stack([randn(4, seed=9), 100 * randn(4, seed=10)])
+    inner = Stuck()
+    solver = ap.Scattered(inner, starts=7, spread=5.0, tol=1e-5)
+    solver.solve(NOWHERE, start, step=1.0)
+    first, *rest = [at for at, _, _ in inner.sent]
+    assert torch.equal(first, start) and len(rest) == 7
+    for number, at in enumerate(rest, 1):
+        golden = number * (math.sqrt(5) - 1) / 2
+        away = 5.0 * (golden - math.floor(golden))
+        torch.testing.assert_close(size(at - start) / size(start), torch.full((2,), away).double())
+        # one direction for all samples, and another each time
+        unit = (at - start) / size(at - start)[:, None]
+        torch.testing.assert_close(unit[0], unit[1], rtol=1e-6, atol=1e-6)
+    directions = torch.stack([(at - start)[0] / (at - start)[0].norm() for at in rest])
+    gram = directions @ directions.T - torch.eye(7)
+    assert float(gram.abs().max()) < 0.9999
+    assert {(tol, limit) for _, tol, limit in inner.sent} == {(1e-5, 3)}
+    torch.manual_seed(77)  # whatever else the program draws, and however large the batch is
+    for part in (start, start[:1]):
+        again = Stuck()
+        ap.Scattered(again, starts=7, spread=5.0, tol=1e-5).solve(NOWHERE, part, step=1.0)
+        for (a, _, _), b in zip(again.sent, [start, *rest], strict=True):
+            assert torch.equal(a, b[: len(part)])
+    other = Stuck()
+    ap.Scattered(other, starts=7, seed=1).solve(NOWHERE, start, step=1.0)
+    assert not torch.allclose(other.sent[1][0], rest[0])
+
+
+def test_starts_around_zero_are_as_far_as_the_forces_first_step() -> None:
+    inner = Stuck()
+    start = torch.zeros(1, 4, dtype=torch.float64)
+    ap.Scattered(inner, starts=1, spread=10.0).solve(NOWHERE, start, step=0.5)
+    distance = float(inner.sent[1][0].norm())
+    assert distance == pytest.approx(10 * 0.6180339887 * 0.5 * 2.0)  # ‖F(0)‖ = 2
+
+
+def test_scattering_ends_with_its_limit_of_evaluations_or_when_all_are_done() -> None:
+    inner = Stuck(max_steps=4)
+    found = ap.Scattered(inner, max_steps=10).solve(NOWHERE, randn(1, 2), step=1.0)
+    assert [limit for _, _, limit in inner.sent] == [4, 4, 2] and found.evaluations == 10
+    done = Stuck()
+    force = lambda z: torch.where(z > 0, 0.0, 1.0)  # noqa: E731  solved wherever it is positive
+    found = ap.Scattered(done, starts=30).solve(force, torch.full((1, 1), -1.0), step=1.0)
+    assert found.result is R.CONVERGED and 1 < len(done.sent) < 20
+
+
+def test_a_sample_that_is_done_stays_where_it_is_solved() -> None:
+    inner = Stuck()
+    start = tensor(2.0, -1.0).view(2, 1)
+    force = lambda z: torch.where(z > 0, 0.0, 1 + z**2)  # noqa: E731
+    found = ap.Scattered(inner, starts=12).solve(force, start, step=1.0)
+    assert found.result is R.CONVERGED and float(found.value[0]) == 2.0
+    assert all(float(at[0]) == 2.0 for at, _, _ in inner.sent)
+    # and what is returned of the other is the first of its starts that solved it
+    assert float(found.value[1]) == next(float(at[1]) for at, _, _ in inner.sent if at[1] > 0)
+
+
+def test_of_many_starts_the_best_is_kept() -> None:
+    inner = Stuck()
+    start = tensor(1.0, 2.0, 3.0).view(1, 3)
+    solver, scale = ap.Scattered(inner, starts=9), tensor(3.0)
+    found = solver.solve(NOWHERE, start, step=1.0, scale=scale)
+    residuals = [float(size(NOWHERE(at))) / 3 for at, _, _ in inner.sent]
+    assert float(found.residual) == pytest.approx(min(residuals))
+    assert torch.equal(found.value, inner.sent[residuals.index(min(residuals))][0])
+
+
+# ------------------------------------------------------------------------------------ relaxation
+
+
+def test_an_adaptive_relaxation_ends_where_a_sample_runs_away_in_finite_time() -> None:
+    # ż = z² from 1 is infinite at the time 1, and ż = −z goes on beside it
+    def force(z: Tensor) -> Tensor:
+        return torch.stack([z[0] ** 2, 0 * z[1]])
+
+    solver = ap.Adaptive(tol=1e-9, max_steps=30_000, rtol=1e-3)
+    *_, last = solver.trajectory(force, torch.ones(2, 1).double(), step=0.1)
+    assert last.evaluations < 20_000 and float(last.time[0]) == pytest.approx(1, abs=0.02)
+
+
+def test_an_adaptive_step_grows_and_shrinks_with_its_error() -> None:
+    rates = tensor(-1.0).view(1, 1)
+    for first, factor in ((1e-3, 5.0), (50.0, 0.2)):
+        solver = ap.Adaptive(tol=0, rtol=1e-3, max_steps=7)
+        moments = list(
+            solver.trajectory(lambda z: rates * z, torch.ones(1, 1).double(), step=first)
+        )
+        assert len(moments) == 3
+        if factor > 1:  # taken, and followed by one five times as long
+            times = [float(m.time) for m in moments]
+            assert times == pytest.approx([0, first, first + factor * first])
+        else:  # refused twice
+            assert [float(m.time) for m in moments] == [0, 0, 0]
+
+
+def test_an_error_of_a_step_may_not_exceed_a_tenth_of_the_step() -> None:
+    """Else the steps near an equilibrium grow until they are unstable, and the state hovers."""
+    rates = tensor(1.0, 30.0).view(1, 2)
+    force = lambda z: rates * (1 - z)  # noqa: E731
+    found = ap.Adaptive(tol=1e-7, rtol=0.3, atol=1.0).solve(force, randn(1, 2), step=0.01)
+    assert found.result is R.CONVERGED
