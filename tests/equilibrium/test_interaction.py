@@ -209,14 +209,14 @@ def test_what_a_closed_gate_hides_is_found_when_it_opens() -> None:
         block(x)
 
 
-def test_one_sample_tells_nothing_and_other_axes_are_another_question() -> None:
+def test_one_sample_or_none_tells_nothing_and_other_axes_are_another_question() -> None:
     inner = nn.Linear(4, 4).double()
 
     def force(z: Tensor, x: Tensor) -> Tensor:
         return x - z + torch.tanh(inner(z) - (z.mean(0) if z.dim() == 3 else 0)) / 3
 
     block = ap.Equilibrium(ap.from_function(force, inner))
-    for shape in ((1, 3, 4), (5, 4), (5, 4), (5, 4), (1, 3, 4)):
+    for shape in ((1, 3, 4), (5, 4), (5, 4), (5, 4), (1, 3, 4), (5, 0, 4), (5, 0, 4), (5, 0, 4)):
         block(torch.randn(*shape, dtype=torch.float64))
     with pytest.raises(ap.RuleError, match="samples interact"):
         block(torch.randn(2, 3, 4, dtype=torch.float64))
