@@ -84,6 +84,9 @@ class HolomorphicEP(AbstractEstimator):
         )
         if self.radius is None:
             radius = response_beta(problem, linear.value, self.response)
+            # a state at zero has no size to stay small against, and a norm's disc is small there
+            at_zero = sample_norm(problem.state) == 0
+            radius = torch.where(at_zero, self.response * radius, radius)
         else:
             radius = torch.full_like(sample_norm(cotangent), self.radius)
         still = analytic(torch.complex(problem.state, torch.zeros_like(problem.state)))
