@@ -93,6 +93,12 @@ def test_batch_statistics_are_refused_before_anything_changes(
     assert all(torch.equal(b, before[name]) for name, b in dynamics.named_buffers())
 
 
+def test_batch_norm_without_statistics_is_refused_in_evaluation_mode_as_well() -> None:
+    dynamics = as_function(nn.Linear(4, 4), MIXING["without statistics"]()).double().eval()
+    with torch.no_grad(), pytest.raises(ap.RuleError, match="batch norm"):  # unseen by the products
+        ap.Equilibrium(dynamics)(torch.randn(6, 4, dtype=torch.float64))
+
+
 def test_batch_norm_that_a_force_only_closes_over_is_seen() -> None:
     norm = nn.BatchNorm1d(4, affine=False)
     block = ap.Equilibrium(ap.from_function(lambda z, x: x - z + norm(z) / 3))
