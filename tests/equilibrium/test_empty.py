@@ -133,3 +133,24 @@ def test_spectra_of_no_samples_are_empty_and_of_no_numbers_are_refused() -> None
     for of in (ap.spectrum, ap.token_spectrum, ap.numerical_abscissa):
         with pytest.raises(ap.ConfigError, match="samples without numbers"):
             of(dynamics, z, z)
+
+
+def test_an_empty_window_teaches_nothing_about_a_stacks_axes() -> None:
+    """A stack whose blocks mix axis 0 keeps its samples on axis 1, whatever was empty between."""
+    layer = nn.MultiheadAttention(8, 2)
+
+    class Attend(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, h: Tensor) -> Tensor:
+            return h + self.layer(h, h, h, need_weights=False)[0]
+
+    stack = ap.Equilibrium(ap.Layered([Attend(), Attend()]))
+    x = torch.randn(3, 2, 8)
+    for shape in (x.shape, (3, 0, 8), x.shape):
+        z = stack(torch.zeros(shape) if 0 in shape else x)
+        z.sum().backward()
+        assert z.shape == shape
+    assert stack.certificate.adjoint_residual.shape == (2,)

@@ -93,6 +93,12 @@ def test_batch_statistics_are_refused_before_anything_changes(
     assert all(torch.equal(b, before[name]) for name, b in dynamics.named_buffers())
 
 
+def test_batch_norm_without_statistics_is_refused_in_evaluation_mode_as_well() -> None:
+    dynamics = as_function(nn.Linear(4, 4), MIXING["without statistics"]()).double().eval()
+    with torch.no_grad(), pytest.raises(ap.RuleError, match="batch norm"):  # unseen by the products
+        ap.Equilibrium(dynamics)(torch.randn(6, 4, dtype=torch.float64))
+
+
 def test_batch_norm_that_a_force_only_closes_over_is_seen() -> None:
     norm = nn.BatchNorm1d(4, affine=False)
     block = ap.Equilibrium(ap.from_function(lambda z, x: x - z + norm(z) / 3))
@@ -209,14 +215,14 @@ def test_what_a_closed_gate_hides_is_found_when_it_opens() -> None:
         block(x)
 
 
-def test_one_sample_tells_nothing_and_other_axes_are_another_question() -> None:
+def test_one_sample_or_none_tells_nothing_and_other_axes_are_another_question() -> None:
     inner = nn.Linear(4, 4).double()
 
     def force(z: Tensor, x: Tensor) -> Tensor:
         return x - z + torch.tanh(inner(z) - (z.mean(0) if z.dim() == 3 else 0)) / 3
 
     block = ap.Equilibrium(ap.from_function(force, inner))
-    for shape in ((1, 3, 4), (5, 4), (5, 4), (5, 4), (1, 3, 4)):
+    for shape in [(1, 3, 4)] * 4 + [(5, 4)] * 4 + [(5, 0, 4)] * 4:
         block(torch.randn(*shape, dtype=torch.float64))
     with pytest.raises(ap.RuleError, match="samples interact"):
         block(torch.randn(2, 3, 4, dtype=torch.float64))
@@ -257,9 +263,13 @@ def test_closed_forms_are_not_asked(kind: str, monkeypatch: pytest.MonkeyPatch) 
     s = system(kind, seed=1)
     made = []
     plain = type(s.dynamics).evaluate
-    monkeypatch.setattr(
-        type(s.dynamics), "evaluate", lambda self, z, x: made.append(1) or plain(self, z, x)
-    )
+
+    def evaluate(self: Any, z: Tensor, x: Tensor) -> Any:
+        made.append(plain(self, z, x))
+        made[-1].vjp = None
+        return made[-1]
+
+    monkeypatch.setattr(type(s.dynamics), "evaluate", evaluate)
     ap.Equilibrium(s.dynamics)(s.x.requires_grad_())
     assert len(made) == 1
 

@@ -67,9 +67,13 @@ def test_replayed_draws_are_the_same_in_all_evaluations_of_a_call(
     block = ap.Equilibrium(dynamics, TIGHT, ap.AEP(tol=1e-9, response=1e-5))
     leaf = X.clone().requires_grad_()
     before = torch.get_rng_state()
-    block(leaf).square().sum().backward()
-    assert dynamics.distinct() == 1 and len(dynamics.seen) > 10
+    z = block(leaf)
     moved, noise = torch.get_rng_state(), dynamics.seen[0]
+    torch.randn(3)  # what somebody else draws is not drawn again
+    others = torch.get_rng_state()
+    z.square().sum().backward()
+    assert torch.equal(torch.get_rng_state(), others)
+    assert dynamics.distinct() == 1 and len(dynamics.seen) > 10
     torch.set_rng_state(before)
     assert torch.equal(torch.randn_like(X), noise)
     assert torch.equal(torch.get_rng_state(), moved)  # a call draws what one evaluation draws

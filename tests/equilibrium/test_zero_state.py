@@ -48,6 +48,21 @@ def test_a_sample_at_zero_has_its_exact_gradient(estimator: ap.AbstractEstimator
         assert (own - exact).norm() <= 1e-6 * exact.norm()
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_beside_norms_whose_disc_is_small_at_zero_it_has_too(seed: int) -> None:
+    torch.manual_seed(seed)
+    dynamics = ap.ThickBlock(8, heads=2, damping=0.5).double()
+    x = torch.cat([torch.zeros(1, 5, 8), torch.randn(1, 5, 8)]).double()
+    found = []
+    for estimator in (ap.HolomorphicEP(), REFERENCE):
+        leaf = x.clone().requires_grad_()
+        z = ap.Equilibrium(dynamics, TIGHT, estimator)(leaf)
+        (torch.linspace(0, 1, z.numel()).view(z.shape) * z).sum().backward()
+        found.append(leaf.grad)
+    for own, exact in zip(*found, strict=True):
+        assert (own - exact).norm() <= 2e-2 * exact.norm()
+
+
 def test_it_has_in_single_precision_too() -> None:
     x, ones = inputs().float(), torch.ones(3)
     got, _ = rows(ap.HolomorphicEP(), x, ones)

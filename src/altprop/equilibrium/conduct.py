@@ -210,7 +210,7 @@ def check_apart(
     what is at zero before learning hides what is behind it. Closed forms are known not to mix
     samples.
     """
-    if len(z) < 2 or isinstance(linearise, ClosedForm):  # one sample tells nothing
+    if len(z) < 2 or not z.numel() or isinstance(linearise, ClosedForm):  # they tell nothing
         return
     known, kind = _known(dynamics).recorded, z.dim()
     count = known.get(kind, 0) + 1

@@ -7,6 +7,7 @@ one sample alone must vanish in all others, and a tensor counts what is written 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -34,6 +35,10 @@ class Layout:
         if any(len(shape) <= max(1, self.axis + (self.axis > 0)) for shape in shapes):
             return False
         return len({shape[self.axis] for shape in shapes}) == 1
+
+    def width(self, shape: torch.Size) -> int:
+        """Return how many numbers one sample has in a level."""
+        return math.prod(n for i, n in enumerate(shape) if i != self.axis)
 
     def flat(self, h: Tensor) -> Tensor:
         """Return a level's value, of its own shape, as rows, `(B, ...) → (B, n)`."""
@@ -85,6 +90,7 @@ class Habits:
                 if layout.fits(shapes)
                 and (layout.axis is None or seeing(*linearise(layout)) is None)
             )
-        if min(shape[found.axis or 0] for shape in shapes) > 1:  # one sample tells nothing
+        # one sample, or those without numbers, tell nothing
+        if min(shape[found.axis or 0] * min(1, shape.numel()) for shape in shapes) > 1:
             self._axes[kind], self._calls[kind] = found.axis, count
         return found

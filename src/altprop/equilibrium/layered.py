@@ -194,10 +194,7 @@ class DrivenLayers(Driven):
 
     def _lay(self, layout: Layout) -> None:
         self._layout = layout
-        self.widths = tuple(
-            shape.numel() // (1 if layout.axis is None else max(1, shape[layout.axis]))
-            for shape in self._shapes
-        )
+        self.widths = tuple(map(layout.width, self._shapes))
 
     def _joined(self, levels: Sequence[Tensor]) -> Tensor:
         """Return the state, `(B, n)`, of levels of their own shapes."""

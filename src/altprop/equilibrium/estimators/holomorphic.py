@@ -84,19 +84,19 @@ class HolomorphicEP(AbstractEstimator):
         )
         if self.radius is None:
             radius = response_beta(problem, linear.value, self.response)
+            # a state at zero has no size to stay small against, and a norm's disc is small there
+            at_zero = sample_norm(problem.state) == 0
+            radius = torch.where(at_zero, self.response * radius, radius)
         else:
             radius = torch.full_like(sample_norm(cotangent), self.radius)
         still = analytic(torch.complex(problem.state, torch.zeros_like(problem.state)))
 
-        size = per_sample(radius, cotangent)
-
         def phase(nudge: complex, start: Tensor) -> Solution:
+            beta = per_sample(radius, cotangent) * nudge
+
             def residual(pair: Tensor) -> Tensor:
                 u = torch.view_as_complex(pair)
-                change = torch.view_as_real(analytic(problem.state + size * nudge * u) - still)
-                # a complex quotient would square the size, which may be as small as the state
-                change = torch.view_as_complex(change / size.unsqueeze(-1))
-                moved = change * nudge.conjugate() - cotangent
+                moved = (analytic(problem.state + beta * u) - still) / beta - cotangent
                 # a real nudge has a real state; the real part last, for the certificate
                 across = correction(u.imag) if nudge.imag else torch.zeros_like(u.imag)
                 return torch.view_as_real(moved - torch.complex(correction(u.real), across))
