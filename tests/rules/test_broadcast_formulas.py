@@ -7,7 +7,6 @@ Shapes: N samples, T tokens; a feedback `B` is (features, k), an error `e` is (N
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,92 +14,21 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from uneven import (
+    Exact,
+    K,
+    N,
+    T,
+    Uneven,
+    close,
+    feedback_of,
+    inputs,
+    loss_of,
+    outer,
+    trained,
+)
 
 import altprop as ap
-
-N, T = 3, 2
-WIDTHS = (5, 7, 6)  # input, first block, second block
-K = 4  # logits
-
-
-class Uneven(nn.Module):
-    """head(f₂(f₁(x))) with `fᵢ(x) = tanh(x Wᵢᵀ + bᵢ)`; no two widths are equal."""
-
-    def __init__(self, mixed: bool = False, dropout: float = 0.0) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(
-            nn.Sequential(nn.Linear(a, b, dtype=torch.float64), nn.Tanh())
-            for a, b in zip(WIDTHS, WIDTHS[1:], strict=False)
-        )
-        self.drop = nn.Dropout(dropout)
-        self.mixed = mixed
-        self.head = nn.Linear(WIDTHS[-1], K, dtype=torch.float64)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.blocks[0](x)
-        return self.above(h)
-
-    def above(self, h: Tensor) -> Tensor:
-        if self.mixed:  # a token hears those before it
-            h = h.cumsum(1)
-        return self.head(self.drop(self.blocks[1](self.drop(h))))
-
-
-def inputs() -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randn(N, T, WIDTHS[0], generator=generator, dtype=torch.float64)
-    return x.requires_grad_(), torch.randint(K, (N, T), generator=generator)
-
-
-def loss_of(logits: Tensor, targets: Tensor) -> Tensor:
-    return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
-
-
-def close(got: Tensor | None, want: Tensor, tolerance: float = 1e-12) -> None:
-    assert got is not None and got.shape == want.shape
-    got, want = got.detach(), want.detach()
-    assert float((got - want).abs().max()) <= tolerance * max(1.0, float(want.abs().max()))
-
-
-def outer(signal: Tensor, x: Tensor) -> Tensor:
-    return torch.einsum("nto,nti->oi", signal, x)
-
-
-class Exact:
-    """The states, errors and backprop gradients of a model before it is converted."""
-
-    def __init__(self, model: Uneven, scale: float = 1.0) -> None:
-        x, targets = inputs()
-        h = [x, *(torch.empty(0),) * 2]
-        for i, block in enumerate(model.blocks):
-            h[i + 1] = block(h[i])
-        logits = model.head(h[2])
-        self.loss = scale * loss_of(logits, targets)
-        parts = [logits, h[1], h[2], x, *model.parameters()]
-        e, *rest = torch.autograd.grad(self.loss, parts)
-        self.e = e
-        self.above = rest[:2]
-        self.to_x = rest[2]
-        self.parameters = rest[3:]
-        self.h = [s.detach() for s in h]
-
-
-def trained(model: nn.Module, scale: float = 1.0) -> Tensor:
-    """Run one backward pass, and return what the input received."""
-    x, targets = inputs()
-    model.zero_grad()
-    (scale * loss_of(model(x), targets)).backward()
-    assert x.grad is not None
-    return x.grad
-
-
-def feedback_of(model: Uneven, shared: bool) -> list[Tensor]:
-    """Return each block's feedback: its first rows of the one there is, or its own."""
-    if shared:
-        (whole,) = [b for n, b in model.named_buffers() if "B_dfa_shared" in n]
-        assert whole.shape[0] == max(WIDTHS[1:])
-        return [whole[:7], whole[:6]]
-    return [b for n, b in model.named_buffers() if n.endswith("B_dfa")]
 
 
 @pytest.mark.parametrize("scale", [1.0, 7.0])
@@ -393,154 +321,3 @@ def test_a_calibration_is_backprop_for_every_parameter_and_for_the_input(granula
 
 
 # --------------------------------------------------------------------------------------- GrAPE
-
-
-@pytest.fixture
-def tangents(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, Tensor]]:
-    """The tap and the tangent of every probe that GrAPE makes in the test, in order."""
-    found: list[tuple[int, Tensor]] = []
-    plain = ap.GrAPE.estimates
-
-    class Heard:
-        def __init__(self, probe: Any) -> None:
-            self.probe, self.taps, self.average = probe, probe.taps, probe.average
-
-        def push(self, tap: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-            p, Jp = self.probe.push(tap, generator)
-            found.append((tap, p))
-            return p, Jp
-
-    monkeypatch.setattr(
-        ap.GrAPE, "estimates", lambda self, probe, *rest: plain(self, Heard(probe), *rest)
-    )
-    return found
-
-
-def tail(model: Uneven, tap: int, error: str, h: Tensor) -> Tensor:
-    """What is above a tap, in evaluation mode, written out."""
-    if tap == 0:
-        if model.mixed:
-            h = torch.stack([h[:, : t + 1].sum(1) for t in range(T)], 1)
-        h = torch.tanh(h @ model.blocks[1][0].weight.T + model.blocks[1][0].bias)
-    return h if error == "head_input" else h @ model.head.weight.T + model.head.bias
-
-
-NORMS = ["hidden", "output", "none"]
-
-
-@pytest.mark.parametrize("normalize", NORMS)
-@pytest.mark.parametrize("error", ["logits", "head_input"])
-def test_grape_descends_one_minus_the_cosine_to_the_jacobian_along_its_probes(
-    error: str, normalize: str, tangents: list[tuple[int, Tensor]]
-) -> None:
-    probes = 3
-    model = Uneven(mixed=True, dropout=0.5)
-    rule = ap.GrAPE(probes=probes, normalize=normalize, error=error, std=0.3)
-    ap.convert(model, rule, output="head")
-    assert model.training
-    for _ in range(2):
-        tangents.clear()
-        trained(model)
-        assert [tap for tap, _ in tangents] == [0] * probes + [1] * probes
-        with torch.no_grad():
-            states = [model.blocks[0](inputs()[0].detach())]
-            mixed = torch.stack([states[0][:, : t + 1].sum(1) for t in range(T)], 1)
-            states.append(torch.tanh(model.blocks[1][0](mixed)))
-        for tap, block in enumerate(model.blocks):
-            estimate = torch.zeros_like(block.B_dfa)
-            for _, p in (found for found in tangents if found[0] == tap):
-                assert p.shape == states[tap].shape
-                _, Jp = torch.autograd.functional.jvp(
-                    lambda h, tap=tap: tail(model, tap, error, h), states[tap], p
-                )
-                for n in range(N):  # of each sample and token its own tangent and response
-                    for t in range(T):
-                        estimate += torch.outer(p[n, t], Jp[n, t]) / (probes * N * T)
-            B = block.B_dfa.detach().clone().requires_grad_()
-            norm = {"hidden": 1, "output": 0}.get(normalize, 1)
-            vectors = zip(B.unbind(1 - norm), estimate.unbind(1 - norm), strict=True)
-            torch.stack([1 - b @ j / (b.norm() * j.norm()) for b, j in vectors]).sum().backward()
-            assert B.grad is not None
-            close(block.B_dfa.grad, B.grad, 1e-9)
-
-
-@pytest.mark.parametrize("normalize", NORMS)
-def test_grape_sends_the_error_through_vectors_of_the_stated_norm(normalize: str) -> None:
-    model = Uneven()
-    exact = Exact(model)
-    ap.convert(model, ap.GrAPE(normalize=normalize, std=0.3), output="head")
-    trained(model)
-    for i, block in enumerate(model.blocks):
-        B = block.B_dfa.detach().clone()
-        features, k = B.shape
-        for f in range(features if normalize == "hidden" else 0):  # as N(0, std²) has on average
-            B[f] *= 0.3 * math.sqrt(k) / B[f].norm()
-        for o in range(k if normalize == "output" else 0):
-            B[:, o] *= 0.3 * math.sqrt(features) / B[:, o].norm()
-        signal = (exact.e @ B.T) * (1 - exact.h[i + 1] ** 2)
-        close(block[0].weight.grad, outer(signal, exact.h[i]))
-
-
-def test_grapes_tangents_are_standard_normal_and_new_for_every_probe_tap_and_step(
-    tangents: list[tuple[int, Tensor]],
-) -> None:
-    model = ap.convert(Uneven(), ap.GrAPE(probes=2), output="head")
-    for _ in range(40):
-        trained(model)
-    drawn = [p.flatten()[:36] for _, p in tangents]
-    assert len(drawn) == 40 * 2 * 2
-    for i, p in enumerate(drawn):
-        assert all(not torch.equal(p, other) for other in drawn[:i])
-    every = torch.stack(drawn)
-    assert float(every.mean()) == pytest.approx(0, abs=0.05)
-    assert float(every.std()) == pytest.approx(1, abs=0.05)
-    # another seed has other tangents, the same one the same
-    again = []
-    for seed in (0, 1):
-        tangents.clear()
-        trained(ap.convert(Uneven(), ap.GrAPE(probes=2), output="head", seed=seed))
-        again.append(tangents[0][1].flatten()[:36])
-    assert torch.equal(again[0], drawn[0]) and not torch.equal(again[1], drawn[0])
-
-
-def test_blocks_of_one_shape_hear_tangents_of_their_own(
-    tangents: list[tuple[int, Tensor]],
-) -> None:
-    trained(ap.convert(Stack(), ap.GrAPE(), output="head"))
-    (_, first), (_, second) = tangents
-    assert first.shape == second.shape and not torch.equal(first, second)
-
-
-def test_grape_measures_at_every_nth_pass_only_and_never_on_a_calibration(
-    tangents: list[tuple[int, Tensor]],
-) -> None:
-    model = ap.convert(Uneven(), ap.GrAPE(every=2, calibrate_every=3), output="head")
-    measured, moved = [], []
-    for _ in range(6):
-        tangents.clear()
-        trained(model)
-        measured.append(len(tangents))
-        moved.append(all(bool(p.grad.any()) for p in ap.feedback_parameters(model)))
-    # passes 2 and 5 are exact; of the others those with an even number measure
-    assert measured == [2, 0, 0, 0, 2, 0]
-    assert moved == [True, False, False, False, True, False]
-
-
-def test_a_running_statistic_is_neither_used_nor_moved_by_the_probes_batch() -> None:
-    class Normed(Uneven):
-        def __init__(self) -> None:
-            super().__init__()
-            self.norm = nn.BatchNorm1d(7, dtype=torch.float64)
-
-        def above(self, h: Tensor) -> Tensor:
-            return super().above(self.norm(h.flatten(0, 1)).unflatten(0, (N, T)))
-
-    with_probes, without = (
-        ap.convert(Normed(), rule, output="head", seed=0)
-        for rule in (ap.GrAPE(probes=3), ap.DirectFeedback("block", feedback="independent"))
-    )
-    without.load_state_dict(with_probes.state_dict(), strict=False)
-    for model in (with_probes, without):
-        trained(model)
-    close(with_probes.norm.running_mean, without.norm.running_mean)
-    assert with_probes.norm.num_batches_tracked == 1

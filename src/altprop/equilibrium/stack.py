@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -266,8 +266,7 @@ class _DrivenStack(DrivenLayers):
     """The levels of one forward pass of the model itself."""
 
     def __init__(self, x: Tensor, calls: Sequence[Call], stack: Stack) -> None:
-        layered = stack.equilibrium.dynamics
-        assert isinstance(layered, Layered)
+        layered = cast(Layered, stack.equilibrium.dynamics)
         whole = x.float() if x.itemsize < 4 else x
         super().__init__(whole, calls, layered.habits, layered.phases)
         self._stack = stack
