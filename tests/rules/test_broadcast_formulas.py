@@ -18,6 +18,7 @@ from uneven import (
     Exact,
     K,
     N,
+    Stack,
     T,
     Uneven,
     close,
@@ -73,42 +74,6 @@ def test_a_block_hears_the_projected_error_and_nothing_from_above(
         if i == 0:
             close(to_x, signal @ block[0].weight.detach())
     close(model.head.weight.grad, exact.parameters[-2])
-
-
-class Residual(nn.Module):
-    """`x + tanh(x Uᵀ) Dᵀ`, whose output is the summed residual."""
-
-    def __init__(self, width: int, inner: int) -> None:
-        super().__init__()
-        self.up = nn.Linear(width, inner, bias=False, dtype=torch.float64)
-        self.down = nn.Linear(inner, width, bias=False, dtype=torch.float64)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.down(torch.tanh(self.up(x)))
-
-
-class TwoParts(nn.Module):
-    sublayer_outputs = ("first", "second")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = Residual(5, 8)
-        self.second = Residual(5, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.second(self.first(x))
-
-
-class Stack(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(TwoParts() for _ in range(2))
-        self.head = nn.Linear(5, K, dtype=torch.float64)
-
-    def forward(self, x: Tensor) -> Tensor:
-        for block in self.blocks:
-            x = block(x)
-        return self.head(x)
 
 
 @pytest.mark.parametrize("feedback", ["shared", "independent"])

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from uneven import (
     Exact,
     N,
+    Stack,
     T,
     Uneven,
     close,
