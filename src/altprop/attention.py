@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from altprop.sites import Role, refuse_unrecorded
+from altprop.roles import Role
+from altprop.sites import refuse_unrecorded
 
 _torch: Any = F  # its stubs leave out what nn.MultiheadAttention calls
 

@@ -27,21 +27,9 @@ from altprop.errors import ConfigError, Problems, RuleError, RuleWarning, listed
 from altprop.feedback import generator_for
 from altprop.layouts import Layout, allowed_layouts
 from altprop.places import CONVERTED, Place, Places, Planner, TapRequest
+from altprop.roles import LocalRole, OutputRole, Role, RootRole, TapRole, add_roles, remove_roles
 from altprop.rule import AbstractBroadcast, AbstractRule, AbstractTransport, Site
-from altprop.sites import (
-    STEP,
-    LocalRole,
-    MapTap,
-    OutputRole,
-    OutputTap,
-    Role,
-    RootRole,
-    TapRole,
-    TransportSite,
-    add_roles,
-    remove_roles,
-    sites_of,
-)
+from altprop.sites import STEP, MapTap, OutputTap, TransportSite, sites_of
 from altprop.unfit import others
 
 M = TypeVar("M", bound=nn.Module)

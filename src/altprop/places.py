@@ -19,8 +19,8 @@ from altprop.attention import AttentionRole, EncoderLayerRole, why_not
 from altprop.equilibrium.stack import level_of
 from altprop.errors import Problems, suggest
 from altprop.linear import LocalLinear
+from altprop.roles import LinearRole, Role, TapRole, TransposedLinearRole
 from altprop.rule import AbstractBroadcast, AbstractRule
-from altprop.sites import LinearRole, Role, TapRole, TransposedLinearRole
 from altprop.unfit import COMPLEX, real, unready
 
 # linear maps of other libraries that store their weight as (in, out)

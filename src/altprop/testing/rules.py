@@ -25,8 +25,8 @@ from altprop.converting import convert, revert, rules_off
 from altprop.errors import RuleError
 from altprop.feedback import generator_for
 from altprop.learned import feedback_parameters
+from altprop.roles import Role
 from altprop.rule import AbstractBroadcast, AbstractRule, AbstractTransport, Site
-from altprop.sites import Role
 from altprop.testing.samples import check_samples
 
 N, T, C, V = 4, 3, 8, 7
