@@ -32,17 +32,33 @@ from layout_models import (
 )
 
 
-def test_the_model_runs_once_more_in_the_first_square_pass_and_never_else() -> None:
-    model = convert(Net(mean_of_first))
-    for shape, calls in (((5, N, C), 1), ((5, N, C), 1), ((N, N, C), 2), ((N, N, C), 1)):
-        model.calls = 0
-        errors(model, draw(*shape))
-        assert model.calls == calls
+def counted(model: Net, *shape: int) -> int:
+    model.calls = 0
+    errors(model, draw(*shape))
     model.zero_grad()
+    return model.calls
+
+
+def test_the_model_runs_once_more_in_the_first_open_pass_and_never_else() -> None:
+    model = convert(Net(mean_of_first))
+    for shape, calls in (((1, 1, C), 1), ((N, N, C), 2), ((N, N, C), 1), ((5, N, C), 1)):
+        assert counted(model, *shape) == calls
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         twin.calls = 0
         check_blocks(twin, draw(N, N, C), lambda e: e[None])
         assert twin.calls == 1, "a copy measured again"
+
+
+def test_what_the_shapes_of_one_pass_told_counts_in_the_next() -> None:
+    model = convert(Net(mean_of_first))
+    for shape in ((1, N, C), (N, 1, C)):  # here nothing is told of the samples
+        assert counted(model, *shape) == 1
+    fresh = copy.deepcopy(model)
+    assert counted(fresh, N, N, C) == 2
+    assert counted(model, 5, N, C) == 1
+    model.calls = 0
+    check_blocks(model, draw(N, N, C), lambda e: e[None])
+    assert model.calls == 1
 
 
 def test_measuring_leaves_no_trace_in_random_numbers_statistics_modes_or_gradients() -> None:
@@ -116,6 +132,45 @@ def test_measuring_works_under_autocast_checkpointing_and_anomaly_detection() ->
             logits = half(x.float())
         logits.float().cos().sum().backward()
         assert half.blocks[0][0].weight.grad.isfinite().all()
+
+
+def test_a_block_inside_a_checkpoint_measures_for_itself() -> None:
+    class Turning(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.transpose(0, 1)).transpose(0, 1)
+
+    class Checkpointed(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            for block in self.blocks:
+                x = checkpoint(block, x, use_reentrant=False)
+            return self.head(x)
+
+    x, found = draw(N, N, C), []
+    for kind in (Net, Checkpointed):
+        model = kind()
+        model.blocks[0] = Turning(*model.blocks[0])
+        ap.convert(model, ap.BlockDirectFeedback(std=0.5), output="head")
+        errors(model, x)
+        found.append([p.grad for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_what_a_second_run_might_change_is_not_run_again() -> None:
+    class Cache:
+        calls = 0
+
+    class Counting(Net):
+        def forward(self, x: Tensor, cache: object, *rest: object) -> Tensor:
+            Cache.calls += 1
+            return super().forward(x)
+
+    model, x = convert(Counting(mean_of_first)), draw(N, N, C)
+    with pytest.raises(ap.RuleError, match=r"the Cache that .*batch_axis=0"):
+        model(x, [{"a": (Cache(),)}])
+    assert Cache.calls == 1
+    model(x, None, {"a": [1, 2.0, "b", x, torch.float32, len]})
+    assert Cache.calls == 3
+    convert(Counting(mean_of_first), batch_axis=1)(x, Cache())
 
 
 def test_measuring_works_in_a_data_parallel_model(tmp_path: Path) -> None:
@@ -203,8 +258,9 @@ def test_a_module_that_runs_in_two_layouts_is_told_apart_by_shapes_or_refused() 
         h = model.blocks[0](x)
     want = sum(torch.einsum("nto,nti->oi", e @ linear.B_dfa.T, source) for source in (x, h))
     assert torch.allclose(linear.weight.grad, want, rtol=1e-10)
-    with pytest.raises(ap.RuleError, match="several times, with the samples on different axes"):
-        shared()(draw(N, N, C))
+    for tried in (shared(), model):  # the second knows it of the shapes
+        with pytest.raises(ap.RuleError, match="several times, with the samples on different axes"):
+            tried(draw(N, N, C))
 
 
 def test_what_a_user_says_of_the_axes_counts_and_must_fit() -> None:

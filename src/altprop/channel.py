@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from altprop.assign import assign_taps
 from altprop.errors import RuleError
-from altprop.layouts import Fit, Layout, Shape, fit, fits, misfit, undecided
+from altprop.layouts import OTHERWISE, SEVERAL, Fit, Layout, Shape, fit, fits, misfit, undecided
 from altprop.probes import JacobianProbe, LayoutProbe, in_backward
 from altprop.rule import AbstractBroadcast, Site
 
@@ -37,7 +37,7 @@ class Channel:
         self.seed = seed
         self.shared = shared  # the root's attribute that all taps slice, or ""
         self.layouts = layouts  # the user's, of which the first that fits counts; or none
-        self.measured_layouts: dict[int, Layout] = {}  # by site, where shapes left it open
+        self.known_layouts: dict[int, Layout] = {}  # by site, since shapes or a probe told
         self.members: list[Tap] = []
         self.probe: JacobianProbe | LayoutProbe | None = None
         self.clear()
@@ -68,7 +68,7 @@ class Channel:
     def forget(self, tap: Tap) -> None:
         """Let a tap go, whose place is on backprop from now on."""
         self.members.remove(tap)
-        self.measured_layouts.clear()
+        self.known_layouts.clear()
         for index, left in enumerate(self.members):
             left.index = index
 
@@ -141,18 +141,27 @@ class Channel:
         return [[f] for f in found if f is not None][:1]
 
     def _choose(self, groups: list[list[Fit]], index: int, error: Shape, tap: Shape) -> Fit:
-        if len(groups) == 1:
-            return groups[0][0]
         path = self.sites[index].path
         if not groups:
             raise misfit(path, error, tap, self.layouts)
-        if index not in self.measured_layouts:
+        if len(groups) == 1:
+            self._learn(index, groups[0])
+            return groups[0][0]
+        if index not in self.known_layouts:
             self._measure_layouts()
-        known = self.measured_layouts.get(index)
+        known = self.known_layouts.get(index)
         found = [f for group in groups for f in group if f.layout == known]
         if not found:
-            raise undecided(path, error, tap, "in evaluation mode it ran otherwise, or not at all")
+            raise undecided(path, error, tap, OTHERWISE if known is None else SEVERAL)
         return found[0]
+
+    def _learn(self, index: int, told: list[Fit]) -> None:
+        """Remember what shapes told, if no axis of one element hides which layout it is."""
+        if torch.compiler.is_compiling() or any(size < 2 for size in told[0].fine):
+            return
+        known = self.known_layouts.setdefault(index, told[0].layout)
+        if known not in [f.layout for f in told]:
+            self.known_layouts[index] = (-1, -1)  # none: it has several
 
     def lay(self, index: int, error: Shape, tap: Shape) -> Fit:
         """Return how an error of this shape lies on a tap of that site.
@@ -167,7 +176,7 @@ class Channel:
     )
     def _measure_layouts(self) -> None:
         assert self.call is not None
-        self.measured_layouts.update(LayoutProbe(self, *self.call).measure())
+        self.known_layouts.update(LayoutProbe(self, *self.call).measure())
 
     def finish(self) -> None:
         """Check, at the end of a forward pass, that every tap will hear the error."""

@@ -14,6 +14,11 @@ from torch import Tensor
 
 from altprop.errors import ConfigError, RuleError
 
+# why it may stay open which axis counts the samples
+SEVERAL = "it runs several times, with the samples on different axes"
+MIXED = "no axis was found along which the samples are independent of one another"
+OTHERWISE = "in evaluation mode it ran otherwise, or not at all"
+
 Layout = tuple[int, int]
 Shape = tuple[int, ...]
 

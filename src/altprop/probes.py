@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from altprop.errors import AltpropError, RuleError
 from altprop.feedback import randn
-from altprop.layouts import Fit, Layout, fits, undecided
+from altprop.layouts import MIXED, SEVERAL, Fit, Layout, fits, undecided
 from altprop.rule import Site
 
 if TYPE_CHECKING:
@@ -183,6 +183,16 @@ class JacobianProbe:
         self._response = forward_ad.unpack_dual(error).tangent
 
 
+def _stateful(value: Any) -> Any:
+    """Return the first thing in a call's arguments that a second call might find changed."""
+    if isinstance(value, dict):
+        value = tuple(value.values())
+    if isinstance(value, tuple | list):
+        return next((found for v in value if (found := _stateful(v)) is not None), None)
+    plain = isinstance(value, Tensor | bool | int | float | str | torch.dtype | torch.device)
+    return None if plain or value is None or callable(value) else value
+
+
 class LayoutProbe:
     """Which axis of each tap counts the samples, read off what the error depends on.
 
@@ -218,9 +228,18 @@ class LayoutProbe:
         **Raises:** `RuleError` where the samples depend on one another, or nothing can be measured.
         """
         root, args, kwargs = self._call
+        kept = _stateful((args, kwargs))
+        if kept is not None:
+            raise RuleError(
+                "the shapes leave open which axis counts the samples, and a second run to measure "
+                f"it might change the {type(kept).__name__} that the model was given: write "
+                "convert(..., batch_axis=0) if it is the first, batch_axis=1 for (T, N, C)"
+            )
         with (
             _shown(self, self._channel, root),
             torch.enable_grad(),
+            # nothing of this run is left to a checkpoint around it
+            torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t),
             torch.compiler.set_stance("force_eager"),
             torch.autograd.set_detect_anomaly(False),
         ):
@@ -239,10 +258,8 @@ class LayoutProbe:
             layouts = alone[0] if len(alone) == 1 else []
             found[index] = [x for x in layouts if x in found.get(index, layouts)]
             if not found[index]:
-                why = "no axis was found along which the samples are independent of one another"
-                if layouts:
-                    why = "it runs several times, with the samples on different axes"
-                raise undecided(self._channel.sites[index].path, error, tap, why)
+                path = self._channel.sites[index].path
+                raise undecided(path, error, tap, SEVERAL if layouts else MIXED)
         return {index: layouts[0] for index, layouts in found.items()}
 
     def _shapes(self, number: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
