@@ -113,6 +113,7 @@ class Land:
         *,
         lost: Callable[[Tensor], Tensor] = lambda z: z > 1e9,
         result: ap.Result = R.CONVERGED,
+        again: float | None = None,
     ) -> None:
         self.resumed: list[list[float]] = []
         self.evaluated = 0
@@ -131,10 +132,10 @@ class Land:
 
         def resume(z: Tensor) -> ap.Solution:
             self.resumed.append(z.flatten().tolist())
-            root = torch.full_like(z, self.root)
-            return ap.Solution(
-                root, torch.zeros_like(z), torch.zeros(len(z)).double(), 3, R.CONVERGED
-            )
+            end = torch.full_like(z, self.root if again is None else again)
+            residual = relative_residual(self.root - end, end, None)
+            told = R.CONVERGED if again is None else R.NON_FINITE
+            return ap.Solution(end, self.root - end, residual, 3, told)
 
         ahead_ = tensor(*ahead).view(-1, 1).requires_grad_()
         self.found: Landing = land((first, ahead_), force, resume, tol)
@@ -182,6 +183,12 @@ def test_a_sample_that_was_lost_before_is_told_and_costs_its_mates_nothing() -> 
     # beside a mate that needs a second attempt it still is
     both = Land((1.5, 50.0), (1.3, 50.0), 1e-2, lost=lambda z: z > 10, result=R.NON_FINITE)
     assert len(both.resumed) == 1
+
+
+def test_a_second_attempt_that_ran_away_is_told_though_its_best_state_is_not_lost() -> None:
+    done = Land((1.5,), (1.4,), 1e-2, again=1.3)
+    assert done.resumed == [[1.4]] and done.found.state.flatten().tolist() == [1.3]
+    assert done.found.result is R.NON_FINITE and bool(done.found.residual.isfinite().all())
 
 
 def test_a_fixed_time_has_no_second_attempt() -> None:
@@ -243,11 +250,37 @@ def test_anderson_goes_on_to_the_state_that_it_would_have_tried_next(tol: float)
     assert any(torch.allclose(ahead[i], seen[-1][i], rtol=1e-9, atol=1e-12) for i in range(2))
 
 
-def test_anderson_foresees_no_arrival_before_it_has_seen_two_rates() -> None:
-    force = damping(torch.full((1,), 0.9, dtype=torch.float64))
-    found, _ = ap.Anderson(tol=0.05).approach(force, tensor(5).view(1, 1), step=1.0)
-    solved = ap.Anderson(tol=0.05).solve(force, tensor(5).view(1, 1), step=1.0)
-    assert found.evaluations == solved.evaluations <= 3
+SCRIPTS = [
+    (1.0, 0.5, 0.2, 0.1, 0.05, 0.01, 0.001),
+    (1.0, 0.1, 0.05, 0.04, 0.01, 0.005, 0.001),
+    (1.0, 0.9, 0.1, 0.05, 0.02, 0.005, 0.001),
+    (1.0, 0.01, 10.0, 1.0, 0.1, 0.02, 0.001),  # the best lies far back: no state to go on from
+    (1.0, 2.0, 0.4, 0.1, 0.03, 0.01, 0.001),
+]
+
+
+@pytest.mark.parametrize("tol", [0.2, 0.05, 0.02, 0.008, 0.002])
+@pytest.mark.parametrize("script", SCRIPTS, ids=str)
+def test_an_arrival_is_foreseen_by_the_slowest_of_the_last_three_rates(
+    script: tuple[float, ...], tol: float
+) -> None:
+    """A residual is taken to shrink as in the slowest of three steps, and 1.3 times less."""
+    expected = len(script)
+    for n, residual in enumerate(script):
+        rates = [b / a for a, b in zip(script[:n], script[1 : n + 1], strict=True)][-3:]
+        foreseen = len(rates) >= 2 and 1.3 * residual * max(rates) <= tol
+        if residual <= tol or (foreseen and residual <= min(script[: n + 1])):
+            expected = n + 1
+            break
+    far = 1e9 * torch.ones(1, 4, dtype=torch.float64)  # so that a step hardly moves the state
+    calls = [0]
+
+    def force(z: Tensor) -> Tensor:
+        calls[0] += 1
+        return 1e-6 * script[min(calls[0], len(script)) - 1] * far
+
+    found, _ = ap.Anderson(tol=1e-6 * tol).approach(force, far, step=1.0)
+    assert found.evaluations == calls[0] == expected
 
 
 def test_a_state_beside_the_best_one_is_no_state_to_go_on_from() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
 
 import pytest
 import torch
@@ -355,39 +354,3 @@ def test_newton_halves_a_step_that_does_not_lower_the_force() -> None:
     lost = ap.NewtonKrylov(halvings=3).solve(flat, start, step=1.0)
     assert lost.result is ap.Result.MAX_STEPS and torch.equal(lost.value, start)
     assert len(calls) <= 2 + 3
-
-
-# ------------------------------------------------------------------------------------- the chain
-
-
-class TestAChain:
-    def test_goes_on_from_the_start_where_its_first_solver_is_lost(self) -> None:
-        rates = torch.tensor([[1.0, 1.3], [40.0, 55.0]], dtype=torch.float64)
-        force = lambda z: 1 - rates * z  # noqa: E731
-        start = randn(2, 2, seed=12)
-        first = ap.Euler(step=0.5, max_steps=300)  # the second sample runs away to infinity
-        assert replace(first, tol=1e-8).solve(force, start, step=1.0).result is (
-            ap.Result.NON_FINITE
-        )
-        chain = ap.Fallback(solvers=(first, ap.NewtonKrylov()), tol=1e-8)
-        found = chain.solve(force, start, step=1.0)
-        assert found.result is ap.Result.CONVERGED
-        torch.testing.assert_close(found.value, 1 / rates, rtol=1e-6, atol=0)
-
-    def test_hands_each_solver_the_best_state_so_far_and_counts_all(self) -> None:
-        plain, start = contraction(), randn(2, 8, seed=5)
-        force, seen = watched(plain)
-        members = (ap.Anderson(max_steps=4), ap.Euler(step=0.7, max_steps=3), ap.NewtonKrylov())
-        found = ap.Fallback(solvers=members, tol=1e-9).solve(force, start, step=1.0)
-        first = ap.Anderson(max_steps=4, tol=1e-9).solve(plain, start, step=1.0)
-        second = ap.Euler(step=0.7, max_steps=3, tol=1e-9).solve(plain, first.value, step=1.0)
-        assert bool((second.residual < first.residual).all())
-        third = ap.NewtonKrylov(tol=1e-9).solve(plain, second.value, step=1.0)
-        assert found.evaluations == len(seen) == sum(s.evaluations for s in (first, second, third))
-        torch.testing.assert_close(found.value, third.value, rtol=1e-12, atol=0)
-
-    def test_keeps_its_own_limit_of_evaluations(self) -> None:
-        force, seen = watched(contraction())
-        chain = ap.Fallback(solvers=(ap.Anderson(max_steps=4), ap.Anderson()), tol=0, max_steps=9)
-        chain = replace(chain, tol=1e-300)
-        assert chain.solve(force, randn(2, 8, seed=5), step=1.0).evaluations == len(seen) == 9

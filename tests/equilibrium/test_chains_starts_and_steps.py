@@ -1,0 +1,244 @@
+"""Chains of solvers, many starts and adaptive steps: where each goes next, and when it ends."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import pytest
+import torch
+from torch import Tensor
+
+import altprop as ap
+from altprop.equilibrium.solvers.solver import AbstractSolver, conclude, relative_residual
+
+Force = Callable[[Tensor], Tensor]
+R = ap.Result
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def tensor(*values: float) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def contraction(B: int = 2, n: int = 8) -> Force:
+    q = torch.linalg.qr(randn(n, n, seed=1)).Q
+    b = randn(B, n, seed=2)
+    return lambda z: 0.8 * torch.tanh(z @ q) + b - z
+
+
+def watched(force: Force) -> tuple[Force, list[Tensor]]:
+    seen: list[Tensor] = []
+
+    def wrapped(z: Tensor) -> Tensor:
+        seen.append(z.clone())
+        return force(z)
+
+    return wrapped, seen
+
+
+def size(z: Tensor) -> Tensor:
+    return (z.flatten(1) ** 2).sum(1).sqrt()
+
+
+# ------------------------------------------------------------------------------------- the chain
+
+
+class TestAChain:
+    def test_goes_on_from_the_start_where_its_first_solver_is_lost(self) -> None:
+        rates = torch.tensor([[1.0, 1.3], [40.0, 55.0]], dtype=torch.float64)
+        force = lambda z: 1 - rates * z  # noqa: E731
+        start = randn(2, 2, seed=12)
+        first = ap.Euler(step=0.5, max_steps=300)  # the second sample runs away to infinity
+        assert replace(first, tol=1e-8).solve(force, start, step=1.0).result is (
+            ap.Result.NON_FINITE
+        )
+        chain = ap.Fallback(solvers=(first, ap.NewtonKrylov()), tol=1e-8)
+        found = chain.solve(force, start, step=1.0)
+        assert found.result is ap.Result.CONVERGED
+        torch.testing.assert_close(found.value, 1 / rates, rtol=1e-6, atol=0)
+
+    def test_hands_each_solver_the_best_state_so_far_and_counts_all(self) -> None:
+        plain, start = contraction(), randn(2, 8, seed=5)
+        force, seen = watched(plain)
+        members = (ap.Anderson(max_steps=4), ap.Euler(step=0.7, max_steps=3), ap.NewtonKrylov())
+        found = ap.Fallback(solvers=members, tol=1e-9).solve(force, start, step=1.0)
+        first = ap.Anderson(max_steps=4, tol=1e-9).solve(plain, start, step=1.0)
+        second = ap.Euler(step=0.7, max_steps=3, tol=1e-9).solve(plain, first.value, step=1.0)
+        assert bool((second.residual < first.residual).all())
+        third = ap.NewtonKrylov(tol=1e-9).solve(plain, second.value, step=1.0)
+        assert found.evaluations == len(seen) == sum(s.evaluations for s in (first, second, third))
+        torch.testing.assert_close(found.value, third.value, rtol=1e-12, atol=0)
+
+    def test_takes_no_state_that_is_worse_than_one_it_had(self) -> None:
+        force = contraction()
+        start = randn(2, 8, seed=5)
+        members = (ap.Anderson(max_steps=4), ap.Euler(step=9.0, max_steps=3))
+        found = ap.Fallback(solvers=members, tol=1e-9).solve(force, start, step=1.0)
+        first = ap.Anderson(max_steps=4, tol=1e-9).solve(force, start, step=1.0)
+        assert found.result is ap.Result.MAX_STEPS and torch.equal(found.value, first.value)
+        assert found.evaluations == first.evaluations + 4
+
+    def test_keeps_its_own_limit_of_evaluations(self) -> None:
+        force, seen = watched(contraction())
+        chain = ap.Fallback(solvers=(ap.Anderson(max_steps=4), ap.Anderson()), tol=0, max_steps=9)
+        chain = replace(chain, tol=1e-300)
+        assert chain.solve(force, randn(2, 8, seed=5), step=1.0).evaluations == len(seen) == 9
+
+
+# --------------------------------------------------------------------------------- many starts
+
+
+@dataclass(frozen=True)
+class Stuck(AbstractSolver):
+    """Solves nothing, and keeps where it was sent, to what tolerance and with what limit."""
+
+    tol: float = 7e-4
+    max_steps: int = 3
+    sent: list[tuple[Tensor, float, int]] = field(default_factory=list, compare=False)
+
+    def solve(
+        self, force: Force, start: Tensor, *, step: float, scale: Tensor | None = None
+    ) -> ap.Solution:
+        self.sent.append((start.clone(), self.tol, self.max_steps))
+        f = force(start)
+        residual = relative_residual(f, start, scale)
+        return ap.Solution(start, f, residual, self.max_steps, conclude(residual, self.tol))
+
+
+NOWHERE = lambda z: 1 + z**2  # noqa: E731
+
+
+def test_starts_lie_near_and_far_and_are_the_same_for_every_sample_and_run() -> None:
+    start = torch.stack([randn(4, seed=9), 100 * randn(4, seed=10)])
+    inner = Stuck()
+    solver = ap.Scattered(inner, starts=7, spread=5.0, tol=1e-5)
+    solver.solve(NOWHERE, start, step=1.0)
+    first, *rest = [at for at, _, _ in inner.sent]
+    assert torch.equal(first, start) and len(rest) == 7
+    for number, at in enumerate(rest, 1):
+        golden = number * (math.sqrt(5) - 1) / 2
+        away = 5.0 * (golden - math.floor(golden))
+        torch.testing.assert_close(size(at - start) / size(start), torch.full((2,), away).double())
+        # one direction for all samples, and another each time
+        unit = (at - start) / size(at - start)[:, None]
+        torch.testing.assert_close(unit[0], unit[1], rtol=1e-6, atol=1e-6)
+    directions = torch.stack([(at - start)[0] / (at - start)[0].norm() for at in rest])
+    gram = directions @ directions.T - torch.eye(7)
+    assert float(gram.abs().max()) < 0.9999
+    assert {(tol, limit) for _, tol, limit in inner.sent} == {(1e-5, 3)}
+    torch.manual_seed(77)  # whatever else the program draws, and however large the batch is
+    for part in (start, start[:1]):
+        again = Stuck()
+        ap.Scattered(again, starts=7, spread=5.0, tol=1e-5).solve(NOWHERE, part, step=1.0)
+        for (a, _, _), b in zip(again.sent, [start, *rest], strict=True):
+            assert torch.equal(a, b[: len(part)])
+    other = Stuck()
+    ap.Scattered(other, starts=7, spread=5.0, seed=1).solve(NOWHERE, start, step=1.0)
+    assert not torch.allclose(other.sent[1][0], rest[0])
+
+
+def test_starts_around_zero_are_as_far_as_the_forces_first_step() -> None:
+    inner = Stuck()
+    start = torch.zeros(1, 4, dtype=torch.float64)
+    ap.Scattered(inner, starts=1, spread=10.0).solve(NOWHERE, start, step=0.5)
+    distance = float(inner.sent[1][0].norm())
+    assert distance == pytest.approx(10 * 0.6180339887 * 0.5 * 2.0)  # ‖F(0)‖ = 2
+
+
+def test_scattering_ends_with_its_limit_of_evaluations_or_when_all_are_done() -> None:
+    inner = Stuck(max_steps=4)
+    found = ap.Scattered(inner, max_steps=10).solve(NOWHERE, randn(1, 2), step=1.0)
+    assert [limit for _, _, limit in inner.sent] == [4, 4, 2] and found.evaluations == 10
+    done = Stuck()
+    force = lambda z: torch.where(z > 0, 0.0, 1.0)  # noqa: E731  solved wherever it is positive
+    found = ap.Scattered(done, starts=30).solve(force, torch.full((1, 1), -1.0), step=1.0)
+    assert found.result is R.CONVERGED and 1 < len(done.sent) < 20
+
+
+def test_a_sample_that_is_done_stays_where_it_is_solved() -> None:
+    inner = Stuck()
+    start = tensor(2.0, -1.0).view(2, 1)
+    force = lambda z: torch.where(z > 0, 0.0, 1 + z**2)  # noqa: E731
+    found = ap.Scattered(inner, starts=12).solve(force, start, step=1.0)
+    assert found.result is R.CONVERGED and float(found.value[0]) == 2.0
+    assert all(float(at[0]) == 2.0 for at, _, _ in inner.sent)
+    # and what is returned of the other is the first of its starts that solved it
+    assert float(found.value[1]) == next(float(at[1]) for at, _, _ in inner.sent if at[1] > 0)
+
+
+def test_of_many_starts_the_best_is_kept() -> None:
+    inner = Stuck()
+    start = tensor(1.0, 2.0, 3.0).view(1, 3)
+    solver, scale = ap.Scattered(inner, starts=9), tensor(3.0)
+    found = solver.solve(NOWHERE, start, step=1.0, scale=scale)
+    residuals = [float(size(NOWHERE(at))) / 3 for at, _, _ in inner.sent]
+    assert float(found.residual) == pytest.approx(min(residuals))
+    assert torch.equal(found.value, inner.sent[residuals.index(min(residuals))][0])
+
+
+# ------------------------------------------------------------------------------------ relaxation
+
+
+def test_an_adaptive_relaxation_ends_where_a_sample_runs_away_in_finite_time() -> None:
+    # ż = z² from 1 is infinite at the time 1, and ż = −z goes on beside it
+    def force(z: Tensor) -> Tensor:
+        return torch.stack([z[0] ** 2, 0 * z[1]])
+
+    solver = ap.Adaptive(tol=1e-9, max_steps=30_000, rtol=1e-3)
+    *_, last = solver.trajectory(force, torch.ones(2, 1).double(), step=0.1)
+    assert last.evaluations < 20_000 and float(last.time[0]) == pytest.approx(1, abs=0.02)
+
+
+def test_an_adaptive_step_grows_and_shrinks_with_its_error() -> None:
+    rates = tensor(-1.0).view(1, 1)
+    for first, factor in ((1e-3, 5.0), (50.0, 0.2)):
+        solver = ap.Adaptive(tol=0, rtol=1e-3, max_steps=7)
+        moments = list(
+            solver.trajectory(lambda z: rates * z, torch.ones(1, 1).double(), step=first)
+        )
+        assert len(moments) == 3
+        if factor > 1:  # taken, and followed by one five times as long
+            times = [float(m.time) for m in moments]
+            assert times == pytest.approx([0, first, first + factor * first])
+        else:  # refused twice
+            assert [float(m.time) for m in moments] == [0, 0, 0]
+
+
+def test_an_error_of_a_step_may_not_exceed_a_tenth_of_the_step() -> None:
+    """Else the steps near an equilibrium grow until they are unstable, and the state hovers."""
+    rates = tensor(1.0, 30.0).view(1, 2)
+    force = lambda z: rates * (1 - z)  # noqa: E731
+    found = ap.Adaptive(tol=1e-7, rtol=0.3, atol=1.0).solve(force, randn(1, 2), step=0.01)
+    assert found.result is R.CONVERGED
+
+
+def test_an_error_is_accepted_up_to_its_absolute_part() -> None:
+    force = lambda z: -z  # noqa: E731
+    times = []
+    for atol in (1e-9, 1e-2):
+        solver = ap.Adaptive(tol=0, rtol=1e-9, atol=atol, max_steps=4)
+        *_, last = solver.trajectory(force, torch.ones(1, 1).double(), step=0.2)
+        times.append(float(last.time))
+    assert times == [0.0, 0.2]
+
+
+def test_a_relaxed_sample_has_no_more_time_and_a_step_out_of_the_domain_is_made_smaller() -> None:
+    def force(z: Tensor) -> Tensor:
+        f = tensor(5.0, 0.3).view(2, 1) * (1 - z)
+        return torch.where(z > 1.2, math.nan, f)
+
+    solver = ap.Adaptive(tol=1e-4, max_steps=900)
+    before, stood = None, 0
+    start = tensor(0.999, 0.0).view(2, 1)
+    for moment in solver.trajectory(force, start, step=50.0):
+        assert bool(moment.residual.isfinite().all())
+        if before is not None and float(before.residual[0]) <= 1e-4:
+            assert moment.time[0] == before.time[0] and moment.value[0] == before.value[0]
+            stood += float(before.residual[1]) > 1e-4
+        before = moment
+    assert before is not None and float(before.residual.max()) <= 1e-4 and stood > 3
