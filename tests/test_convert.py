@@ -225,6 +225,22 @@ def test_cross_attention_equals_torch_and_splits_its_feedback(
     assert torch.allclose(m(q[:, 0], kv[:, 0], kv[:, 0])[0], other(q[:, 0], kv[:, 0], kv[:, 0])[0])
 
 
+@pytest.mark.parametrize("rule", [FA, SS, ap.SignSymmetry(variant="frsf"), ap.KolenPollack()])
+def test_a_joint_projection_is_one_map_whatever_it_is_given(rule: ap.AbstractTransport) -> None:
+    m = ap.convert(nn.MultiheadAttention(8, 2, dtype=torch.float64), rule)
+    with torch.no_grad():
+        m.in_proj_weight[:8] *= 3.0  # the queries' part has another norm than the others
+    x = torch.randn(4, 3, 8, dtype=torch.float64, requires_grad=True)
+    found = []
+    for copies in ((x, x, x), (x, x.clone(), x.clone())):
+        m.zero_grad()
+        x.grad = None
+        m(*copies)[0].square().sum().backward()
+        found.append([x.grad, *(p.grad for p in m.parameters())])
+    for self_, cross in zip(*found, strict=True):
+        assert torch.allclose(self_, cross, atol=1e-12)
+
+
 def test_attention_with_options_that_are_not_covered_is_refused() -> None:
     with pytest.raises(ap.RuleError, match="add_bias_kv=True"):
         ap.convert(nn.MultiheadAttention(4, 2, add_bias_kv=True), FA)

@@ -189,6 +189,17 @@ def test_a_parameter_receives_what_the_places_after_it_send() -> None:
     assert signals["embed.weight"] == "feedback by the weights' signs and random feedback"
 
 
+def test_of_a_norm_that_a_block_registers_last_no_order_is_claimed() -> None:
+    layer = nn.TransformerEncoderLayer(4, 2, 6, norm_first=True)  # norm1 runs before every map
+    model = nn.Sequential(nn.TransformerEncoder(layer, 2, enable_nested_tensor=False))
+    ap.convert(model.append(nn.LayerNorm(4)), {"0": FA})
+    signals = {row.parameter: row.signal for row in ap.explain(model).rows}
+    both = "exact or random feedback (order unknown)"
+    assert signals["0.layers.1.norm1.weight"] == signals["0.layers.1.norm2.weight"] == both
+    assert signals["0.layers.0.norm1.weight"] == "random feedback"
+    assert signals["0.layers.1.linear2.weight"] == signals["1.weight"] == "exact"
+
+
 def test_a_pass_cut_at_a_blocks_output_hears_nothing_from_above_it() -> None:
     model = TinyModel(tied=False)
     rules = {"blocks.0": ap.DirectFeedback(granularity="block"), "blocks.1": FA}

@@ -109,6 +109,19 @@ def test_block_direct_feedback_projects_each_blocks_own_error() -> None:
         above = (above * (1 - h**2)) @ block[0].weight.detach()
 
 
+def test_a_map_left_to_backprop_is_no_part_of_its_blocks_rule() -> None:
+    rules = {"blocks.1.0": ap.Backprop(), "blocks.*": ap.BlockDirectFeedback(std=0.5)}
+    model = ap.convert(Chain(tanh=True), rules, output="head")
+    e, inputs, outputs = trained(model)
+    top = (e @ model.head.weight.detach()) * (1 - outputs[1] ** 2)
+    close(model.blocks[1][0].weight.grad, outer(top, inputs[1]))
+    below = top @ model.blocks[1][0].weight.detach()
+    close(
+        model.blocks[0][0].weight.grad, outer(below @ model.blocks[0][0].B_dfa_block.T, inputs[0])
+    )
+    assert [row.rule for row in ap.explain(model).rows][2:4] == ["Backprop", "Backprop"]
+
+
 @pytest.mark.parametrize("granularity", ["matmul", "block"])
 def test_the_exact_jacobian_as_feedback_is_backprop(granularity: str) -> None:
     model, plain = Chain(tanh=False), Chain(tanh=False)

@@ -142,12 +142,13 @@ class _AssignTransport(torch.autograd.Function):
         B: Tensor | None,
         noise: Tensor | None,
         rule: Transports,
+        rows: slice | None,
     ) -> Tensor:
-        return F.linear(x, W, b)
+        return F.linear(x, W if rows is None else W[rows], b)
 
     @staticmethod
     def keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, W, _, B, noise, ctx.rule = inputs
+        x, W, _, B, noise, ctx.rule, ctx.rows = inputs
         # As nn.Linear does, keep the input only for what learns.
         learns = W.requires_grad or (B is not None and B.requires_grad)
         ctx.save_for_backward(x if learns else None, W, B, noise)
@@ -159,21 +160,26 @@ class _AssignTransport(torch.autograd.Function):
             with torch.no_grad():
                 grads = _AssignTransport.backward(ctx, g)
             return _once_only(grads, g, x, W, B)
-        needs_x, needs_W, needs_b, needs_B, _, _ = ctx.needs_input_grad
+        needs_x, needs_W, needs_b, needs_B, *_ = ctx.needs_input_grad
         rule: Transports = ctx.rule
+        rows: slice | None = ctx.rows
+        others = None if rows is None else (0, 0, rows.start, len(W) - rows.stop)
         flat = _matrix(g)
         to_x = to_W = to_b = to_B = None
         if needs_x:
-            to_x = flat.mm(rule.matrix(W, B, noise))
+            M = rule.matrix(W, B, noise)
+            to_x = flat.mm(M if rows is None else M[rows])
             if flat is not g:
                 to_x = to_x.reshape(*g.shape[:-1], W.shape[1])
         if x is not None:
             to_W = flat.t().mm(_matrix(x))
+            to_W = to_W if others is None else F.pad(to_W, others)
         if needs_b:
             to_b = flat.sum(0)
         if needs_B:
             to_B = rule.feedback_gradient(W, B, to_W, noise)
-        return to_x, to_W if needs_W else None, to_b, to_B, None, None
+            to_B = to_B if others is None else F.pad(to_B[rows], others)
+        return to_x, to_W if needs_W else None, to_b, to_B, None, None, None
 
 
 @in_halves
@@ -337,6 +343,7 @@ def assign_transport(
     rule: Transports,
     B: Tensor | None = None,
     noise: Tensor | None = None,
+    rows: slice | None = None,
 ) -> Tensor:
     """Return `x Wᵀ + b` such that `x` receives `g · rule.matrix(W, B, noise)`.
 
@@ -344,14 +351,15 @@ def assign_transport(
     `rule.feedback_gradient(W, B, grad_W, noise)`.
 
     **Arguments:** `x` (..., in); `W`, `B` (out, in); `b` (out) or none; `noise`, what the rule drew
-    for this pass, or none.
+    for this pass, or none; `rows`, which of a joint map `x` meets, `b` being theirs: the rule still
+    sees the whole map.
 
     **Raises:** `RuntimeError` when the result is differentiated twice.
     """
     _real(x, W)
     if torch.is_autocast_enabled(x.device.type):
         x, W, b, B = _autocast(x, W, b, B)
-    return applied(_AssignTransport, x, W, b, B, noise, rule)
+    return applied(_AssignTransport, x, W, b, B, noise, rule, rows)
 
 
 def assign_map(

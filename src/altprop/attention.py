@@ -164,7 +164,7 @@ class AttentionRole(Role):
             return list(self._map(name, query, W, b).chunk(3, dim=-1))
         parts = [slice(i * E, (i + 1) * E) for i in range(3)]
         return [
-            self._map(name, x, W[rows], None if b is None else b[rows], rows)
+            self._map(name, x, W, None if b is None else b[rows], rows)
             for x, rows in zip((query, key, value), parts, strict=True)
         ]
 
@@ -172,7 +172,9 @@ class AttentionRole(Role):
         self, name: str, x: Tensor, W: Tensor, b: Tensor | None, rows: slice | None = None
     ) -> Tensor:
         site = getattr(self, "_altprop_maps", {}).get(name)
-        return F.linear(x, W, b) if site is None else site(self, x, W, b, rows)
+        if site is None:
+            return F.linear(x, W if rows is None else W[rows], b)
+        return cast(Tensor, site(self, x, W, b, rows))
 
 
 def _records(module: nn.Module, inputs: tuple[Tensor, ...]) -> bool:

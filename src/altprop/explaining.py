@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple, cast
 
@@ -23,6 +24,7 @@ _EQUILIBRIUM = "adjoint state of an equilibrium"
 _Q = "q_proj_weight"  # where attention keeps its projections apart, one bias serves them all
 # their weights are looked up or multiplied number by number, never as a matrix
 _NO_MATRIX = (nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, nn.RMSNorm)
+_LISTS = (nn.ModuleList, nn.Sequential)  # whose members run as they stand
 
 
 @dataclass(frozen=True)
@@ -153,7 +155,18 @@ class _Map:
             signals = signals - {_STACK} | {level.signal}
         elif solved is not None:
             signals.add(_EQUILIBRIUM)
-        return " and ".join(sorted(signals)) or "exact"
+        told = " and ".join(sorted(signals)) or "exact"
+        if solved is not None or sites_of(self.order[index][1]):
+            return told
+        before = {text for at, text in self.senders if at < index and self._unordered(at, index)}
+        unsure = " and ".join(sorted(before - signals))
+        return f"{told} or {unsure} (order unknown)" if unsure else told
+
+    def _unordered(self, one: int, other: int) -> bool:
+        """Say whether two modules are parts of one block, which may run in any order."""
+        shared = os.path.commonprefix([self.order[at][0].split(".") for at in (one, other)])
+        around = [self.order[self.index[".".join(shared[:n])]][1] for n in range(len(shared) + 1)]
+        return not isinstance(around.pop(), _LISTS) and any(isinstance(m, _LISTS) for m in around)
 
 
 def explain(model: nn.Module) -> Table:
@@ -161,7 +174,9 @@ def explain(model: nn.Module) -> Table:
 
     `model` may be a part of what was converted; then only the places in it are told of. The order
     in which modules were registered is taken for the order in which they run: what comes after the
-    last place of a rule still receives exact gradients.
+    last place of a rule still receives exact gradients. Norms are the exception, for torch's own
+    and Hugging Face's blocks register last what runs first: of what follows the places of its own
+    block but holds none, both signals are told, and that the order is unknown.
 
     Whether a transpose remains is read off the modules as they are. A matrix in a module of an
     unknown kind counts as one that a cotangent is multiplied by, unless its first axis is 1, as

@@ -90,6 +90,7 @@ class Places:
         self.output: Place | None = None
         self.output_path = output
         self.claimed: dict[tuple[int, str], str] = {}
+        self.kept: set[Place] = set()
         converted = [path for path, m in model.named_modules() if isinstance(m, Role)]
         if converted or any(CONVERTED in m.__dict__ for m in model.modules()):
             where = f" ({named(converted[0])}, …)" if converted else ""
@@ -327,7 +328,7 @@ class Planner:
 
     def maps_in(self, block: Place) -> list[Place]:
         self.asked.append(block.path)
-        return self.places.within(block.path)
+        return [p for p in self.places.within(block.path) if p not in self.places.kept]
 
     def sublayers(self, block: Place) -> list[Place]:
         module: Any = block.module
@@ -364,7 +365,7 @@ class Planner:
         return self.transports + [place for request in self.taps for place in request.places]
 
     def keep(self, place: Place) -> None:
-        """Leave a linear map as it is: nothing is asked for."""
+        self.places.kept.add(place)
 
     def transport(self, place: Place) -> None:
         if self._claim(place):
@@ -387,8 +388,6 @@ class Planner:
         else:
             assert output is not None
             width = output.columns if rule.at_head_input else output.rows
-        request = TapRequest([], width, at)
-        for place in places:
-            if self._claim(place):
-                request.places.append(place)
-        self.taps.append(request)
+        request = TapRequest([place for place in places if self._claim(place)], width, at)
+        if request.places:  # else every map of the block is kept
+            self.taps.append(request)

@@ -47,7 +47,7 @@ class Scope(Protocol):
         """The blocks that this rule was given."""
 
     def maps_in(self, block: Any) -> Iterable[Any]:
-        """All linear maps inside a block."""
+        """The linear maps inside a block, but for those that an earlier pattern keeps."""
 
     def sublayers(self, block: Any) -> Iterable[Any]:
         """The modules of a block whose outputs are its summed residuals; refuses if unknown."""

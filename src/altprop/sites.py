@@ -99,14 +99,12 @@ class TransportSite:
         self, module: nn.Module, x: Tensor, W: Tensor, b: Tensor | None, rows: slice | None = None
     ) -> Tensor:
         if not (self.on and torch.is_grad_enabled()):
-            return F.linear(x, W, b)
+            return F.linear(x, W if rows is None else W[rows], b)
         B = _feedback(self, module, self.rule.learned, [W])
-        if B is not None:
-            B = B if rows is None else B[rows]
-            if B.shape != W.shape:
-                raise _redrawn(self.site, B.shape, W.shape)
+        if B is not None and B.shape != W.shape:
+            raise _redrawn(self.site, B.shape, W.shape)
         noise = self.noise(module, W) if self.noisy else None
-        return assign_transport(x, W, b, self.rule, B, noise)
+        return assign_transport(x, W, b, self.rule, B, noise, rows)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def noise(self, module: nn.Module, W: Tensor) -> Tensor:
@@ -132,6 +130,7 @@ class MapTap:
         self, module: nn.Module, x: Tensor, W: Tensor, b: Tensor | None, rows: slice | None = None
     ) -> Tensor:
         channel = self.channel
+        W = W if rows is None else W[rows]
         if channel.probe is not None:
             return self._turned(channel.probe.drop(self._turned(F.linear(x, W, b)), self.index))
         if not self.on:
