@@ -61,3 +61,23 @@ def test_only_the_backward_pass_is_seen_when_only_it_is_run() -> None:
     loss = (weight * KIB).sum()
     # the cotangent expanded from one number, and the gradient
     assert 1024 <= peak_live_bytes(lambda: torch.autograd.grad(loss, weight)) <= 2 * 1024
+
+
+def test_storages_that_come_after_others_were_freed_count_as_much() -> None:
+    def again_and_again() -> None:
+        for _ in range(20):
+            kept = [KIB + i for i in range(3)]
+        kept = [KIB + i for i in range(5)]
+        assert len(kept) == 5
+
+    assert peak_live_bytes(again_and_again) == 8 * 1024  # three are there while five are made
+
+
+def test_tensors_in_lists_and_by_keyword_are_seen() -> None:
+    held = torch.empty(256)
+    assert peak_live_bytes(lambda: torch.add(KIB, 1, out=held)) == 0  # it was there before
+    assert peak_live_bytes(lambda: torch._foreach_add([KIB, KIB, KIB], 1)) == 3 * 1024
+
+
+def test_what_has_no_storage_of_its_own_is_no_obstacle() -> None:
+    assert peak_live_bytes(lambda: (KIB + 1).to_sparse().sum()) >= 1024

@@ -165,6 +165,7 @@ def test_the_published_forms_make_the_published_steps(clip: bool | None, nudge: 
     last = torch.maximum(size(drives[0]), size(drives[1])) / (beta * own)
     torch.testing.assert_close(run.said.adjoint_residual, last, rtol=1e-6, atol=0)
     torch.testing.assert_close(run.said.beta, torch.full((B,), beta, dtype=torch.float64))
+    torch.testing.assert_close(run.said.adjoint_remainder, (drives[1] - drives[0]) / 2)
     products = 1 if clip is None else 3
     assert run.said.adjoint_evaluations == 2 * steps * products + (clip is not None)
 
@@ -190,6 +191,38 @@ def test_a_weight_of_a_samples_loss_weighs_its_adjoint_and_no_others(
     plain, weighted = Case().run(estimator), Case().run(estimator, weights=weights)
     assert float((size(plain.a) / size(plain.g)).min()) > 0.2
     torch.testing.assert_close(weighted.a, weights * plain.a, rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "estimator", [ap.EP(nudge="cost"), ap.DyadicEP(nudge="cost"), ap.PublishedEP()], ids=repr
+)
+def test_a_cost_may_differ_from_the_loss_by_rounding_and_not_by_a_fifth(
+    estimator: ap.AbstractEstimator,
+) -> None:
+    block = ap.Equilibrium(ap.from_function(Case().force), ap.Anderson(tol=1e-9), estimator)
+    other = randn(B, N, seed=5)
+    for share, refused in ((0.0, False), (0.01, False), (0.2, True)):
+        x = randn(B, N, seed=2).requires_grad_()
+        z = block(x, cost=lambda z, share=share: (z**2 / 2).sum() + share * (other * z).sum())
+        if refused:
+            with pytest.raises(ap.RuleError, match="not the loss that was differentiated"):
+                (z**2 / 2).sum().backward()
+        else:
+            (z**2 / 2).sum().backward()
+            assert x.grad is not None and bool(x.grad.isfinite().all())
+
+
+@pytest.mark.parametrize(
+    "estimator", [ap.EP(nudge="cost"), ap.DyadicEP(nudge="cost"), ap.PublishedAEP()], ids=repr
+)
+def test_a_sample_that_the_cost_does_not_read_gets_nothing(
+    estimator: ap.AbstractEstimator,
+) -> None:
+    block = ap.Equilibrium(ap.from_function(Case().force), ap.Anderson(tol=1e-9), estimator)
+    x = randn(B, N, seed=2).requires_grad_()
+    cost = lambda z: (z[1] ** 2 / 2).sum()  # noqa: E731
+    cost(block(x, cost=cost)).backward()
+    assert x.grad is not None and not x.grad[0].any() and float(x.grad[1].norm()) > 0.1
 
 
 @pytest.mark.parametrize(
