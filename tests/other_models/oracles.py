@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from cases import Batch, Case, Gradients, written
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from zoo import Batch, Case, Gradients, written
 
 import altprop as ap
 

@@ -7,8 +7,9 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from cases import Case, Gradients, distance
 from torch import Tensor, nn
-from zoo import ALL, BROADCASTS, RULES, Case, Gradients, distance, named
+from zoo import ALL, BROADCASTS, RULES, named
 
 import altprop as ap
 

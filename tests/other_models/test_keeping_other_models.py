@@ -6,18 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from zoo import (
-    ALL,
-    BROADCASTS,
-    BY_NAME,
-    CASES,
-    RULES,
-    Case,
-    distance,
-    in_double,
-    named,
-    without_noise,
-)
+from cases import Case, distance, in_double, without_noise
+from zoo import ALL, BROADCASTS, BY_NAME, CASES, RULES, named
 
 import altprop as ap
 
@@ -58,7 +48,7 @@ def test_a_pretrained_folder_gives_the_plain_model_back(
 ) -> None:
     model, plain = case.convert(rule), case.plain()
     model.save_pretrained(tmp_path)
-    for kind in {type(model), type(plain)}:
+    for kind in dict.fromkeys((type(plain), type(model))):
         loaded = in_double(kind.from_pretrained(tmp_path, dtype=torch.float64))
         assert distance(case.gradients(loaded), case.backprop) <= 1e-12
     patterns = case.patterns(rule)

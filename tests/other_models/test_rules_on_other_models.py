@@ -7,8 +7,9 @@ from typing import Any
 import oracles
 import pytest
 import torch
+from cases import Case, distance
 from torch import Tensor, nn
-from zoo import ALL, BROADCASTS, BY_NAME, CASES, RULES, TRANSPORTS, Case, distance, named
+from zoo import ALL, BROADCASTS, BY_NAME, CASES, RULES, TRANSPORTS, named
 
 import altprop as ap
 

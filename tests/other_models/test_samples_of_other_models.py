@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from zoo import ALL, RULES, Case, distance, named, without_noise, written
+from cases import Case, distance, without_noise, written
+from zoo import ALL, RULES, named
 
 import altprop as ap
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from cases import Case, distance
 from torch import nn
-from zoo import CASES, Case, distance, named
+from zoo import CASES, named
 
 import altprop as ap
 
