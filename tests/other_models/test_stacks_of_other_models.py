@@ -14,7 +14,7 @@ STACKS = [
     pytest.param(case, stack, id=f"{case.name}-{stack}") for case in CASES for stack in case.stacks
 ]
 EVERY_STACK = pytest.mark.parametrize(("case", "stack"), STACKS)
-ESTIMATORS = [(ap.AEP(), 1e-4), (ap.AEP(response=1e-5), 1e-6), (ap.Implicit(), 1e-6)]
+ESTIMATORS = [(ap.AEP(), 1e-6), (ap.AEP(response=1e-5), 1e-6), (ap.Implicit(), 1e-6)]
 
 
 def converted(case: Case, stack: str, estimator: ap.AbstractEstimator) -> nn.Module:
