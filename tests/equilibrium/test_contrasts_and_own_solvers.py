@@ -81,14 +81,18 @@ def test_ep_finds_the_nudge_of_its_response_where_the_first_guess_is_far_off(
     torch.testing.assert_close(said.response, torch.maximum(*ends), rtol=1e-3, atol=0)
 
 
-def test_ep_begins_with_the_answer_of_one_step_which_is_all_that_a_plain_decay_needs() -> None:
-    block = ap.Equilibrium(
-        ap.from_function(lambda z, x: 2.0 * (x - z), step=0.5), estimator=ap.EP(tol=1e-9)
-    )
+@pytest.mark.parametrize("response", [1e-4, 1e-3, 1e-2])
+def test_ep_begins_with_the_answer_of_one_step_which_is_all_that_a_plain_decay_needs(
+    response: float,
+) -> None:
+    decay = ap.from_function(lambda z, x: 2.0 * (x - z), step=0.5)
+    block = ap.Equilibrium(decay, estimator=ap.EP(response=response, tol=1e-9))
     x = randn(B, N, seed=2).requires_grad_()
     block(x).square().sum().backward()
-    assert block.certificate is not None and block.certificate.adjoint_evaluations == 2
-    assert x.grad is not None
+    said = block.certificate
+    assert said is not None and said.response is not None and x.grad is not None
+    assert said.adjoint_evaluations == 2  # and the first guess of the nudge holds
+    torch.testing.assert_close(said.response, torch.full((B,), response).double())
     torch.testing.assert_close(x.grad, 2 * x.detach())
 
 

@@ -123,6 +123,19 @@ def test_a_map_sends_the_papers_matrix_and_learns_by_its_own_gradient(
     close(again.to_x, again.g @ matrix(done.W, done.B))
 
 
+def test_what_is_kept_on_backprop_sends_its_weight_and_is_named_so() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 5), nn.Linear(5, 2)).double()
+    ap.convert(model, {"1": ap.Backprop(), "*": ap.FeedbackAlignment(std=0.5)})
+    x = torch.randn(6, 3, dtype=torch.float64, requires_grad=True)
+    model(x).sum().backward()
+    above = torch.ones(6, 2, dtype=torch.float64) @ model[2].B
+    close(model[0].bias.grad, (above @ model[1].weight.detach()).sum(0))
+    lines = str(ap.explain(model)).splitlines()
+    named = {line.split()[0]: line.split()[1] for line in lines if "." in line.split()[0]}
+    assert named["1.weight"] == named["1.bias"] == "Backprop"
+    assert named["0.weight"] == named["2.weight"] == "FeedbackAlignment"
+
+
 @pytest.mark.parametrize("variant", ["sign", "usf", "brsf", "frsf"])
 def test_a_weight_of_zero_has_no_sign_and_sends_nothing(variant: str) -> None:
     layer = nn.Linear(4, 3, dtype=torch.float64)
@@ -215,6 +228,20 @@ def test_a_mirrors_noise_has_unit_size_so_that_its_gradient_rests_at_the_weight(
     assert done.B is not None
     towards = 0.5 * done.B - done.layer.B.grad  # → W as the probes grow many
     assert float((towards - done.W).norm() / done.W.norm()) < 0.05
+
+
+@pytest.mark.parametrize("rule", [ap.WeightMirror(probes=3), ap.AlignedFeedback(probes=3)])
+def test_each_place_and_each_seed_hears_noise_of_its_own(
+    rule: ap.AbstractTransport, heard: list[Tensor]
+) -> None:
+    for seed in (0, 1, 0):
+        model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+        ap.convert(model, rule, seed=seed)(torch.ones(2, 4)).sum().backward()
+    first, second, other, another, *again = heard
+    drawn = [first, second, other, another]
+    for i, noise in enumerate(drawn):
+        assert all(not torch.equal(noise, known) for known in drawn[:i])
+    assert torch.equal(again[0], first) and torch.equal(again[1], second)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
