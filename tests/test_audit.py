@@ -181,7 +181,9 @@ def test_aep_and_implicit_equal_the_reference_and_ep_does_not() -> None:
 
 def test_the_json_form_holds_every_figure(tmp_path: Path) -> None:
     batches = [pair(0), pair(1)]
-    report = audit(Layer(), batches, mean_square, [Arm(AEP(), name="mine")], EXACT, repeats=1)
+    report = audit(
+        Layer(), batches, mean_square, [Arm(AEP(response=1e-3), name="mine")], EXACT, repeats=1
+    )
     content = json.loads(report.write_json(tmp_path / "audit.json").read_text())
     assert content == json.loads(report.to_json())
     (row,) = content["rows"]

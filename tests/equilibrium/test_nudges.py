@@ -64,11 +64,13 @@ def test_a_cost_nudge_without_its_cost_is_refused(estimator: ap.AbstractEstimato
 
 def test_one_side_costs_less_than_two() -> None:
     s = system("damped", seed=2)
-    for kind in (ap.EP(beta=1e-3, tol=1e-6), ap.AEP()):
+    single = type(s)(s.dynamics.float(), s.x.float(), s.w.float())
+    for kind in (ap.EP(beta=1e-2, tol=1e-4), ap.AEP()):
         one, two, four = (
-            gradient(s, replace(kind, sides=sides))[1].adjoint_evaluations for sides in (1, 2, 4)
+            gradient(single, replace(kind, sides=sides), ap.Anderson(tol=1e-6))[1]
+            for sides in (1, 2, 4)
         )
-        assert one < two < four
+        assert one.adjoint_evaluations < two.adjoint_evaluations < four.adjoint_evaluations
 
 
 class Plain(ap.AbstractDynamics):
@@ -119,7 +121,7 @@ def test_automatic_nudges_reach_their_response_and_their_gradient() -> None:
     _, certificate = gradient(s, finest)
     assert certificate.response is not None
     torch.testing.assert_close(
-        certificate.response, torch.full((2,), 2.0**-26, dtype=torch.float64), rtol=0.01, atol=0
+        certificate.response, torch.full((2,), 1e-6, dtype=torch.float64), rtol=0.01, atol=0
     )
     _, certificate = gradient(s, ap.HolomorphicEP(response=0.05))
     assert certificate.response is not None

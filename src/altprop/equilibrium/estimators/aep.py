@@ -63,10 +63,10 @@ class AEP(AbstractEstimator):
     `tol` and each of them within `√tol`.
 
     **Arguments:** `beta`, the nudge for a cotangent of unit norm per sample (`None`: chosen so that
-    the state moves by `response` relative to its norm); `response` (`None`: the square root of the
-    precision's epsilon, 3.5e-4 in float32, where round-off and the bias of order `β²` are both
-    small); `tol`, the residual of the contrast relative to the nudge; `max_steps`, the limit of
-    evaluations per phase, and of the linear problem; `start`, `"adjoint"` or `"zero"`;
+    the state moves by `response` relative to its norm); `response` (`None`: 3.5e-4 in float32, the
+    square root of its epsilon, and 1e-6 in float64, where round-off and the bias of order `β²` are
+    both small); `tol`, the residual of the contrast relative to the nudge; `max_steps`, the limit
+    of evaluations per phase, and of the linear problem; `start`, `"adjoint"` or `"zero"`;
     `linearise`, where `J` is taken: `"free"`, at `z*` once for both phases, or `"tracking"`, at the
     running mean of the two phases, linearised anew at every evaluation (of the same order in `β`,
     several times dearer); `sides`, 2 for the centred pair, with a bias of order `β²`, 1 for the

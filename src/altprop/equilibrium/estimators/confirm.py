@@ -35,7 +35,7 @@ def confirm(
     problem, widths = phases.problem, phases.problem.widths
     size = level_norms(first, widths)
     # what a nudge of the finest response hides of a level whatever its state's size
-    allowed = ROUNDING * finest_response(first) * size
+    allowed = ROUNDING * torch.finfo(first.dtype).eps / finest_response(first) * size
     seen, ends = _look(phases, first, correction, sides)
     looks, hidden = 1, torch.zeros_like(size, dtype=torch.bool)
     beside = level_norms(seen - linear.force, widths)

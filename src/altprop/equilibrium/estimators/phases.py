@@ -94,8 +94,11 @@ def response_beta(problem: Problem, adjoint: Tensor, response: float) -> Tensor:
 
 
 def finest_response(like: Tensor) -> float:
-    """Return the response at which round-off, of order `eps/β`, is no more than the response."""
-    return float(torch.finfo(like.dtype).eps ** 0.5)
+    """Return the response at which round-off, `eps` over it, and the bias, its square, are small.
+
+    The square root of `eps` in float32; 1e-6 in float64, where both are below 1e-9.
+    """
+    return max(float(torch.finfo(like.dtype).eps ** 0.5), 1e-6)
 
 
 def contrast(phases: Phases, plus: Solution, sides: Sides) -> Adjoint:
