@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 from collections.abc import Callable
 
@@ -68,6 +69,21 @@ def test_the_samples_are_found_again_once_what_hid_them_has_learned() -> None:
         nn.init.normal_(layer.self_attn.out_proj.weight)
     plain = ap.revert(copy.deepcopy(model))
     assert worst(gradients(model, x, weight), gradients(plain, x, weight)) <= 1e-6
+
+
+def test_asking_who_the_samples_are_keeps_nothing_alive() -> None:
+    model = ap.convert(encoder(batch_first=False), ap.AEP(), stack="layers")
+    x, weight = torch.randn(2, 5, 3, 8, dtype=torch.float64)
+
+    def alive() -> int:
+        gc.collect()
+        return sum(issubclass(type(o), Tensor) for o in gc.get_objects())
+
+    for _ in range(3):
+        gradients(model, x, weight)
+    before = alive()
+    gradients(model, x, weight)  # the fourth call asks
+    assert alive() == before
 
 
 class Centred(nn.Module):
