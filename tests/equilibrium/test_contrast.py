@@ -146,6 +146,105 @@ def test_only_samples_that_bend_get_a_smaller_nudge_and_all_are_exact() -> None:
     assert error(stiff, wanted) >= 1e-4
 
 
+class Power(ap.AbstractDynamics):
+    """A force with a power of its second number, of a strength `k`, `(B,)`, for each sample."""
+
+    def __init__(self, k: Tensor) -> None:
+        super().__init__()
+        self.k = k
+
+    def forward(self, z: Tensor, x: Tensor) -> Tensor:
+        u = z[:, 1]
+        bent = self.k * u.sign() * u.abs() ** 1.5
+        return x - z + torch.stack([torch.zeros_like(u), bent], 1)
+
+
+def test_a_sample_keeps_its_own_nudge_whatever_its_batch_mates_need() -> None:
+    # too sharp for every nudge; for the first ones; for none
+    u, k = torch.tensor([[0.0, 1e-8, 1e-3], [3e4, 3e3, 3.0]], dtype=torch.float64)
+    x = torch.stack([torch.ones(3, dtype=torch.float64), u - k * u.abs() ** 1.5], 1)
+
+    def found(rows: list[int]) -> tuple[Tensor, ap.Certificate]:
+        solver = ap.Anderson(tol=1e-15, max_steps=200)
+        block = ap.Equilibrium(Power(k[rows]), solver, ap.AEP())
+        leaf = x[rows].requires_grad_()
+        block(leaf)[:, 1].sum().backward()
+        assert leaf.grad is not None and block.certificate is not None
+        return leaf.grad, block.certificate
+
+    together, certificate = found([0, 1, 2])
+    assert certificate.beta is not None
+    assert float(certificate.beta[1]) < float(certificate.beta[2]) / 4
+    for row in (1, 2):
+        alone, own = found([row])
+        assert own.adjoint_result
+        torch.testing.assert_close(together[row], alone[0], rtol=1e-9, atol=1e-12)
+        slope = 1 - 1.5 * k[row] * u[row] ** 0.5
+        torch.testing.assert_close(alone[0, 1], 1 / slope, rtol=1e-4, atol=0)
+
+
+class Rooted(ap.AbstractDynamics):
+    """A force that has no value a little below its equilibrium at `1 + 1e-9`."""
+
+    def forward(self, z: Tensor, x: Tensor) -> Tensor:
+        return x - z + 1e-9**0.5 * (z - 1).sqrt()
+
+
+def test_a_nudge_that_leaves_the_domain_of_the_force_is_made_smaller() -> None:
+    x = torch.ones(2, 1, dtype=torch.float64)
+    dynamics = Rooted()
+    dynamics.start = lambda x: 1 + torch.tensor([[1e-9], [1.0]]).double()  # type: ignore[method-assign]
+    block = ap.Equilibrium(dynamics, ap.Anderson(tol=1e-15, max_steps=200), ap.AEP())
+    leaf = x.requires_grad_()
+    block(leaf).sum().backward()
+    c = block.certificate
+    assert c is not None and c.nudged_residuals is not None and leaf.grad is not None
+    assert bool(torch.isfinite(c.nudged_residuals).all())
+    torch.testing.assert_close(leaf.grad[0, 0].item(), 2.0, rtol=1e-3, atol=0)
+
+
+def below_roundoff(precision: torch.dtype, **options: object) -> tuple[float, ap.Certificate]:
+    """Return the error and the certificate of AEP at a nudge that float32 does not show."""
+    torch.manual_seed(0)
+    model = stack(8, 3, nn.Tanh).to(precision)
+    plain, x = copy.deepcopy(model), torch.randn(4, 8, dtype=precision)
+    mean_square(plain(x)).backward()
+    estimator = ap.AEP(beta=1e-7, **options)  # type: ignore[arg-type]
+    mean_square(ap.convert(model, estimator, stack="", on_failure="accept")(x)).backward()
+    pairs = zip(model.parameters(), plain.parameters(), strict=True)
+    errors = [float((p.grad - q.grad).norm() / q.grad.norm()) for p, q in pairs]  # type: ignore
+    (equilibrium,) = (e for _, e in ap.equilibria(model))
+    assert equilibrium.certificate is not None
+    return max(errors), equilibrium.certificate
+
+
+@pytest.mark.parametrize("options", [{"start": "zero"}, {"max_steps": 1}], ids=str)
+def test_a_nudge_below_the_roundoff_is_no_success_unless_the_linear_problem_was_solved(
+    options: dict[str, object],
+) -> None:
+    wrong, certificate = below_roundoff(torch.float32, **options)
+    assert wrong > 0.1 and not certificate.adjoint_result
+    assert certificate.adjoint_residual is not None
+    assert float(certificate.adjoint_residual.max()) > 0.1
+
+
+def test_a_floor_is_relative_to_the_levels_own_adjoint_at_a_given_nudge_too() -> None:
+    right, certificate = below_roundoff(torch.float32)
+    assert right <= 1e-5 and certificate.adjoint_result
+    torch.manual_seed(0)
+    model = stack(8, 3, nn.Tanh)
+    levels = [torch.randn(4, 8)]
+    for layer in model:
+        levels.append(layer(levels[-1]))
+        levels[-1].retain_grad()
+    mean_square(levels[-1]).backward()
+    states = torch.stack([h.detach().norm(dim=1) for h in levels[1:]])
+    adjoints = torch.stack([h.grad.norm(dim=1) for h in levels[1:]])  # type: ignore[union-attr]
+    expected = 4 * torch.finfo(torch.float32).eps * states / 1e-7 / (adjoints / adjoints[-1])
+    assert certificate.adjoint_floor is not None
+    torch.testing.assert_close(certificate.adjoint_floor, expected, rtol=1e-4, atol=0)
+
+
 def test_a_contrast_within_the_tolerance_is_enough_though_no_phase_has_settled() -> None:
     wanted, _ = bent(15, ap.Implicit(tol=1e-6))
     found, certificate = bent(15, ap.AEP(response=2e-2, tol=2e-3))

@@ -128,7 +128,9 @@ def test_two_pairs_are_the_extrapolation_of_each_by_itself(kind: str) -> None:
     apart = far[1].adjoint_evaluations + near[1].adjoint_evaluations
     assert far[1].adjoint_evaluations < certificate.adjoint_evaluations < apart
     assert certificate.nudged_residuals is not None and certificate.adjoint_residual is not None
-    assert torch.equal(certificate.nudged_residuals.amax(0), certificate.adjoint_residual)
+    # the contrast of either pair is within the tolerance that says "converged"
+    assert certificate.nudged_residuals.shape == (4, 2)
+    assert float(certificate.adjoint_residual.max()) <= 1e-12
 
 
 @FEW

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 from collections.abc import Callable
 
@@ -68,6 +69,84 @@ def test_the_samples_are_found_again_once_what_hid_them_has_learned() -> None:
         nn.init.normal_(layer.self_attn.out_proj.weight)
     plain = ap.revert(copy.deepcopy(model))
     assert worst(gradients(model, x, weight), gradients(plain, x, weight)) <= 1e-6
+
+
+def test_the_samples_are_found_after_an_update_however_many_calls_came_before_it() -> None:
+    model = encoder(batch_first=False)
+    for layer in model.layers:
+        nn.init.zeros_(layer.self_attn.out_proj.weight)
+    x, weight = torch.randn(2, 5, 3, 8, dtype=torch.float64)
+    ap.convert(model, ap.AEP(), stack="layers")
+    rates = [0.0, 0.1, 0.1]  # a warm-up whose first step has no length
+    for rate in rates:
+        for _ in range(4):  # accumulated
+            gradients(model, x, weight)
+            plain = ap.revert(copy.deepcopy(model))
+            assert worst(gradients(model, x, weight), gradients(plain, x, weight)) <= 1e-6
+        torch.optim.SGD(model.parameters(), rate).step()
+
+
+def test_an_encoder_in_evaluation_mode_gets_backprops_gradient() -> None:
+    model = encoder(batch_first=True).eval()
+    x, weight = torch.randn(2, 4, 5, 8, dtype=torch.float64)
+    wanted = gradients(model, x, weight)
+    fast = torch.backends.mha.get_fastpath_enabled()
+    got = gradients(ap.convert(model, ap.AEP(), stack="layers"), x, weight)
+    assert worst(got, wanted) <= 1e-6
+    assert torch.backends.mha.get_fastpath_enabled() == fast
+
+
+class Counting(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, h: Tensor) -> Tensor:
+        if self.training:
+            self.calls += 1
+        return torch.tanh(self.inner(h))
+
+
+@pytest.mark.parametrize("kind", ["counter", "spectral norm"])
+def test_a_block_that_changes_its_buffers_is_refused_and_none_has_changed(kind: str) -> None:
+    counting = Counting()
+    spectral = nn.utils.parametrizations.spectral_norm(nn.Linear(4, 4))
+    model = nn.Sequential(nn.Linear(4, 4), counting if kind == "counter" else spectral)
+    ap.convert(model, ap.AEP(), stack="")
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ap.RuleError, match="evaluating block 1 changes its buffers"):
+        model(torch.randn(3, 4))
+    after = model.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    model.eval()(torch.randn(3, 4)).sum().backward()
+
+
+def test_a_level_without_axes_gets_backprops_gradient() -> None:
+    class Mean(nn.Module):
+        def forward(self, h: Tensor) -> Tensor:
+            return h.square().mean()
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), Mean()).double()
+    x, weight = torch.randn(3, 4, dtype=torch.float64), torch.tensor(2.0)
+    wanted = gradients(model, x, weight)
+    assert worst(gradients(ap.convert(model, ap.AEP(), stack=""), x, weight), wanted) <= 1e-6
+
+
+def test_asking_who_the_samples_are_keeps_nothing_alive() -> None:
+    model = ap.convert(encoder(batch_first=False), ap.AEP(), stack="layers")
+    x, weight = torch.randn(2, 5, 3, 8, dtype=torch.float64)
+
+    def alive() -> int:
+        gc.collect()
+        return sum(issubclass(type(o), Tensor) for o in gc.get_objects())
+
+    for _ in range(3):
+        gradients(model, x, weight)
+    before = alive()
+    gradients(model, x, weight)  # the fourth call asks
+    assert alive() == before
 
 
 class Centred(nn.Module):

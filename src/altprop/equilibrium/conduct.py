@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -82,13 +82,52 @@ class _Known:
     """What was found out about a dynamics so far.
 
     `warned`: whether something was said of its draws, or needs not be. `calm`: the modes (training
-    or not) in which an evaluation left all buffers as they were. `recorded`: how many calls with
-    more than one sample were recorded, by the number of the state's axes.
+    or not) in which an evaluation left all buffers as they were. `apart`: when it was asked whether
+    samples interact, by the number of the state's axes.
     """
 
     warned: bool = False
-    calm: set[bool] = field(default_factory=set)
-    recorded: dict[int, int] = field(default_factory=dict)
+    calm: set[Hashable] = field(default_factory=set)
+    apart: dict[int, Asked] = field(default_factory=dict)
+
+
+_UPDATES = 8  # after so many, learning has shown what it can show at once
+
+
+@dataclass
+class Asked:
+    """How often something was asked whose answer learning may change.
+
+    What is at zero hides what is behind it. So it is asked in the first call, and again of the
+    first one after each of the first updates of the parameters, and in every call whose number is a
+    power of two.
+
+    **Fields:** `calls`; `updates`, those that were seen, the initialisation being one; `version`,
+    of the parameters.
+    """
+
+    calls: int = 0
+    updates: int = 0
+    version: int = -1
+
+    def due(self, parameters: Callable[[], Iterable[Tensor]]) -> bool:
+        """Tell whether it is to be asked in the call that comes."""
+        return self.calls & (self.calls + 1) == 0 or self._moved(parameters) is not None
+
+    def count(self, parameters: Callable[[], Iterable[Tensor]]) -> None:
+        """Count a call that told something, or in which it was not asked."""
+        self.calls += 1
+        moved = self._moved(parameters)
+        if moved is not None:
+            self.updates, self.version = self.updates + 1, moved
+
+    def _moved(self, parameters: Callable[[], Iterable[Tensor]]) -> int | None:
+        """Return the parameters' version if it is a new one and still counts."""
+        if self.updates >= _UPDATES:
+            return None
+        # every writing into a tensor makes its version grow
+        version = sum(0 if p.is_inference() else p._version for p in parameters())
+        return None if version == self.version else version
 
 
 def _known(dynamics: AbstractDynamics) -> _Known:
@@ -131,14 +170,27 @@ def _at_work(modules: Iterable[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
 def unchanged(dynamics: AbstractDynamics) -> Iterator[None]:
     """Refuse a force that changes its own buffers when it is evaluated inside.
 
-    Batch norm at work is refused before. In a mode that is seen for the first time buffers are put
-    back, so that nothing has changed after the refusal.
+    Batch norm at work is refused before.
     """
     calm, mode = _known(dynamics).calm, dynamics.training
     refuse_statistics(
         _at_work(dynamics.modules() if mode in calm else dynamics.uses()), "the force holds"
     )
-    named = [(n, b) for n, b in dynamics.named_buffers() if not b.is_inference()]
+    with steady(dynamics, calm, mode, "the force"):
+        yield
+
+
+@contextmanager
+def steady(module: nn.Module, calm: set[Hashable], mode: Hashable, what: str) -> Iterator[None]:
+    """Refuse a module that changes its own buffers when it is called inside.
+
+    In a mode that is seen for the first time buffers are put back, so that nothing has changed
+    after the refusal.
+
+    **Arguments:** `calm`, the modes that were seen, to which this one is added; `what`, the module
+    in words.
+    """
+    named = [(n, b) for n, b in module.named_buffers() if not b.is_inference()]
     before = [b._version for _, b in named]
     copies = [] if mode in calm else [b.detach().clone() for _, b in named]
     yield
@@ -150,9 +202,9 @@ def unchanged(dynamics: AbstractDynamics) -> Iterator[None]:
         for (_, b), copy in zip(named, copies, strict=False):
             b.copy_(copy)
     raise RuleError(
-        f"evaluating the force changes its buffers ({', '.join(changed)}), so each of the many "
+        f"evaluating {what} changes its buffers ({', '.join(changed)}), so each of the many "
         "evaluations of a call would be of another system: put what owns them into evaluation mode "
-        "(.eval()), or change them outside of the force"
+        f"(.eval()), or change them outside of {what}"
     )
 
 
@@ -206,15 +258,12 @@ def check_apart(
 ) -> None:
     """Refuse a force in which samples interact, as far as its Jacobian at `z`, `(B, ...)`, tells.
 
-    It is asked of the first recorded call, and again of the second, fourth, eighth and so on, for
-    what is at zero before learning hides what is behind it. Closed forms are known not to mix
-    samples.
+    It is asked as `Asked` says. Closed forms are known not to mix samples.
     """
     if len(z) < 2 or not z.numel() or isinstance(linearise, ClosedForm):  # they tell nothing
         return
-    known, kind = _known(dynamics).recorded, z.dim()
-    count = known.get(kind, 0) + 1
-    if count & (count - 1) == 0:
+    asked = _known(dynamics).apart.setdefault(z.dim(), Asked())
+    if asked.due(dynamics.parameters):
         seen = seeing(linearise(), z)
         if seen is not None:
             raise RuleError(
@@ -223,7 +272,7 @@ def check_apart(
                 "transpose inside a force that wants (T, N, C), use LayerNorm or GroupNorm for "
                 "what averages over the batch, and give x[None] where all of it is one sample"
             )
-    known[kind] = count
+    asked.count(dynamics.parameters)
 
 
 def seeing(products: AbstractLinearisation, z: Tensor) -> tuple[int, int] | None:

@@ -8,13 +8,13 @@ one sample alone must vanish in all others, and a tensor counts what is written 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from altprop.equilibrium.conduct import seeing
+from altprop.equilibrium.conduct import Asked, seeing
 from altprop.equilibrium.products import AbstractLinearisation
 
 
@@ -56,34 +56,37 @@ class Layout:
 
 @dataclass
 class Habits:
-    """What was found out so far; `pure`: the levels that leave their input as it is."""
+    """What was found out so far.
+
+    `pure`: the levels that leave their input as it is. `calm`: levels, and whether in training
+    mode, that left their buffers as they were.
+    """
 
     pure: set[int] = field(default_factory=set)
+    calm: set[Hashable] = field(default_factory=set)
     _axes: dict[int, int | None] = field(default_factory=dict)
-    _calls: dict[int, int] = field(default_factory=dict)
+    _asked: dict[int, Asked] = field(default_factory=dict)
 
     def layout(
         self,
         shapes: Sequence[torch.Size],
         linearise: Callable[[Layout], tuple[AbstractLinearisation, Tensor]],
+        parameters: Callable[[], Iterable[Tensor]],
     ) -> Layout:
-        """Return how these levels lie in a state.
-
-        The Jacobian is asked in the first call and again in the second, fourth, eighth and so on,
-        for what is at zero before learning hides what is behind it.
+        """Return how these levels lie in a state. The Jacobian is asked as `Asked` says.
 
         **Arguments:** `shapes`, of the levels; `linearise`, from a layout to the products with the
-        stack's Jacobian and the state there, `(B, n)`.
+        stack's Jacobian and the state there, `(B, n)`; `parameters`, the blocks'.
         """
         kind = len(shapes[0])
         known = Layout(self._axes.get(kind, 0))
-        count = self._calls.get(kind, 0) + 1
-        if count & (count - 1) and known.fits(shapes):
-            self._calls[kind] = count
+        asked = self._asked.setdefault(kind, Asked())
+        if known.fits(shapes) and not asked.due(parameters):
+            asked.count(parameters)
             return known
         candidates = [Layout(axis) for axis in (0, 1, None)]
         # whoever counts or recomputes what a forward pass saves must not see what is saved here
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
+        with torch.autograd.graph.saved_tensors_hooks(Tensor.detach, lambda t: t):
             found = next(
                 layout
                 for layout in candidates
@@ -91,6 +94,7 @@ class Habits:
                 and (layout.axis is None or seeing(*linearise(layout)) is None)
             )
         # one sample, or those without numbers, tell nothing
-        if min(shape[found.axis or 0] * min(1, shape.numel()) for shape in shapes) > 1:
-            self._axes[kind], self._calls[kind] = found.axis, count
+        if all(shape.numel() and shape[found.axis or 0] > 1 for shape in shapes if shape):
+            self._axes[kind] = found.axis
+            asked.count(parameters)
         return found

@@ -14,7 +14,7 @@ levels have their samples is found out (`habits.py`).
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any, Literal, NamedTuple, get_args
@@ -22,7 +22,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor, nn
 
-from altprop.equilibrium.conduct import Draws, refuse_statistics
+from altprop.equilibrium.conduct import Draws, refuse_statistics, steady
 from altprop.equilibrium.driven import Driven, detached
 from altprop.equilibrium.dynamics import AbstractDynamics
 from altprop.equilibrium.habits import Habits, Layout
@@ -40,8 +40,8 @@ class Layered(AbstractDynamics):
     every exact estimator. Each block is evaluated once per evaluation of the force. Blocks may have
     the samples on axis 0 or, as torch's own layers do by default, on axis 1, whichever keeps them
     apart; where neither does, all samples are solved and certified as one. Batch norm, whose
-    statistics every evaluation would change, is refused. What blocks draw, dropout's masks say, is
-    the same in all phases of one call.
+    statistics every evaluation would change, is refused, and so is a block that changes a buffer.
+    What blocks draw, dropout's masks say, is the same in all phases of one call.
 
     What is given to the module beside `x` goes to every block, `block(h, *args, **kwargs)`, and
     the first output of a block that returns a tuple is its level.
@@ -52,7 +52,8 @@ class Layered(AbstractDynamics):
     steps to reach the bottom: with `AEP(start="zero")` and `Euler(step=1.0, max_steps=…)` it is
     the literature's procedure.
 
-    **Raises:** `ConfigError` for no blocks; `RuleError` for blocks with batch norm.
+    **Raises:** `ConfigError` for no blocks; `RuleError` for blocks with batch norm, and when it is
+    called, for one that changes its buffers.
     """
 
     feedforward = True
@@ -96,7 +97,7 @@ class Layered(AbstractDynamics):
 class Call(NamedTuple):
     """How one level is called: `block(h, *args, **kwargs)`."""
 
-    block: Callable[..., Any]
+    block: nn.Module
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
@@ -124,7 +125,9 @@ class DrivenLayers(Driven):
         level = len(self._outs)
         h = self._spare(level, h)
         draws, version = Draws(h.device), h._version
-        whole = call.block(h, *call.args, **call.kwargs)
+        block, calm = call.block, self._habits.calm
+        with steady(block, calm, (level, block.training), f"block {level}"):
+            whole = block(h, *call.args, **call.kwargs)
         self._draws_of.append(draws if draws.moved() else None)
         if h._version == version:
             self._habits.pure.add(level)
@@ -186,11 +189,15 @@ class DrivenLayers(Driven):
             z = self._joined(outs).detach()
             return self.linearise(z), z
 
-        self._lay(self._habits.layout(self._shapes, linearise))
+        self._lay(self._habits.layout(self._shapes, linearise, self._parameters))
         force = self._joined(outs)
         state = force.detach()
         self._known = (state, force - state)
         self._outs = []
+
+    def _parameters(self) -> Iterator[nn.Parameter]:
+        for call in self._calls:
+            yield from call.block.parameters()
 
     def _lay(self, layout: Layout) -> None:
         self._layout = layout

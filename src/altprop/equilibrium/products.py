@@ -143,10 +143,21 @@ class AutogradLinearisation(AbstractLinearisation):
                 ) from error
 
     def _jvp(self, v: Tensor) -> Tensor:
-        # the fused attention kernels have no forward-mode derivative
-        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        # neither the fused attention kernels nor a fused layer has a forward-mode derivative
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), _no_fast_path():
             pair: tuple[Tensor, ...] = torch.func.jvp(self._force, (self._state,), (v,))
         return pair[1]
+
+
+@contextmanager
+def _no_fast_path() -> Iterator[None]:
+    """Run torch's encoder layers as they are written, in evaluation mode too."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 @contextmanager

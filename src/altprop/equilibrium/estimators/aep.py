@@ -124,12 +124,14 @@ class AEP(AbstractEstimator):
         if linear is not None:  # Jᵀa + g is the solve's residual
             correction.know_vjp(first, cotangent - linear.force)
         chosen = self.beta is None and self.response is None and self.linearise == "free"
-        out = None
-        if linear is not None and chosen:
+        if linear is None or not chosen:
+            out = self._solve(phases, first, correction, linear)
+        else:
             out = confirm(phases, linear, first, correction, self.sides)
-        if out is None or (linear is not None and linear.result and not out.result):
-            # the phases are to be solved, or do not find what they were started from
-            out = self._solve(phases, first, correction)
+            if linear.result and not out.result:
+                # some samples' phases do not find what they were started from
+                assert out.beta is not None
+                out = self._solve(replace(phases, beta=out.beta), first, correction, linear)
         spent = out.evaluations + correction.evaluations + 1
         antisymmetry = out.antisymmetry if out.antisymmetry is not None else correction.measure()
         if linear is None:
@@ -143,15 +145,17 @@ class AEP(AbstractEstimator):
             remainder=linear.force,
         )
 
-    def _solve(self, phases: Phases, first: Tensor, correction: Antisymmetric) -> Adjoint:
+    def _solve(
+        self, phases: Phases, first: Tensor, correction: Antisymmetric, linear: Solution | None
+    ) -> Adjoint:
         """Solve the phases at their very nudge, from `∓first`."""
         if self.sides == 1:
             return contrast(phases, phases.run(1.0, first, correction), 1)
         frozen = None if self.linearise == "tracking" else correction
-        out = solve_pair(phases, -first, frozen)
+        out = solve_pair(phases, -first, frozen, linear)
         if self.sides == 2:
             return out
-        return extrapolate(solve_pair(phases.halved(), out.value, frozen), out)
+        return extrapolate(solve_pair(phases.halved(), out.value, frozen, linear), out)
 
     def _linear(self, problem: Problem, correction: Antisymmetric, cotangent: Tensor) -> Solution:
         """Solve the phases' linearisation, `Jᵀ a + g = 0`."""

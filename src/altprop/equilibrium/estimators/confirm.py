@@ -17,7 +17,13 @@ from torch import Tensor
 from altprop.equilibrium.estimators.correction import Antisymmetric
 from altprop.equilibrium.estimators.estimator import Adjoint
 from altprop.equilibrium.estimators.phases import Phases, Sides, displacement, finest_response
-from altprop.equilibrium.estimators.roundoff import ROUNDING, choose, floor_of, level_norms
+from altprop.equilibrium.estimators.roundoff import (
+    ROUNDING,
+    choose,
+    floor_of,
+    level_norms,
+    relative_to_levels,
+)
 from altprop.equilibrium.solvers.solver import Solution, conclude, sample_norm
 
 _SHRINK = 8.0  # a bias of order β² falls 64-fold
@@ -38,9 +44,11 @@ def confirm(
     allowed = ROUNDING * torch.finfo(first.dtype).eps / finest_response(first) * size
     seen, ends = _look(phases, first, correction, sides)
     looks, hidden = 1, torch.zeros_like(size, dtype=torch.bool)
+    lost = ~torch.isfinite(linear.residual).unsqueeze(1)
     beside = level_norms(seen - linear.force, widths)
     for _ in range(_LOOKS):
-        curved = (beside > torch.maximum(allowed, floor_of(problem, phases.beta))) & ~hidden
+        quiet = beside <= torch.maximum(allowed, floor_of(problem, phases.beta))
+        curved = ~(quiet | hidden | lost)
         samples = curved.any(1)
         if not bool(samples.any()):
             break
@@ -48,13 +56,12 @@ def confirm(
         seen, ends = _look(phases, first, correction, sides)
         looks += 1
         before, beside = beside, level_norms(seen - linear.force, widths)
-        hidden |= curved & ~(beside < before / 2)
+        hidden |= curved & (beside >= before / 2)
     floor = torch.where(hidden, beside, floor_of(problem, phases.beta))
     # below its floor a level keeps what the linear problem itself still shows
-    left = choose(level_norms(seen, widths) > floor, seen, linear.force, widths)
-    tiny = torch.finfo(size.dtype).tiny
-    scale = size.clamp_min(tiny) if widths else torch.ones_like(size)
-    residual = (level_norms(left, widths) / scale).amax(1)
+    untold = hidden | (level_norms(seen, widths) <= floor)
+    left = choose(untold, linear.force, seen, widths)
+    residual = relative_to_levels(level_norms(left, widths), first, widths).amax(1)
     return Adjoint(
         value=linear.value + problem.step * left,
         residual=residual,
@@ -64,7 +71,7 @@ def confirm(
         beta=phases.beta,
         response=displacement(phases.beta, sample_norm(first), problem),
         nudged_residuals=torch.stack([sample_norm(end) for end in ends]),
-        floor=(floor / scale).mT,
+        floor=relative_to_levels(floor, first, widths).mT,
     )
 
 

@@ -13,15 +13,33 @@ from torch import Tensor
 from altprop.equilibrium.estimators.correction import Antisymmetric, antisymmetry
 from altprop.equilibrium.estimators.estimator import Adjoint
 from altprop.equilibrium.estimators.phases import Phases, displacement
-from altprop.equilibrium.estimators.roundoff import choose, floor_of, level_norms
-from altprop.equilibrium.solvers.solver import per_sample, sample_norm
+from altprop.equilibrium.estimators.roundoff import (
+    choose,
+    floor_of,
+    level_norms,
+    relative_to_levels,
+)
+from altprop.equilibrium.solvers.solver import (
+    Solution,
+    conclude,
+    per_sample,
+    sample_norm,
+    worst,
+)
 
 
-def solve_pair(phases: Phases, start: Tensor, correction: Antisymmetric | None) -> Adjoint:
+def solve_pair(
+    phases: Phases, start: Tensor, correction: Antisymmetric | None, linear: Solution | None
+) -> Adjoint:
     """Solve both phases until their contrast is within the tolerance, and read the adjoint.
 
+    No state is moved by what is below the round-off. Where the linear problem was solved its
+    residual is what is left there; where it was not, what the contrast shows counts in full, so
+    that a nudge too small to be seen is no success.
+
     **Arguments:** `start`, the first `a`, `(B, ...)`; `correction`, `u ↦ (J − Jᵀ)u` at the free
-    state; `None` to linearise anew at the phases' mean, wherever it is.
+    state; `None` to linearise anew at the phases' mean, wherever it is; `linear`, the solution of
+    `Jᵀ a + g = 0`, or `None` if nobody has solved it.
     """
     problem, widths = phases.problem, phases.problem.widths
     weight = phases.tol**0.5  # so that ‖(c, weight · s)‖ ≤ tol says ‖c‖ ≤ tol and ‖s‖ ≤ √tol
@@ -30,11 +48,8 @@ def solve_pair(phases: Phases, start: Tensor, correction: Antisymmetric | None) 
     measured: list[Tensor] = []
     calls = 0
 
-    def loud(v: Tensor) -> Tensor:
-        """Return what of `v` is above the round-off."""
-        return choose(level_norms(v, widths) > floor, v, v.new_zeros(()), widths)
-
-    def residual(pair: Tensor) -> Tensor:
+    def shown(pair: Tensor) -> tuple[Tensor, Tensor]:
+        """Return contrast and mean of the phases' residuals."""
         nonlocal calls
         calls += 1
         a, m = pair[:, 0], pair[:, 1] / weight
@@ -47,7 +62,15 @@ def solve_pair(phases: Phases, start: Tensor, correction: Antisymmetric | None) 
             of_m, of_a = correction(m), correction(a)  # what it measures is its last
         plus = phases.drive(1.0, m - a) - (of_m - of_a)
         minus = phases.drive(-1.0, m + a) - (of_m + of_a)
-        return torch.stack([loud((minus - plus) / 2), weight * loud((plus + minus) / 2)], 1)
+        return (minus - plus) / 2, (plus + minus) / 2
+
+    def loud(v: Tensor) -> Tensor:
+        """Return `v` without the levels that are below the round-off."""
+        return choose(level_norms(v, widths) <= floor, torch.zeros_like(v), v, widths)
+
+    def residual(pair: Tensor) -> Tensor:
+        c, s = shown(pair)
+        return torch.stack([loud(c), weight * loud(s)], 1)
 
     def inverse(pair: Tensor) -> Tensor:
         assert phases.inverse is not None
@@ -66,16 +89,23 @@ def solve_pair(phases: Phases, start: Tensor, correction: Antisymmetric | None) 
     a, (c, s) = solution.value[:, 0], (solution.force[:, 0], solution.force[:, 1] / weight)
     moved = solution.value[:, 1] / weight
     furthest = torch.maximum(sample_norm(moved - a), sample_norm(moved + a))
+    silent = level_norms(c, widths) == 0
+    value = a + problem.step * c
+    if linear is None or not bool((linear.residual <= phases.tol).all()):
+        left = choose(silent, shown(solution.value)[0], c, widths)
+    else:
+        left = choose(silent, linear.force, c, widths)
+    certified = torch.maximum(solution.residual, sample_norm(left))
     return Adjoint(
-        value=a + problem.step * c,
-        residual=solution.residual,
-        remainder=c,
+        value=value,
+        residual=certified,
+        remainder=left,
         # the correction counts its own products
         evaluations=(2 if correction is not None else 7) * calls,
-        result=solution.result,
+        result=worst(solution.result, conclude(certified, phases.tol)),
         beta=phases.beta,
         response=displacement(phases.beta, furthest, problem),
         nudged_residuals=torch.stack([sample_norm(s - c), sample_norm(s + c)]),
         antisymmetry=measured[0] if measured else None,
-        floor=floor.mT,
+        floor=relative_to_levels(floor, a, widths).mT,
     )

@@ -119,19 +119,22 @@ def contrast(phases: Phases, plus: Solution, sides: Sides) -> Adjoint:
 def extrapolate(near: Adjoint, far: Adjoint) -> Adjoint:
     """Return the adjoint without bias of order `β²`, from pairs at half the nudge and at the whole.
 
-    The nudge and the response are the far pair's, the residual is the worst of all phases. What
-    the phases leave can enter 5/3-fold, where a pair's enters once.
+    The nudge and the response are the far pair's, the residual is the worse of the two pairs', and
+    the round-off the near one's. What the phases leave can enter 5/3-fold, where a pair's enters
+    once.
     """
     assert near.nudged_residuals is not None and far.nudged_residuals is not None
+    assert near.residual is not None and far.residual is not None
     residuals = torch.cat([far.nudged_residuals, near.nudged_residuals])
     return replace(
         far,
         value=(4 * near.value - far.value) / 3,
-        residual=residuals.amax(0),
+        residual=torch.maximum(far.residual, near.residual),
         remainder=(4 * near.remainder - far.remainder) / 3,
         evaluations=near.evaluations + far.evaluations,
         result=worst(near.result, far.result),
         nudged_residuals=residuals,
+        floor=near.floor,
     )
 
 

@@ -39,6 +39,16 @@ def choose(mask: Tensor, v: Tensor, other: Tensor, widths: tuple[int, ...]) -> T
     return torch.where(spread.view(v.shape), v, other)
 
 
+def relative_to_levels(norms: Tensor, a: Tensor, widths: tuple[int, ...]) -> Tensor:
+    """Return norms, `(B, P)`, relative to those of the levels of `a`; as they are without levels.
+
+    Without levels they are relative to the nudge, which is 1.
+    """
+    if not widths:
+        return norms
+    return norms / level_norms(a, widths).clamp_min(torch.finfo(norms.dtype).tiny)
+
+
 def floor_of(problem: Problem, beta: Tensor) -> Tensor:
     """Return the rounding that a contrast at the nudge `beta`, `(B,)`, may hold, `(B, P)`."""
     eps = torch.finfo(problem.state.dtype).eps
