@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from bugs import BUGS, Bug
+from bugs.bug import Bug
+from bugs.table import BUGS
 
 ROOT = Path(__file__).parent.parent
 

@@ -1,27 +1,11 @@
-"""The bugs that `mutations.py` puts into the code: a table, by folder."""
+"""Bugs of the estimators."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from bugs.bug import Bug
 
-
-class Bug(NamedTuple):
-    """`old` in a file below `src/altprop` becomes `new`; `tests`, which should notice, go first.
-
-    `harmless` says why a bug that nobody notices is none.
-    """
-
-    file: str
-    old: str
-    new: str
-    tests: str = ""
-    harmless: str = ""
-
-
-_EQ = "equilibrium/"
-_AEP = _EQ + "estimators/"
+_AEP = "equilibrium/estimators/"
 _CONTRAST = "equilibrium/test_contrast.py equilibrium/test_warm_start.py"
-_STACK = "equilibrium/test_stack_blocks.py test_layered.py"
 
 BUGS = [
     Bug(
@@ -161,71 +145,5 @@ BUGS = [
         "undo = torch.where(usable, size, size - size)",
         "undo = torch.ones_like(size)",
         "test_equilibrium_gradients.py",
-    ),
-    Bug(
-        _EQ + "habits.py",
-        "candidates = [Layout(axis) for axis in (0, 1, None)]",
-        "candidates = [Layout(axis) for axis in (0, None)]",
-        _STACK,
-    ),
-    Bug(
-        _EQ + "conduct.py",
-        "for one in {0, len(z) - 1} if len(z) > 1 else ():",
-        "for one in {0} if len(z) > 1 else ():",
-        _STACK,
-    ),
-    Bug(
-        _EQ + "habits.py",
-        "if count & (count - 1) and known.fits(shapes):",
-        "if count > 1 and known.fits(shapes):",
-        _STACK,
-    ),
-    Bug(
-        _EQ + "habits.py",
-        "return rows.reshape(first).movedim(0, self.axis).contiguous()",
-        "return rows.reshape(shape).contiguous()",
-        _STACK,
-    ),
-    Bug(
-        _EQ + "layered.py",
-        "return h if level in self._habits.pure else h.clone()",
-        "return h",
-        _STACK,
-    ),
-    Bug(
-        _EQ + "layered.py",
-        "levels[level + 1] = levels[level + 1] + part.jvp(levels[level])",
-        "levels[level + 1] = part.jvp(levels[level])",
-        _STACK + " test_layered.py",
-    ),
-    Bug(
-        _EQ + "layered.py",
-        "for level in reversed(range(len(self._parts))):",
-        "for level in range(len(self._parts)):",
-        _STACK,
-    ),
-    Bug(
-        _EQ + "layered.py",
-        "with nullcontext() if draws is None else draws.again():",
-        "with nullcontext():",
-        "test_layered.py",
-    ),
-    Bug(
-        _EQ + "stack.py",
-        "if self.busy or not self.on:",
-        "if self.busy:",
-        "test_layered.py",
-    ),
-    Bug(
-        _EQ + "stack.py",
-        "value = out.detach()\n    return assign_adjoint",
-        "value = out\n    return assign_adjoint",
-        "test_layered.py",
-    ),
-    Bug(
-        _EQ + "products.py",
-        "library.enabled = False",
-        "library.enabled = True",
-        _STACK,
     ),
 ]

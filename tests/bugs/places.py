@@ -1,0 +1,256 @@
+"""Bugs of what carries a rule: conversion, places, the error's way to its taps, gradients."""
+
+from __future__ import annotations
+
+from bugs.bug import Bug
+
+_REFUSALS = "test_convert_refusals.py"
+_AROUND = "test_convert_surroundings.py"
+_BROADCAST = "rules/test_broadcast_formulas.py"
+_LAYOUTS = "test_layouts.py test_layouts_measured.py"
+_ATTENTION = "test_attention_arguments.py"
+
+BUGS = [
+    # layouts.py
+    Bug(
+        "layouts.py",
+        "moved.insert(target, moved.pop(source))",
+        "moved.insert(source, moved.pop(target))",
+        _LAYOUTS,
+    ),
+    Bug(
+        "layouts.py", "steps.insert(0, 0 if size == 1 else step)", "steps.insert(0, step)", _LAYOUTS
+    ),
+    Bug(
+        "layouts.py",
+        "padded = have + (1,) * (len(want) - len(have))",
+        "padded = (1,) * (len(want) - len(have)) + have",
+        _LAYOUTS,
+    ),
+    Bug(
+        "layouts.py",
+        "view is None or (len(have) > 0 and view[a] != turned[a])",
+        "view is None",
+        _LAYOUTS,
+    ),
+    Bug("layouts.py", "else (axes, (0, batch_axis))", "else (axes,)", _LAYOUTS),
+    Bug(
+        "layouts.py",
+        "tap if error_axis == tap_axis else tap.movedim(tap_axis, error_axis)",
+        "tap if error_axis == tap_axis else tap.movedim(error_axis, tap_axis)",
+        _LAYOUTS,
+    ),
+    # channel.py
+    Bug("channel.py", "self.measured_layouts.clear()", "pass", "test_revert.py " + _LAYOUTS),
+    Bug("channel.py", "left.index = index", "pass", "test_revert.py " + _BROADCAST),
+    Bug("channel.py", "key = index if B is not None else -count", "key = -count", _BROADCAST),
+    Bug(
+        "channel.py",
+        "self.feedback.append(B[:count] if rows is None else B[rows])",
+        "self.feedback.append(B[:count])",
+        "test_surgery.py test_rules_broadcast.py",
+    ),
+    Bug(
+        "channel.py",
+        'if self.mode != "idle" and any(weight.requires_grad for weight in weights):',
+        "if False:",
+        "test_rules_broadcast.py",
+    ),
+    Bug("channel.py", 'self.mode = "exact" if exact else "rule"', 'self.mode = "rule"', _BROADCAST),
+    # probes.py
+    Bug(
+        "probes.py",
+        "            place.on = True\n",
+        "            pass\n",
+        "rules/test_grape_formulas.py " + _BROADCAST,
+    ),
+    Bug(
+        "probes.py",
+        "            module.training = True\n",
+        "            pass\n",
+        "rules/test_grape_formulas.py " + _BROADCAST,
+    ),
+    Bug(
+        "probes.py",
+        "with torch.random.fork_rng(devices):",
+        "with contextlib.nullcontext():",
+        "rules/test_grape_formulas.py " + _BROADCAST,
+    ),
+    Bug(
+        "probes.py",
+        "if along.nonzero().flatten().tolist() != [i]:",
+        "if i not in along.nonzero().flatten().tolist():",
+        _LAYOUTS,
+    ),
+    Bug(
+        "probes.py",
+        "self._share = size / total",
+        "self._share = 1 / self._group.size()",
+        "test_rules.py test_rules_broadcast.py",
+    ),
+    # sites.py
+    Bug(
+        "sites.py",
+        "        return int(step) - 1\n",
+        "        return int(step)\n",
+        "test_surgery.py test_rules_broadcast.py test_rules.py",
+    ),
+    Bug("sites.py", "        return B.detach()\n", "        return B\n", "test_frozen.py"),
+    Bug("sites.py", "B = B if rows is None else B[rows]", "B = B", _ATTENTION + " test_convert.py"),
+    Bug(
+        "sites.py",
+        'cut = hidden if channel.mode == "exact" else hidden.detach()',
+        "cut = hidden",
+        _BROADCAST,
+    ),
+    Bug("sites.py", "step % period == period - 1", "step % period == 0", _BROADCAST),
+    Bug("sites.py", "return y.transpose(0, 1) if self.swapped else y", "return y", _LAYOUTS),
+    Bug("sites.py", "m.weight.t(), m.bias)", "m.weight, m.bias)", "test_transformers.py"),
+    # converting.py, places.py, learned.py, unfit.py
+    Bug("converting.py", "            module.__class__ = kind\n", "", _REFUSALS),
+    Bug(
+        "converting.py",
+        "nn.Parameter(value, requires_grad=not frozen)",
+        "nn.Parameter(value)",
+        "test_frozen.py",
+    ),
+    Bug(
+        "converting.py",
+        "generator_for(changes.seed, place.path))\n    if B is not None:",
+        "generator_for(0, place.path))\n    if B is not None:",
+        "test_convert.py test_rules.py",
+    ),
+    Bug("converting.py", "layouts = allowed_layouts(layouts[0][1])", "pass", _LAYOUTS),
+    Bug(
+        "converting.py",
+        'place.path, "tap")',
+        "place.path)",
+        _BROADCAST + " test_convert.py",
+    ),
+    Bug(
+        "converting.py",
+        "            site.channel.forget(site)\n",
+        "            pass\n",
+        "test_revert.py",
+    ),
+    Bug(
+        "places.py",
+        "rows, columns = reversed(shape) if is_conv1d(module) else shape",
+        "rows, columns = shape",
+        "test_transformers.py",
+    ),
+    Bug(
+        "places.py",
+        'p.path.startswith(path + ".")',
+        "p.path.startswith(path)",
+        "test_convert.py test_rules_broadcast.py",
+    ),
+    Bug(
+        "places.py",
+        "for n in range(len(parts), 0, -1))",
+        "for n in range(len(parts), 1, -1))",
+        "test_convert.py",
+    ),
+    Bug(
+        "places.py",
+        "kind in rule.takes and matches(p, path)",
+        "matches(p, path)",
+        "test_convert.py test_rules_broadcast.py",
+    ),
+    Bug(
+        "learned.py",
+        "key=lambda p: (not p.requires_grad, p.dim() < 2)",
+        "key=lambda p: not p.requires_grad",
+        "test_feedback_optimisers.py",
+    ),
+    Bug(
+        "learned.py",
+        "if any(w.requires_grad for w in found[2])",
+        "if True",
+        "test_frozen.py test_feedback_optimisers.py",
+    ),
+    Bug("unfit.py", "if any(weight.is_meta for weight in weights):", "if False:", _REFUSALS),
+    # assign.py, transforms.py
+    Bug(
+        "assign.py",
+        "a = applied(_OnceOnly, a, cotangent, force)",
+        "pass",
+        "test_equilibrium_module.py test_equilibrium_contract.py",
+    ),
+    Bug(
+        "assign.py",
+        "            to_W = flat.t().mm(_matrix(x))\n",
+        "            to_W = (flat / len(flat)).t().mm(_matrix(x))\n",
+        "rules/test_formulas.py",
+    ),
+    Bug(
+        "assign.py",
+        "learns = W.requires_grad or (B is not None and B.requires_grad)",
+        "learns = W.requires_grad",
+        "test_frozen.py test_feedback_optimisers.py",
+    ),
+    Bug("assign.py", "signal = g if ctx.exact else tap", "signal = tap", _BROADCAST),
+    Bug("assign.py", "key = (place, *shape)", "key = place", _BROADCAST + " " + _LAYOUTS),
+    Bug(
+        "assign.py",
+        "            return (e, *_once_only(grads[1:], e, *saved))\n",
+        "            return grads\n",
+        "test_rules_broadcast.py test_exported_contracts.py",
+    ),
+    Bug(
+        "assign.py",
+        "x, W, b, B = _autocast(x, W, b, B)",
+        "x, W, b, _ = _autocast(x, W, b, B)",
+        "test_convert.py test_linear.py test_exported_contracts.py",
+    ),
+    Bug(
+        "transforms.py",
+        '"generate_vmap_rule": True',
+        '"generate_vmap_rule": False',
+        "test_transforms.py",
+    ),
+    # attention.py, linear.py
+    Bug("attention.py", "mask + padding", "mask", _ATTENTION),
+    Bug(
+        "attention.py",
+        "q * math.sqrt(1.0 / float(D))",
+        "q * math.sqrt(1.0 / float(H * D))",
+        _ATTENTION,
+    ),
+    Bug(
+        "attention.py",
+        "dropout = m.dropout if m.training else 0.0",
+        "dropout = m.dropout",
+        _ATTENTION,
+    ),
+    Bug("attention.py", "None if b is None else b[rows], rows)", "b, rows)", _ATTENTION),
+    Bug(
+        "attention.py",
+        "return any(isinstance(m, nn.MultiheadAttention) and m.batch_first for m",
+        "return any(isinstance(m, nn.MultiheadAttention) for m",
+        _LAYOUTS,
+    ),
+    Bug("linear.py", "signal = signal / len(signal)", "signal = signal / len(x)", "test_linear.py"),
+    Bug("linear.py", "x, self._input = self._input, None", "x = self._input", "test_linear.py"),
+    Bug("linear.py", "        self._probes += 1\n", "", "test_linear.py"),
+    Bug(
+        "linear.py",
+        "self.B.sub_(cosine_gradient(self.B, estimate), alpha=lr_b)",
+        "self.B.add_(cosine_gradient(self.B, estimate), alpha=lr_b)",
+        "test_linear.py",
+    ),
+    # explaining.py
+    Bug(
+        "explaining.py",
+        "signals = {text for at, text in self.senders if index < at <= cut}",
+        "signals = {text for at, text in self.senders if index <= at <= cut}",
+        "test_explain.py",
+    ),
+    Bug("explaining.py", "return held[-1].__dict__", "return held[0].__dict__", "test_explain.py"),
+    Bug(
+        "explaining.py",
+        "transports=old.transports or new.transports",
+        "transports=new.transports",
+        "test_explain.py",
+    ),
+]
