@@ -2,7 +2,27 @@
 
 from __future__ import annotations
 
-from bugs import estimators, layered, places, rules
+from bugs import (
+    application,
+    contracts,
+    equilibrium,
+    estimators,
+    layered,
+    measuring,
+    places,
+    rules,
+    solvers,
+)
 
-FOLDERS = (rules, places, estimators, layered)
+FOLDERS = (
+    rules,
+    places,
+    equilibrium,
+    solvers,
+    estimators,
+    layered,
+    measuring,
+    contracts,
+    application,
+)
 BUGS = [bug for folder in FOLDERS for bug in folder.BUGS]
