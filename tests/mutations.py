@@ -4,10 +4,10 @@
     python tests/mutations.py rules/ phases.py   those of files whose path holds one of these
 
 Each bug is a line changed as a tired hand might change it; the table is in `bugs/`. The tests that
-should notice run first; only if they pass does the whole suite run, and with `--quick` not even
-then. At the end stands how many were noticed, and the status is 1 if more than a twentieth were
-not, or if one of these stands there without a reason why it is none.
-`tests/test_mutations.py` keeps the table true to the code.
+should notice must pass without any, and then run first; only if they pass with the bug does the
+whole suite run, and with `--quick` not even then. At the end stands how many were noticed, and the
+status is 1 if more than a twentieth were not, or if one of these stands there without a reason why
+it is none. `tests/test_mutations.py` keeps the table true to the code.
 """
 
 from __future__ import annotations
@@ -55,20 +55,23 @@ def try_bug(bug: Bug, quick: bool = False) -> Outcome:
     return Outcome(bug, False, "")
 
 
-def _run(tests: list[str], source: Path) -> str:
-    """Return the first failure of these tests, or nothing."""
+def _run(tests: list[str], source: Path, limit: float | None = LIMIT) -> str:
+    """Return the first failure of these tests, or nothing; stop if there are no such tests."""
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
     surroundings = {**os.environ, "PYTHONPATH": str(source), "OMP_NUM_THREADS": "1"}
     try:
         done = subprocess.run(
-            command, cwd=ROOT, env=surroundings, capture_output=True, text=True, timeout=LIMIT
+            command, cwd=ROOT, env=surroundings, capture_output=True, text=True, timeout=limit
         )
     except subprocess.TimeoutExpired:
         return "the tests ran too long"
     if done.returncode == 0:
         return ""
-    lines = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
-    return lines[0] if lines else (done.stdout + done.stderr).strip().splitlines()[-1]
+    told = (done.stdout + done.stderr).strip().splitlines()
+    if done.returncode > 2:  # no test failed, but pytest found none, or no such file
+        raise SystemExit(f"{' '.join(tests)}: {told[-1]}")
+    failed = [line for line in told if line.startswith(("FAILED", "ERROR"))]
+    return [*failed, *told[-1:], "the tests crashed"][0]
 
 
 def main(arguments: list[str]) -> int:
@@ -80,6 +83,9 @@ def main(arguments: list[str]) -> int:
     given = parser.parse_args(arguments)
     wanted = given.patterns or [""]
     chosen = [bug for bug in BUGS if any(pattern in bug.file for pattern in wanted)]
+    tests = {f"tests/{name}" for bug in chosen for name in bug.tests.split()}
+    if broken := tests and _run(sorted(tests), ROOT / "src", limit=None):
+        raise SystemExit(f"the tests fail without any bug, and so could tell none: {broken}")
     missed = []
     with ThreadPoolExecutor(given.jobs) as pool:
         for bug, noticed, how in pool.map(partial(try_bug, quick=given.quick), chosen):

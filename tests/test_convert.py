@@ -25,6 +25,14 @@ def test_patterns_give_each_place_its_rule_and_the_first_match_counts() -> None:
     assert type(model.head) is nn.Linear
 
 
+def test_backprop_put_first_keeps_a_block_from_a_rule_for_blocks() -> None:
+    model = TinyModel()
+    rule = ap.DirectFeedback("block", feedback="independent")
+    ap.convert(model, {"blocks.0": ap.Backprop(), "blocks.*": rule}, output="head")
+    names = {name for name, _ in model.named_buffers()}
+    assert "blocks.1.B_dfa" in names and "blocks.0.B_dfa" not in names
+
+
 @pytest.mark.parametrize(
     ("rule", "options", "message"),
     [
