@@ -6,7 +6,7 @@ from bugs.bug import Bug
 
 _FACTS = "test_audit_facts.py"
 _AUDIT = "test_audit_facts.py test_audit.py"
-_COMMAND = "test_audit_facts.py test_audit_command.py"
+_TABLES = "test_audit_tables.py"
 
 BUGS = [
     Bug("agreement.py", "norm_ratio=own / size", "norm_ratio=size / own if own else 0.0", _AUDIT),
@@ -63,15 +63,15 @@ BUGS = [
         "audit_report.py",
         "math.trunc(value * 10**digits) / 10**digits",
         "round(value, digits)",
-        _COMMAND,
+        _TABLES,
     ),
     Bug(
         "audit_report.py",
         "min(known, key=lambda n: known[n])",
         "max(known, key=lambda n: known[n])",
-        _COMMAND,
+        _TABLES,
     ),
-    Bug("audit_report.py", 'cost["peak_bytes"] / 2**20', 'cost["peak_bytes"] / 1e6', _COMMAND),
+    Bug("audit_report.py", 'cost["peak_bytes"] / 2**20', 'cost["peak_bytes"] / 1e6', _TABLES),
     Bug(
         "memory.py",
         "self.peak = max(self.peak, self._now)",

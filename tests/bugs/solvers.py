@@ -7,6 +7,7 @@ from bugs.bug import Bug
 _SOLVERS = "equilibrium/solvers/"
 _LANDING = "equilibrium/test_landing_facts.py"
 _FACTS = "equilibrium/test_solver_facts.py equilibrium/test_solver_edges.py"
+_CHAINS = "equilibrium/test_chains_starts_and_steps.py"
 _HARD = "equilibrium/test_hard_solvers.py"
 
 BUGS = [
@@ -47,7 +48,7 @@ BUGS = [
         _FACTS + " test_equilibrium_gradients.py",
     ),
     Bug(_SOLVERS + "anderson.py", "        self._gram[:, :rows, slot] = column\n", "", _FACTS),
-    Bug(_SOLVERS + "anderson.py", "return step * self.mixing", "return step", _FACTS),
+    Bug(_SOLVERS + "anderson.py", "return step * self.mixing", "return step", _LANDING),
     Bug(
         _SOLVERS + "anderson.py",
         "slot, rows = self._count % self._memory,",
@@ -80,9 +81,7 @@ BUGS = [
         "lower = searching",
         _HARD + " " + _FACTS,
     ),
-    Bug(
-        _SOLVERS + "scattered.py", "manual_seed(self.seed)", "manual_seed(0)", _FACTS + " " + _HARD
-    ),
+    Bug(_SOLVERS + "scattered.py", "manual_seed(self.seed)", "manual_seed(0)", _CHAINS),
     Bug(
         _SOLVERS + "scattered.py",
         "at = torch.where(per_sample(done, start), best.value, scattered)",
