@@ -25,6 +25,28 @@ def test_patterns_give_each_place_its_rule_and_the_first_match_counts() -> None:
     assert type(model.head) is nn.Linear
 
 
+def test_backprop_put_first_keeps_a_block_from_a_rule_for_blocks() -> None:
+    model = TinyModel()
+    rule = ap.DirectFeedback("block", feedback="independent")
+    ap.convert(model, {"blocks.0": ap.Backprop(), "blocks.*": rule}, output="head")
+    names = {name for name, _ in model.named_buffers()}
+    assert "blocks.1.B_dfa" in names and "blocks.0.B_dfa" not in names
+
+
+def test_a_rule_for_maps_keeps_no_block_from_a_rule_for_blocks() -> None:
+    model = TinyModel()
+    rule = ap.DirectFeedback("block", feedback="independent")
+    ap.convert(model, {"blocks.0": FA, "blocks.*": rule}, output="head")
+    names = {name for name, _ in model.named_buffers()}
+    assert {"blocks.0.B_dfa", "blocks.1.B_dfa", "blocks.0.first.up.B"} <= names
+
+
+def test_a_block_does_not_take_the_maps_of_one_whose_name_begins_like_its_own() -> None:
+    chain = nn.Sequential(*(nn.Sequential(nn.Linear(3, 3), nn.Tanh()) for _ in range(11)))
+    ap.convert(chain, ap.BlockDirectFeedback())
+    assert all(module[0].B_dfa_block.shape == (3, 3) for module in chain)
+
+
 @pytest.mark.parametrize(
     ("rule", "options", "message"),
     [

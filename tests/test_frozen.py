@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 import altprop as ap
+from altprop.assign import assign_transport
 from altprop.testing.rules import TinyModel
 
 LEARNED = [
@@ -197,3 +198,9 @@ def test_a_blocks_feedback_learns_while_any_of_its_weights_does(before: bool) ->
     )
     ap.add_feedback(optimizer, model)
     assert set(start) <= {id(p) for p in optimizer.param_groups[0]["params"]}
+
+
+def test_a_feedback_that_requires_a_gradient_gets_it_beside_a_frozen_weight_too() -> None:
+    x, W, B, g = (torch.randn(*s) for s in ((5, 3), (4, 3), (4, 3), (5, 4)))
+    assign_transport(x, W, None, ap.KolenPollack(), B.requires_grad_()).backward(g)
+    assert torch.equal(B.grad, g.T @ x)

@@ -85,6 +85,19 @@ def test_measuring_leaves_no_trace_in_random_numbers_statistics_modes_or_gradien
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
+def test_a_part_that_is_reverted_takes_what_was_known_of_its_layout_with_it() -> None:
+    model, x = convert(Net(between=lambda h: h.transpose(0, 1))), draw(N, N, C)
+    errors(model, x)  # of the blocks the first sees (T, N, C), and the second (N, T, C)
+    ap.revert(model.blocks[0])
+    model.zero_grad()
+    e, block = errors(model, x), model.blocks[1]
+    with torch.no_grad():
+        below = model.blocks[0](x.transpose(0, 1)).transpose(0, 1)
+        signal = e @ block.B_dfa.T * (1 - block(below) ** 2)
+    want = signal.flatten(0, -2).T @ below.flatten(0, -2)
+    assert torch.allclose(block[0].weight.grad, want, rtol=1e-10, atol=1e-12)
+
+
 @BOTH
 def test_a_head_of_zeros_hides_no_sample(granularity: str) -> None:
     model = Net(mean_of_first)

@@ -1,27 +1,11 @@
-"""The bugs that `mutations.py` puts into the code: a table, by folder."""
+"""Bugs of the estimators."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from bugs.bug import Bug
 
-
-class Bug(NamedTuple):
-    """`old` in a file below `src/altprop` becomes `new`; `tests`, which should notice, go first.
-
-    `harmless` says why a bug that nobody notices is none.
-    """
-
-    file: str
-    old: str
-    new: str
-    tests: str = ""
-    harmless: str = ""
-
-
-_EQ = "equilibrium/"
-_AEP = _EQ + "estimators/"
+_AEP = "equilibrium/estimators/"
 _CONTRAST = "equilibrium/test_contrast.py equilibrium/test_warm_start.py"
-_STACK = "equilibrium/test_stack_blocks.py test_layered.py"
 
 BUGS = [
     Bug(
@@ -34,7 +18,7 @@ BUGS = [
         _AEP + "confirm.py",
         "return (4 * near - pair) / 3",
         "return (4 * near - pair) / 4",
-        "equilibrium/test_nudges.py",
+        "equilibrium/test_exact_estimators.py test_exported_contracts.py",
     ),
     Bug(
         _AEP + "confirm.py",
@@ -112,7 +96,7 @@ BUGS = [
         _AEP + "phases.py",
         "beta = response * torch.where(state > 0, state, 1.0) / size.clamp_min(tiny)",
         "beta = response * state.clamp_min(tiny) / size.clamp_min(tiny)",
-        _CONTRAST,
+        "equilibrium/test_zero_state.py",
     ),
     Bug(
         _AEP + "phases.py",
@@ -163,69 +147,105 @@ BUGS = [
         "test_equilibrium_gradients.py",
     ),
     Bug(
-        _EQ + "habits.py",
-        "candidates = [Layout(axis) for axis in (0, 1, None)]",
-        "candidates = [Layout(axis) for axis in (0, None)]",
-        _STACK,
+        _AEP + "estimator.py",
+        "value = z + site.step * still",
+        "value = z",
+        "equilibrium/test_landing_facts.py equilibrium/test_approach.py",
     ),
     Bug(
-        _EQ + "conduct.py",
-        "for one in {0, len(z) - 1} if len(z) > 1 else ():",
-        "for one in {0} if len(z) > 1 else ():",
-        _STACK,
+        _AEP + "estimator.py",
+        "pulled = products.vjp(torch.cat([nothing, a], 1))",
+        "pulled = products.jvp(torch.cat([nothing, a], 1))",
+        "equilibrium/test_prefix.py",
     ),
     Bug(
-        _EQ + "habits.py",
-        "if count & (count - 1) and known.fits(shapes):",
-        "if count > 1 and known.fits(shapes):",
-        _STACK,
+        _AEP + "estimator.py",
+        "scale=torch.ones_like(sample_norm(cotangent)),  # unit",
+        "scale=None,  # unit",
+        "equilibrium/test_estimator_facts.py equilibrium/test_exact_estimators.py",
     ),
     Bug(
-        _EQ + "habits.py",
-        "return rows.reshape(first).movedim(0, self.axis).contiguous()",
-        "return rows.reshape(shape).contiguous()",
-        _STACK,
+        _AEP + "ep.py",
+        "phases.run(1.0, -guess)",
+        "phases.run(-1.0, -guess)",
+        "equilibrium/test_estimator_facts.py test_equilibrium_gradients.py",
     ),
     Bug(
-        _EQ + "layered.py",
-        "return h if level in self._habits.pure else h.clone()",
-        "return h",
-        _STACK,
+        _AEP + "ep.py",
+        'nudge_at("EP", self.nudge,',
+        'nudge_at("EP", "linear",',
+        "equilibrium/test_estimator_facts.py",
     ),
     Bug(
-        _EQ + "layered.py",
-        "levels[level + 1] = levels[level + 1] + part.jvp(levels[level])",
-        "levels[level + 1] = part.jvp(levels[level])",
-        _STACK + " test_layered.py",
+        _AEP + "ep.py",
+        "contrast(phases, plus, self.sides)",
+        "contrast(phases, plus, 2)",
+        "equilibrium/test_contrasts_and_own_solvers.py",
     ),
     Bug(
-        _EQ + "layered.py",
-        "for level in reversed(range(len(self._parts))):",
-        "for level in range(len(self._parts)):",
-        _STACK,
+        _AEP + "implicit.py",
+        "solution.value + stride * solution.force",
+        "solution.value - stride * solution.force",
+        "equilibrium/test_estimator_facts.py",
     ),
     Bug(
-        _EQ + "layered.py",
-        "with nullcontext() if draws is None else draws.again():",
-        "with nullcontext():",
-        "test_layered.py",
+        _AEP + "implicit.py",
+        "tol, self.max_steps, self.solver)",
+        "tol, self.max_steps, None)",
+        "equilibrium/test_contrasts_and_own_solvers.py",
     ),
     Bug(
-        _EQ + "stack.py",
-        "if self.busy or not self.on:",
-        "if self.busy:",
-        "test_layered.py",
+        _AEP + "one_step.py",
+        "                term = term + problem.step * products.vjp(term)\n                total",
+        "                term = term + problem.step * products.jvp(term)\n                total",
+        "equilibrium/test_estimator_facts.py",
     ),
     Bug(
-        _EQ + "stack.py",
-        "value = out.detach()\n    return assign_adjoint",
-        "value = out\n    return assign_adjoint",
-        "test_layered.py",
+        _AEP + "dyadic.py",
+        "pulled = problem.linearise(m).vjp(a) + nudge(m)",
+        "pulled = problem.linearise().vjp(a) + nudge(m)",
+        "equilibrium/test_estimator_facts.py equilibrium/test_exact_estimators.py",
     ),
     Bug(
-        _EQ + "products.py",
-        "library.enabled = False",
-        "library.enabled = True",
-        _STACK,
+        _AEP + "dyadic.py",
+        "value=solution.value[:, 1]",
+        "value=solution.value[:, 0]",
+        "equilibrium/test_estimator_facts.py",
+    ),
+    Bug(
+        _AEP + "holomorphic.py",
+        "weight = (1 if real else 2) / self.points",
+        "weight = 2 / self.points",
+        "equilibrium/test_exact_estimators.py",
+    ),
+    Bug(
+        _AEP + "holomorphic.py",
+        "torch.complex(correction(u.real), across)",
+        "torch.complex(correction(u.real), -across)",
+        "equilibrium/test_exact_estimators.py",
+    ),
+    Bug(
+        _AEP + "published.py",
+        "drive = problem.force(z) - sign * beta * gradient(z)",
+        "drive = problem.force(z) - sign * beta * gradient(still)",
+        "equilibrium/test_estimator_facts.py test_equilibrium_published.py",
+    ),
+    Bug(
+        _AEP + "published.py",
+        "drive = drive - correct(z - still, drive)",
+        "drive = drive - correct(z, drive)",
+        "equilibrium/test_estimator_facts.py test_equilibrium_published.py",
+    ),
+    Bug(
+        _AEP + "nudge.py",
+        "return lambda z: per_sample(scale, z) * gradient(z)",
+        "return lambda z: gradient(z)",
+        "equilibrium/test_nudges.py equilibrium/test_estimator_facts.py",
+    ),
+    Bug(
+        _AEP + "bptt.py",
+        "site.solver.unroll(site.force, site.start)",
+        "site.solver.unroll(site.force, site.start.detach())",
+        "equilibrium/test_estimator_facts.py test_equilibrium_gradients.py",
     ),
 ]

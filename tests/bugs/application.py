@@ -1,0 +1,180 @@
+"""Bugs of the application: training, runs, checkpoints, text, models, the command line."""
+
+from __future__ import annotations
+
+from bugs.bug import Bug
+
+_LM = "lm/"
+_TRAIN = "test_train.py test_training_facts.py"
+_RUN = "test_run.py test_run_folder.py"
+_MODEL = "test_model.py"
+_TEXT = "test_text.py"
+
+BUGS = [
+    Bug(
+        _LM + "train.py",
+        "return config.lr * (step + 1) / config.warmup",
+        "return config.lr * step / config.warmup",
+        _TRAIN,
+    ),
+    Bug(
+        _LM + "train.py",
+        "        total += float(loss) * len(x)\n",
+        "        total += float(loss)\n",
+        _TRAIN,
+    ),
+    Bug(
+        _LM + "train.py",
+        "                if progress.loss < progress.best_loss:\n",
+        "                if progress.loss > progress.best_loss:\n",
+        _TRAIN + " test_run.py",
+    ),
+    Bug(
+        _LM + "train.py",
+        "        progress.refused += 1\n        optimiser.zero_grad(set_to_none=True)\n",
+        "        progress.refused += 1\n",
+        _TRAIN,
+    ),
+    Bug(
+        _LM + "train.py",
+        "            parameter.requires_grad_(False)\n",
+        "            pass\n",
+        _TRAIN,
+    ),
+    Bug(
+        _LM + "train.py",
+        'output="head", seed=config.seed, batch_axis=0)',
+        'output="head", batch_axis=0)',
+        "test_rules_in_the_application.py " + _TRAIN,
+    ),
+    Bug(
+        _LM + "train.py",
+        "(seen.adjoint_result, seen.adjoint_residual, limits[1]),",
+        "(seen.adjoint_result, seen.adjoint_residual, limits[0]),",
+        _TRAIN,
+    ),
+    Bug(_LM + "run.py", '        batches.generator.set_state(saved.extra["batches"])\n', "", _RUN),
+    Bug(
+        _LM + "run.py",
+        "            stabiliser.load_state_dict(state)\n",
+        "            pass\n",
+        _RUN,
+    ),
+    Bug(
+        _LM + "run.py",
+        'if json.loads(line)["step"] > step:',
+        'if json.loads(line)["step"] >= step:',
+        _RUN,
+    ),
+    Bug(
+        _LM + "checkpoint.py",
+        'key: value if key == "step" else value.to(parameter)',
+        "key: value.to(parameter)",
+        "test_checkpoint.py test_run.py",
+    ),
+    Bug(
+        _LM + "checkpoint.py",
+        'if key.startswith(prefix) and "." not in key[len(prefix) :]',
+        "if key.startswith(name)",
+        "test_checkpoint.py test_run.py",
+    ),
+    Bug(
+        _LM + "text.py",
+        "return both[:, :-1].contiguous(), both[:, 1:].contiguous()",
+        "return both[:, :-1].contiguous(), both[:, :-1].contiguous()",
+        _TEXT,
+    ),
+    Bug(
+        _LM + "text.py",
+        "        last = len(self.tokens) - self.context\n",
+        "        last = len(self.tokens) - self.context - 1\n",
+        _TEXT,
+    ),
+    Bug(
+        _LM + "text.py",
+        'file.write(piece.astype("<u2", copy=False).data)',
+        'file.write(piece.astype(">u2", copy=False).data)',
+        _TEXT,
+    ),
+    Bug(
+        _LM + "corpora.py",
+        "return SourceText(path.name or str(path), description, text[:cut], text[cut:])",
+        "return SourceText(path.name or str(path), description, text, text[cut:])",
+        "test_corpora.py test_text.py",
+    ),
+    Bug(
+        _LM + "model.py",
+        "model.positions.weight[start:end]",
+        "model.positions.weight[: end - start]",
+        _MODEL + " test_generation.py",
+    ),
+    Bug(_LM + "model.py", ".tril(T - t)", ".tril(T - t + 1)", _MODEL + " test_generation.py"),
+    Bug(
+        _LM + "model.py",
+        "logits = model(ids[:, -context:])[0][:, -1]",
+        "logits = model(ids[:, :context])[0][:, -1]",
+        _MODEL + " test_generation.py",
+    ),
+    Bug(
+        _LM + "model.py",
+        "logits = self._read_out(self.block(x, cost=cost))",
+        "logits = self._read_out(self.block(x))",
+        _MODEL + " test_train.py",
+    ),
+    Bug(
+        _LM + "model.py",
+        "chances = (below / temperature).softmax(-1).float()",
+        "chances = (below * temperature).softmax(-1).float()",
+        _MODEL + " test_sample.py",
+    ),
+    Bug(
+        _LM + "model.py",
+        "            self.head.weight = self.tokens.weight\n",
+        "            self.head.weight = nn.Parameter(self.tokens.weight.clone())\n",
+        _MODEL,
+    ),
+    Bug(_LM + "report.py", "before = [0, *counts]", "before = counts", "test_report.py"),
+    Bug(
+        _LM + "settings.py",
+        "if other != self.model and given:",
+        "if False:",
+        "test_config.py test_train.py test_options_are_used.py",
+    ),
+    Bug(_LM + "config.py", "_defaults(cls) | given}", "given | _defaults(cls)}", "test_config.py"),
+    Bug(
+        _LM + "yaml_text.py",
+        "            seen[key.tag, key.value] = key.start_mark\n",
+        "",
+        "test_config.py test_lists.py test_cli.py",
+    ),
+    Bug(
+        _LM + "yaml_text.py",
+        'if letter == "," and not depth and not quote:',
+        'if letter == "," and not quote:',
+        "test_lists.py",
+    ),
+    Bug(
+        _LM + "sample_command.py",
+        "temperature=temperature, top_k=top_k, generator=generator)",
+        "temperature=temperature, generator=generator)",
+        "test_sample.py test_options_are_used.py",
+    ),
+    Bug(
+        _LM + "files.py",
+        "        fresh.unlink(missing_ok=True)\n",
+        "        pass\n",
+        "test_files.py",
+    ),
+    Bug(
+        _LM + "audit_gpt.py",
+        'controls["frozen"] - audit.loss) / gap',
+        'controls["frozen"] - audit.loss) / controls["frozen"]',
+        "test_audit_command.py",
+    ),
+    Bug(
+        _LM + "audit_gpt.py",
+        "    with rules_off(copied):\n        exact",
+        "    if True:\n        exact",
+        "test_audit_command.py",
+    ),
+]

@@ -1,0 +1,75 @@
+"""Bugs of the contracts in `altprop.testing`: a check that no longer checks."""
+
+from __future__ import annotations
+
+from bugs.bug import Bug
+
+_RULES = "test_rules_contract.py"
+_OTHERS = "test_equilibrium_contract.py"
+
+BUGS = [
+    Bug("testing/contract.py", "require(error <= rtol * size,", "require(error <= size,", _OTHERS),
+    Bug(
+        "testing/rules.py",
+        'assert error <= tolerance * scale, f"{what}',
+        'assert error <= scale, f"{what}',
+        _RULES,
+    ),
+    Bug(
+        "testing/rules.py",
+        "    _check_forward(rule)\n    _check_gradients(rule)\n",
+        "    _check_gradients(rule)\n",
+        _RULES,
+    ),
+    Bug("testing/rules.py", "    check_samples(rule)\n", "    pass\n", _RULES),
+    Bug("testing/rules.py", "    _check_twice(rule)\n", "", _RULES),
+    Bug(
+        "testing/rules.py",
+        'assert error <= 0.15 * size + 1e-6, f"autocast',
+        'assert error <= 15 * size + 1e-6, f"autocast',
+        _RULES,
+    ),
+    Bug("testing/rules.py", "    _check_seeds(rule)\n", "", _RULES),
+    Bug(
+        "testing/rules.py",
+        'module.__dict__.keys() == original.__dict__.keys(), "revert left',
+        'module.__dict__.keys() >= original.__dict__.keys(), "revert left',
+        _RULES,
+    ),
+    Bug("testing/rules.py", "    if compiled:\n        _check_compiled(rule)\n", "", _RULES),
+    Bug(
+        "testing/samples.py",
+        "parts = [_gradients(model, x[n : n + 1], weights[n : n + 1]) for n in range(N)]",
+        "parts = [_gradients(model, x, weights / N) for n in range(N)]",
+        _RULES,
+    ),
+    Bug(
+        "testing/samples.py",
+        "error <= 1e-10 * max(1.0, size)",
+        "error <= 1e10 * max(1.0, size)",
+        _RULES + " test_layouts_measured.py",
+    ),
+    Bug(
+        "testing/equilibrium.py",
+        '    _same(got, wanted, rtol, f"on',
+        '    _same(got, wanted, 1e3 * rtol, f"on',
+        _OTHERS,
+    ),
+    Bug("testing/equilibrium.py", "        _check_autograd(case)\n", "", _OTHERS),
+    Bug("testing/equilibrium.py", "        _check_double_backward(case)\n", "", _OTHERS),
+    Bug("testing/solving.py", "    _check_independence(solver)\n", "", _OTHERS),
+    Bug("testing/solving.py", "    _check_limits(solver)\n", "", _OTHERS),
+    Bug("testing/solving.py", "    counted.check_start(where)\n", "", _OTHERS),
+    Bug(
+        "testing/dynamics.py",
+        "        for mode in (False, True):\n",
+        "        for mode in (False,):\n",
+        "equilibrium/test_interaction.py",
+    ),
+    Bug(
+        "testing/dynamics.py",
+        'for name, argument in (("jvp", v), ("vjp", a)):',
+        'for name, argument in (("jvp", v),):',
+        _OTHERS,
+    ),
+]

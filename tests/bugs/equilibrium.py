@@ -1,0 +1,179 @@
+"""Bugs of equilibria: dynamics, their closed forms, calls, spectra, stability."""
+
+from __future__ import annotations
+
+from bugs.bug import Bug
+
+_EQ = "equilibrium/"
+_HINGE = _EQ + "test_hinge_of_the_call.py test_equilibrium_hinge.py"
+_NOISE = _EQ + "test_noise.py"
+_APART = _EQ + "test_interaction.py"
+_MODULE = "test_equilibrium_module.py"
+_DYNAMICS = "test_dynamics.py"
+
+BUGS = [
+    Bug(_EQ + "driven.py", "        self._draws = draws\n", "        pass\n", _NOISE),
+    Bug(
+        _EQ + "driven.py",
+        "Driven(self._dynamics, self.x.detach(), args, kwargs)",
+        "Driven(self._dynamics, self.x.detach())",
+        _HINGE + " " + _NOISE,
+    ),
+    Bug(
+        _EQ + "driven.py",
+        "return same and z._version == self.version",
+        "return same",
+        _EQ + "test_record.py",
+    ),
+    Bug(_EQ + "driven.py", "(self._once() if self.fresh else self).force", "self.force", _NOISE),
+    Bug(_EQ + "conduct.py", "            b.copy_(copy)\n", "            pass\n", _APART),
+    Bug(
+        _EQ + "conduct.py",
+        "            self._stand(before)\n",
+        "            pass\n",
+        _NOISE + " test_layered.py",
+    ),
+    Bug(_EQ + "conduct.py", "if count & (count - 1) == 0:", "if count == 1:", _APART),
+    Bug(
+        _EQ + "module.py",
+        "value = found.state + step * found.force\n",
+        "value = found.state\n",
+        "test_generation.py " + _DYNAMICS,
+    ),
+    Bug(
+        _EQ + "module.py",
+        '        if result or self.on_failure == "accept":\n',
+        '        if result or self.on_failure != "raise":\n',
+        _MODULE,
+    ),
+    Bug(
+        _EQ + "module.py",
+        "own = with_limits(solver or self.solver, tol, max_steps)",
+        "own = with_limits(self.solver, tol, max_steps)",
+        _EQ + "test_estimator_facts.py test_options_are_used.py",
+    ),
+    Bug(
+        _EQ + "module.py",
+        "return driven.linearise(z if at is None else at)",
+        "return driven.linearise(z)",
+        _EQ + "test_estimator_facts.py",
+    ),
+    Bug(
+        _EQ + "module.py",
+        '{**super().__getstate__(), "certificate": None}',
+        "super().__getstate__()",
+        _MODULE,
+    ),
+    Bug(
+        _EQ + "solving.py",
+        "residual=torch.cat([part.residual for part in parts])",
+        "residual=parts[0].residual",
+        _EQ + "test_chunks.py",
+    ),
+    Bug(_EQ + "solving.py", "start[:, k:] + moved", "start[:, k:]", _EQ + "test_prefix.py"),
+    Bug(
+        _EQ + "dynamics.py",
+        "self.step = 1 / (1 + scale * damping)",
+        "self.step = 1 / (1 + damping)",
+        _DYNAMICS + " test_equilibrium_gradients.py",
+    ),
+    Bug(
+        _EQ + "dynamics.py",
+        "device=z.device).triu_(S + 1)",
+        "device=z.device).triu_(S)",
+        _DYNAMICS + " test_generation.py",
+    ),
+    Bug(
+        _EQ + "dynamics.py",
+        "to_x = du + (1 - self._alpha) * dw",
+        "to_x = du + dw",
+        _DYNAMICS + " " + _EQ + "test_record.py",
+    ),
+    Bug(
+        _EQ + "dynamics.py",
+        "return self._alpha * self._norm1.vjp(self._attention.vjp(du)) - a",
+        "return self._norm1.vjp(self._attention.vjp(self._alpha * du)) - a",
+        _DYNAMICS,
+    ),
+    Bug(
+        _EQ + "dynamics.py",
+        "pulled = a if self._scale == 1 else self._scale * a",
+        "pulled = a",
+        _DYNAMICS + " " + _EQ + "test_record.py",
+    ),
+    Bug(_EQ + "linearised.py", "yield 1, ds.mT @ self._q", "yield 1, ds @ self._q", _DYNAMICS),
+    Bug(
+        _EQ + "linearised.py",
+        "future = torch.ones(j - i, j, dtype=torch.bool, device=q.device).triu_(i + 1)",
+        "future = torch.ones(j - i, j, dtype=torch.bool, device=q.device).triu_(1)",
+        _DYNAMICS,
+    ),
+    Bug(
+        _EQ + "linearised.py",
+        "return self._project(a * self._weight)",
+        "return self._project(a) * self._weight",
+        _DYNAMICS + " " + _EQ + "test_record.py",
+    ),
+    Bug(
+        _EQ + "linearised.py",
+        "gradients[slot] = weight if weight is None else weight.mul_(self._roots[slot])",
+        "gradients[slot] = weight",
+        _DYNAMICS + " " + _EQ + "test_record.py",
+    ),
+    Bug(
+        _EQ + "products.py",
+        "        if kept is None:  # hooks on saved tensors gave a copy\n"
+        "            kept = again()\n",
+        "",
+        _EQ + "test_record.py",
+    ),
+    Bug(
+        _EQ + "spectra.py",
+        "return (products.jvp(v) + products.vjp(v)) / 2",
+        "return products.jvp(v)",
+        "test_spectra.py",
+    ),
+    Bug(
+        _EQ + "spectra.py",
+        "columns.squeeze(2).permute(1, 2, 0)",
+        "columns.squeeze(2).permute(1, 0, 2)",
+        "test_spectra.py",
+    ),
+    Bug(_EQ + "spectra.py", "        cache = extension.remember(own)\n", "", "test_spectra.py"),
+    Bug(
+        _EQ + "stability.py",
+        "self.weight * self.every * (gain - target).square()",
+        "self.weight * (gain - target).square()",
+        _HINGE,
+    ),
+    Bug(
+        _EQ + "stability.py",
+        "state.probes[path] = pulled.detach() / size + self.fresh * noise",
+        "state.probes[path] = direction + self.fresh * noise",
+        _HINGE,
+    ),
+    Bug(
+        _EQ + "stability.py",
+        "_unit(direction + _unit(remainder))",
+        "_unit(direction + remainder)",
+        _HINGE,
+    ),
+    Bug(
+        _EQ + "exact.py",
+        "residual = found.residual / (1 + sample_norm(found.value))",
+        "residual = found.residual",
+        "test_rules_off.py",
+    ),
+    Bug(
+        _EQ + "analytic.py",
+        "tail = erfc_right(torch.where(left, -z, z)) / 2",
+        "tail = erfc_right(z) / 2",
+        _EQ + "test_analytic.py",
+    ),
+    Bug(
+        _EQ + "analytic.py",
+        "scores = q @ k.transpose(-1, -2) * (C // heads) ** -0.5",
+        "scores = q @ k.mH * (C // heads) ** -0.5",
+        _EQ + "test_analytic.py",
+    ),
+]

@@ -1,0 +1,77 @@
+"""Bugs of the layered systems that stacks become."""
+
+from __future__ import annotations
+
+from bugs.bug import Bug
+
+_EQ = "equilibrium/"
+_STACK = "equilibrium/test_stack_blocks.py test_layered.py"
+
+BUGS = [
+    Bug(
+        _EQ + "habits.py",
+        "candidates = [Layout(axis) for axis in (0, 1, None)]",
+        "candidates = [Layout(axis) for axis in (0, None)]",
+        _STACK,
+    ),
+    Bug(
+        _EQ + "conduct.py",
+        "for one in {0, len(z) - 1} if len(z) > 1 else ():",
+        "for one in {0} if len(z) > 1 else ():",
+        _STACK,
+    ),
+    Bug(
+        _EQ + "habits.py",
+        "if count & (count - 1) and known.fits(shapes):",
+        "if count > 1 and known.fits(shapes):",
+        _STACK,
+    ),
+    Bug(
+        _EQ + "habits.py",
+        "return rows.reshape(first).movedim(0, self.axis).contiguous()",
+        "return rows.reshape(shape).contiguous()",
+        _STACK,
+    ),
+    Bug(
+        _EQ + "layered.py",
+        "return h if level in self._habits.pure else h.clone()",
+        "return h",
+        _STACK,
+    ),
+    Bug(
+        _EQ + "layered.py",
+        "levels[level + 1] = levels[level + 1] + part.jvp(levels[level])",
+        "levels[level + 1] = part.jvp(levels[level])",
+        _STACK + " test_layered.py",
+    ),
+    Bug(
+        _EQ + "layered.py",
+        "for level in reversed(range(len(self._parts))):",
+        "for level in range(len(self._parts)):",
+        _STACK,
+    ),
+    Bug(
+        _EQ + "layered.py",
+        "with nullcontext() if draws is None else draws.again():",
+        "with nullcontext():",
+        "test_layered.py",
+    ),
+    Bug(
+        _EQ + "stack.py",
+        "if not self.on or not torch.is_grad_enabled():",
+        "if not torch.is_grad_enabled():",
+        "test_layered.py",
+    ),
+    Bug(
+        _EQ + "stack.py",
+        "value = out.detach()\n    return assign_adjoint",
+        "value = out\n    return assign_adjoint",
+        "test_layered.py",
+    ),
+    Bug(
+        _EQ + "products.py",
+        "library.enabled = False",
+        "library.enabled = True",
+        _STACK,
+    ),
+]

@@ -1,0 +1,88 @@
+"""Bugs of what measures: audits, agreements, reports, memory."""
+
+from __future__ import annotations
+
+from bugs.bug import Bug
+
+_FACTS = "test_audit_facts.py"
+_AUDIT = "test_audit_facts.py test_audit.py"
+_TABLES = "test_audit_tables.py"
+
+BUGS = [
+    Bug("agreement.py", "norm_ratio=own / size", "norm_ratio=size / own if own else 0.0", _AUDIT),
+    Bug(
+        "agreement.py",
+        "relative_error=float((g - r).norm()) / size",
+        "relative_error=float((g - r).norm()) / (own or 1.0)",
+        _AUDIT,
+    ),
+    Bug("agreement.py", "pointed = r != 0", "pointed = g != 0", _AUDIT),
+    Bug(
+        "agreement.py",
+        "[gradients[name] for name in references]",
+        "[gradients[name] for name in gradients]",
+        _FACTS,
+    ),
+    Bug(
+        "agreement.py", "t.detach().cpu().double().flatten()", "t.detach().cpu().flatten()", _FACTS
+    ),
+    Bug(
+        "agreement.py",
+        "return abs(math.log(value)) if value > 0 else math.inf",
+        "return abs(value - 1)",
+        _FACTS,
+    ),
+    Bug("auditing.py", "output=self.output, seed=self.seed)", "output=self.output)", _FACTS),
+    Bug("auditing.py", "            revert(model)\n", "            pass\n", _FACTS),
+    Bug(
+        "auditing.py",
+        "                restore()\n                gradients, measured",
+        "                gradients, measured",
+        _AUDIT,
+    ),
+    Bug(
+        "auditing.py",
+        "compare_all(gradients, references, floor), measured",
+        "compare_all(gradients, references), measured",
+        _AUDIT,
+    ),
+    Bug(
+        "auditing.py",
+        "slopes.append((8 * near - far) / (12 * h))",
+        "slopes.append((8 * near + far) / (12 * h))",
+        _AUDIT,
+    ),
+    Bug("auditing.py", "        torch.set_rng_state(host)\n", "        pass\n", _AUDIT),
+    Bug(
+        "audit_report.py",
+        '"adjoint": max(known("adjoint_residual"), default=None)',
+        '"adjoint": max(known("nudged_residual"), default=None)',
+        _FACTS,
+    ),
+    Bug(
+        "audit_report.py",
+        "math.trunc(value * 10**digits) / 10**digits",
+        "round(value, digits)",
+        _TABLES,
+    ),
+    Bug(
+        "audit_report.py",
+        "min(known, key=lambda n: known[n])",
+        "max(known, key=lambda n: known[n])",
+        _TABLES,
+    ),
+    Bug("audit_report.py", 'cost["peak_bytes"] / 2**20', 'cost["peak_bytes"] / 1e6', _TABLES),
+    Bug(
+        "memory.py",
+        "self.peak = max(self.peak, self._now)",
+        "self.peak = self._now",
+        "test_memory.py",
+    ),
+    Bug(
+        "memory.py",
+        "self._meet(tensor, counts=False)",
+        "self._meet(tensor, counts=True)",
+        "test_memory.py",
+    ),
+    Bug("memory.py", "            self._now -= size\n", "            pass\n", "test_memory.py"),
+]

@@ -1,0 +1,92 @@
+"""Bugs of the solvers."""
+
+from __future__ import annotations
+
+from bugs.bug import Bug
+
+_SOLVERS = "equilibrium/solvers/"
+_LANDING = "equilibrium/test_landing_facts.py"
+_FACTS = "equilibrium/test_solver_facts.py equilibrium/test_solver_edges.py"
+_CHAINS = "equilibrium/test_chains_starts_and_steps.py"
+_HARD = "equilibrium/test_hard_solvers.py"
+
+BUGS = [
+    Bug(
+        _SOLVERS + "solver.py",
+        "return self in (Result.CONVERGED, Result.FIXED_TIME)",
+        "return self is not Result.NON_FINITE",
+        _LANDING,
+    ),
+    Bug(
+        _SOLVERS + "solver.py",
+        "if bool((residual <= tol).all()) else Result.MAX_STEPS",
+        "if float(residual.mean()) <= tol else Result.MAX_STEPS",
+        _LANDING,
+    ),
+    Bug(
+        _SOLVERS + "solver.py",
+        "size = sample_norm(state) if scale is None else scale",
+        "size = sample_norm(state)",
+        _FACTS + " test_equilibrium_contract.py",
+    ),
+    Bug(
+        _SOLVERS + "solver.py",
+        "state = torch.where(per_sample(short, state), again.value, landing.state)",
+        "state = again.value",
+        _LANDING,
+    ),
+    Bug(
+        _SOLVERS + "solver.py",
+        "z.flatten(1), dim=1)",
+        "z.flatten(1), dim=1, ord=float('inf'))",
+        _LANDING + " " + _FACTS,
+    ),
+    Bug(
+        _SOLVERS + "euler.py",
+        "z = z + self.step * force(z)",
+        "z = z + force(z)",
+        _FACTS + " test_equilibrium_gradients.py",
+    ),
+    Bug(_SOLVERS + "anderson.py", "        self._gram[:, :rows, slot] = column\n", "", _FACTS),
+    Bug(_SOLVERS + "anderson.py", "return step * self.mixing", "return step", _LANDING),
+    Bug(
+        _SOLVERS + "anderson.py",
+        "slot, rows = self._count % self._memory,",
+        "slot, rows = min(self._count, self._memory - 1),",
+        _FACTS,
+    ),
+    Bug(
+        _SOLVERS + "anderson.py",
+        "best_f = torch.where(shaped, f, best_f)",
+        "best_f = f",
+        _FACTS + " test_equilibrium_contract.py",
+    ),
+    Bug(_SOLVERS + "defect.py", "u + inverse(f), u)", "u - inverse(f), u)", _FACTS),
+    Bug(
+        _SOLVERS + "gmres.py",
+        "off <= 0.1 * sample_norm(old) + rounding",
+        "off <= 10 * sample_norm(old) + rounding",
+        _HARD + " " + _FACTS,
+    ),
+    Bug(_SOLVERS + "krylov.py", "force(z + h * v) - f) / h", "force(z + h * v) - f)", _FACTS),
+    Bug(
+        _SOLVERS + "krylov.py",
+        "small[:, : k + 1, k] += along",
+        "small[:, : k + 1, k] = along",
+        _FACTS + " " + _HARD,
+    ),
+    Bug(
+        _SOLVERS + "newton.py",
+        "lower = searching & (sample_norm(new) <= (1 - 1e-4 * length) * size)",
+        "lower = searching",
+        _HARD + " " + _FACTS,
+    ),
+    Bug(_SOLVERS + "scattered.py", "manual_seed(self.seed)", "manual_seed(0)", _CHAINS),
+    Bug(
+        _SOLVERS + "scattered.py",
+        "at = torch.where(per_sample(done, start), best.value, scattered)",
+        "at = scattered",
+        _FACTS + " " + _HARD,
+    ),
+    Bug(_SOLVERS + "adaptive.py", "- 1 / 8 * fourth", "+ 1 / 8 * fourth", _FACTS),
+]

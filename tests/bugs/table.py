@@ -1,0 +1,28 @@
+"""All bugs that `mutations.py` puts into the code."""
+
+from __future__ import annotations
+
+from bugs import (
+    application,
+    contracts,
+    equilibrium,
+    estimators,
+    layered,
+    measuring,
+    places,
+    rules,
+    solvers,
+)
+
+FOLDERS = (
+    rules,
+    places,
+    equilibrium,
+    solvers,
+    estimators,
+    layered,
+    measuring,
+    contracts,
+    application,
+)
+BUGS = [bug for folder in FOLDERS for bug in folder.BUGS]
