@@ -38,7 +38,7 @@ BUGS = [
         _EQ + "module.py",
         "value = found.state + step * found.force\n",
         "value = found.state\n",
-        "test_generation.py " + _DYNAMICS,
+        "test_generation.py",
     ),
     Bug(
         _EQ + "module.py",
@@ -50,7 +50,7 @@ BUGS = [
         _EQ + "module.py",
         "own = with_limits(solver or self.solver, tol, max_steps)",
         "own = with_limits(self.solver, tol, max_steps)",
-        _EQ + "test_estimator_facts.py test_options_are_used.py",
+        "equilibrium/test_contrasts_and_own_solvers.py",
     ),
     Bug(
         _EQ + "module.py",
@@ -75,7 +75,7 @@ BUGS = [
         _EQ + "dynamics.py",
         "self.step = 1 / (1 + scale * damping)",
         "self.step = 1 / (1 + damping)",
-        _DYNAMICS + " test_equilibrium_gradients.py",
+        "test_dynamics.py",
     ),
     Bug(
         _EQ + "dynamics.py",
