@@ -70,7 +70,13 @@ BUGS = [
         "residual=parts[0].residual",
         _EQ + "test_chunks.py",
     ),
-    Bug(_EQ + "solving.py", "start[:, k:] + moved", "start[:, k:]", _EQ + "test_prefix.py"),
+    Bug(
+        _EQ + "solving.py",
+        "start[:, k:] + moved",
+        "start[:, k:]",
+        _EQ + "test_prefix.py",
+        harmless="a start is a guess: another one costs an evaluation more or less",
+    ),
     Bug(
         _EQ + "dynamics.py",
         "self.step = 1 / (1 + scale * damping)",
@@ -156,7 +162,7 @@ BUGS = [
         _EQ + "stability.py",
         "_unit(direction + _unit(remainder))",
         "_unit(direction + remainder)",
-        _HINGE,
+        "test_equilibrium_hinge.py",
     ),
     Bug(
         _EQ + "exact.py",
