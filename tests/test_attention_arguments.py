@@ -382,3 +382,9 @@ def test_a_projection_left_to_backprop_computes_as_before() -> None:
         converted = ap.convert(copy.deepcopy(plain), {"out_proj": ap.FeedbackAlignment()})
         inputs = (x, other, other) if options else (x, x, x)
         assert torch.equal(plain(*inputs)[0], converted(*inputs)[0])
+
+
+def test_dropout_acts_in_training_alone() -> None:
+    both, x = pair(lambda: nn.MultiheadAttention(E, H, dropout=0.5, dtype=DOUBLE)), draw(L, N, E)
+    for what in modes(both):
+        assert check_same(both, what, x, x, x)

@@ -131,6 +131,13 @@ def test_a_cache_can_be_extended_twice() -> None:
     assert torch.equal(first, again)
 
 
+def test_where_nothing_is_attended_to_the_natural_step_reaches_the_equilibrium_at_once() -> None:
+    dynamics = ap.DampedAttention(8, 2, scale=0.7, damping=2.0).double()
+    torch.nn.init.zeros_(dynamics.attention.W_O)
+    z, x = torch.randn(2, 2, 3, 8).double()
+    assert torch.allclose(dynamics(z + dynamics.step * dynamics(z, x), x), torch.zeros(()).double())
+
+
 def test_a_dynamics_without_a_cache_says_so() -> None:
     with pytest.raises(ap.RuleError, match="keeps no cache"):
         hopfield().block().extend(torch.zeros(1, 1, 6, dtype=torch.float64))

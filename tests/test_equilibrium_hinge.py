@@ -182,6 +182,18 @@ def test_a_remainder_steers_the_probe() -> None:
     assert hinge.apply(block, fresh(hinge), step=0)["jacobian_gain"] != steered
 
 
+def test_it_looks_along_the_probe_and_the_remainder_alike_however_small_that_is() -> None:
+    block, hinge = prepared(damped(B=1)), ap.JacobianHinge(target=1e9, every=1)
+    probe, remainder = torch.randn(2, *block.certificate.state.shape, dtype=torch.float64)
+    state = fresh(hinge)
+    state.probes[""] = probe
+    block.certificate = replace(block.certificate, adjoint_remainder=1e-6 * remainder)
+    v = probe / probe.norm() + remainder / remainder.norm()
+    wanted = mapped_jacobian(block)[0].mT @ (v / v.norm()).flatten()
+    got = hinge.apply(block, state, step=0)["jacobian_gain"]
+    assert got == pytest.approx(float(wanted.norm()), rel=1e-5)
+
+
 @pytest.mark.parametrize("what", ["state", "adjoint_remainder"])
 def test_what_is_lost_on_one_step_does_not_disable_it_on_the_next(what: str) -> None:
     block = prepared(gated())

@@ -210,6 +210,15 @@ def test_a_pass_cut_at_a_blocks_output_hears_nothing_from_above_it() -> None:
     assert signals["blocks.1.first.norm.weight"] == "random feedback"
 
 
+def test_a_weight_that_is_carried_in_one_of_its_places_is_carried() -> None:
+    model = TinyModel()
+    for names in (("head", "embed"), ("embed", "head")):
+        model._modules = {**{n: model._modules[n] for n in names}, **model._modules}
+        rows = ap.explain(ap.convert(model, {"blocks": FA})).rows
+        assert [row.transports for row in rows if row.parameter == f"{names[0]}.weight"] == [True]
+        ap.revert(model)
+
+
 def stacked() -> nn.Sequential:
     blocks = nn.Sequential(*(nn.Sequential(nn.Linear(4, 4), nn.Tanh()) for _ in range(3)))
     return nn.Sequential(nn.Linear(5, 4), blocks, nn.Linear(4, 2))

@@ -34,6 +34,14 @@ def test_cached_tokens_are_those_of_the_whole_window(block: str) -> None:
         assert torch.equal(logits.argmax(-1), out[:, t])
 
 
+@pytest.mark.parametrize("block", ["gated", "damped", "thick"])
+def test_a_whole_window_beside_no_cache_is_the_state_of_the_module(block: str) -> None:
+    model = tiny(block, 5, tol=1e-2)  # a short window, which is not solved in parts
+    x = torch.randn(2, 5, 8, dtype=torch.float64)
+    with torch.no_grad():
+        assert torch.allclose(model.block.extend(x)[0], model.block(x), rtol=1e-12, atol=1e-14)
+
+
 def test_a_thousand_cached_tokens_are_those_of_the_full_solve() -> None:
     """One full solve of all tokens checks every prefix, for a state knows no later token."""
     model = tiny("gated", 1001)

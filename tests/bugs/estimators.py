@@ -18,7 +18,7 @@ BUGS = [
         _AEP + "confirm.py",
         "return (4 * near - pair) / 3",
         "return (4 * near - pair) / 4",
-        "equilibrium/test_exact_estimators.py test_exported_contracts.py",
+        _CONTRAST,
     ),
     Bug(
         _AEP + "confirm.py",

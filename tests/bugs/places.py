@@ -189,13 +189,13 @@ BUGS = [
         "assign.py",
         "            return (e, *_once_only(grads[1:], e, *saved))\n",
         "            return grads\n",
-        "test_rules_broadcast.py test_exported_contracts.py",
+        "test_rules_contract.py test_rules_broadcast.py",
     ),
     Bug(
         "assign.py",
         "x, W, b, B = _autocast(x, W, b, B)",
         "x, W, b, _ = _autocast(x, W, b, B)",
-        "test_convert.py test_linear.py test_exported_contracts.py",
+        "test_convert.py test_rules_contract.py",
     ),
     # attention.py, linear.py
     Bug("attention.py", "mask + padding", "mask", _ATTENTION),

@@ -262,3 +262,12 @@ def test_the_phases_decide_where_the_linear_problem_was_not_solved() -> None:
     assert error(found, reference) <= 1e-7
     assert certificate.adjoint_residual is not None
     assert float(certificate.adjoint_residual.max()) <= 1e-8
+
+
+@pytest.mark.parametrize("sides", [1, 4])
+def test_one_side_and_two_pairs_tell_of_a_coarse_linear_solution_what_a_pair_tells(
+    sides: int,
+) -> None:
+    s = system("gated", 1)
+    pair, other = (gradient(s, ap.AEP(tol=0.05, sides=n))[0] for n in (2, sides))
+    assert error(other, pair) <= 1e-6 < error(pair, exact(s))
