@@ -61,17 +61,19 @@ class Certificate:
 
     `free_residual`: `‖F‖/‖z‖` per sample at the state that is recorded, `(B,)`. `free_evaluations`:
     force evaluations of the free phase, the recorded one included. `result`: its outcome. `state`,
-    `input`: `z*` and `x`, detached, `(B, ...)`. `adjoint_residual`: of the linear or nudged phases
-    relative to the nudge, the worst of them, `(B,)`. `adjoint_remainder`: the adjoint equation's
-    residual as a vector, `(B, ...)`. `nudged_residuals`: each nudged phase's own, `(phases, B)`;
-    None for an estimator without any. `antisymmetry`: `‖Jv − Jᵀv‖/‖Jv‖`, `(B,)`, along the adjoint,
-    where the estimator has both products anyway: how wrong naive EP would be here.
-    `adjoint_floor`: the round-off below which a contrast of phases tells nothing, relative to the
-    nudge, `(1, B)`, or to the level's own adjoint in a layered system, `(levels, B)`; where it is
-    above 1 the adjoint of that level is that of the linear problem alone.
-    `adjoint_evaluations`: force, JVP and VJP products in the backward pass. `beta`: the nudge per
-    sample for a cotangent of unit norm, `(B,)`. `response`: `‖z^β − z*‖ / ‖z*‖`, `(B,)`. `system`:
-    what was solved, for whoever evaluates its force later; None after `extend`.
+    `input`: `z*` and `x`, detached, `(B, ...)`. `adjoint_residual`: of the linear problem, or of
+    the nudged phases (AEP: of their contrast; the others: the worst of them), relative to the
+    nudge, `(B,)`; of AEP's own nudge in a layered system the worst level's, relative to that
+    level's adjoint. `adjoint_remainder`: the adjoint equation's residual as a vector, `(B, ...)`.
+    `nudged_residuals`: each nudged phase's own, `(phases, B)`; None for an estimator without any.
+    `antisymmetry`: `‖Jv − Jᵀv‖/‖Jv‖`, `(B,)`, along the adjoint, where the estimator has both
+    products anyway: how wrong naive EP would be here. `adjoint_floor`: the round-off below which a
+    contrast of phases tells nothing, relative to the nudge, `(1, B)`, or to the level's own adjoint
+    in a layered system, `(levels, B)`; where it is above 1 the adjoint of that level is that of the
+    linear problem alone. `adjoint_evaluations`: force, JVP and VJP products in the backward pass.
+    `beta`: the nudge per sample for a cotangent of unit norm, `(B,)`. `response`: `‖z^β − z*‖ /
+    ‖z*‖`, `(B,)`. `system`: what was solved, for whoever evaluates its force later; None after
+    `extend`.
     """
 
     result: Result

@@ -34,8 +34,8 @@ def solve_pair(
     """Solve both phases until their contrast is within the tolerance, and read the adjoint.
 
     No state is moved by what is below the round-off. Where the linear problem was solved its
-    residual is what is left there; where it was not, what the contrast shows counts in full, so
-    that a nudge too small to be seen is no success.
+    residual is what is left there; where it was not, the certificate has what the contrast shows,
+    and if that is more than `√tol`, the nudge was too small to be seen, which is no success.
 
     **Arguments:** `start`, the first `a`, `(B, ...)`; `correction`, `u ↦ (J − Jᵀ)u` at the free
     state; `None` to linearise anew at the phases' mean, wherever it is; `linear`, the solution of
@@ -102,7 +102,7 @@ def solve_pair(
         remainder=left,
         # the correction counts its own products
         evaluations=(2 if correction is not None else 7) * calls,
-        result=worst(solution.result, conclude(certified, phases.tol)),
+        result=worst(solution.result, conclude(certified, weight)),  # what rounding hides included
         beta=phases.beta,
         response=displacement(phases.beta, furthest, problem),
         nudged_residuals=torch.stack([sample_norm(s - c), sample_norm(s + c)]),
