@@ -33,7 +33,12 @@ BUGS = [
         "            pass\n",
         _NOISE + " test_layered.py",
     ),
-    Bug(_EQ + "conduct.py", "if count & (count - 1) == 0:", "if count == 1:", _APART),
+    Bug(
+        _EQ + "conduct.py",
+        "return self.calls & (self.calls + 1) == 0 or",
+        "return self.calls == 0 or",
+        _APART,
+    ),
     Bug(
         _EQ + "module.py",
         "value = found.state + step * found.force\n",

@@ -28,7 +28,7 @@ BUGS = [
     ),
     Bug(
         _AEP + "confirm.py",
-        "hidden |= curved & ~(beside < before / 2)",
+        "hidden |= curved & (beside >= before / 2)",
         "hidden |= curved",
         _CONTRAST,
     ),
@@ -40,7 +40,7 @@ BUGS = [
     ),
     Bug(
         _AEP + "confirm.py",
-        "left = choose(level_norms(seen, widths) > floor, seen, linear.force, widths)",
+        "left = choose(untold, linear.force, seen, widths)",
         "left = seen",
         _CONTRAST,
     ),
@@ -51,9 +51,9 @@ BUGS = [
         _CONTRAST + " equilibrium/test_exact_estimators.py",
     ),
     Bug(
-        _AEP + "confirm.py",
-        "scale = size.clamp_min(tiny) if widths else torch.ones_like(size)",
-        "scale = torch.ones_like(size)",
+        _AEP + "roundoff.py",
+        "return norms / level_norms(a, widths).clamp_min(torch.finfo(norms.dtype).tiny)",
+        "return norms",
         _CONTRAST,
     ),
     Bug(
@@ -124,8 +124,8 @@ BUGS = [
     ),
     Bug(
         _AEP + "aep.py",
-        "if out is None or (linear is not None and linear.result and not out.result):",
-        "if out is None:",
+        "if linear.result and not out.result:",
+        "if linear.result and not linear.result:",
         "test_equilibrium_gradients.py",
     ),
     Bug(
