@@ -161,7 +161,7 @@ class Power(ap.AbstractDynamics):
 
 def test_a_sample_keeps_its_own_nudge_whatever_its_batch_mates_need() -> None:
     # too sharp for every nudge; for the first ones; for none
-    u, k = torch.tensor([[0.0, 1e-8, 1e-3], [3e4, 3e3, 3.0]], dtype=torch.float64)
+    u, k = torch.tensor([[0.0, 1e-6, 1e-1], [4e3, 3e2, 0.3]], dtype=torch.float64)
     x = torch.stack([torch.ones(3, dtype=torch.float64), u - k * u.abs() ** 1.5], 1)
 
     def found(rows: list[int]) -> tuple[Tensor, ap.Certificate]:
@@ -184,16 +184,16 @@ def test_a_sample_keeps_its_own_nudge_whatever_its_batch_mates_need() -> None:
 
 
 class Rooted(ap.AbstractDynamics):
-    """A force that has no value a little below its equilibrium at `1 + 1e-9`."""
+    """A force that has no value a little below its equilibrium at `1 + 1e-7`."""
 
     def forward(self, z: Tensor, x: Tensor) -> Tensor:
-        return x - z + 1e-9**0.5 * (z - 1).sqrt()
+        return x - z + 1e-7**0.5 * (z - 1).sqrt()
 
 
 def test_a_nudge_that_leaves_the_domain_of_the_force_is_made_smaller() -> None:
     x = torch.ones(2, 1, dtype=torch.float64)
     dynamics = Rooted()
-    dynamics.start = lambda x: 1 + torch.tensor([[1e-9], [1.0]]).double()  # type: ignore[method-assign]
+    dynamics.start = lambda x: 1 + torch.tensor([[1e-7], [1.0]]).double()  # type: ignore[method-assign]
     block = ap.Equilibrium(dynamics, ap.Anderson(tol=1e-15, max_steps=200), ap.AEP())
     leaf = x.requires_grad_()
     block(leaf).sum().backward()
