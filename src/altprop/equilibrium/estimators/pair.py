@@ -33,9 +33,9 @@ def solve_pair(
 ) -> Adjoint:
     """Solve both phases until their contrast is within the tolerance, and read the adjoint.
 
-    No state is moved by what is below the round-off. Where the linear problem was solved its
-    residual is what is left there; where it was not, the certificate has what the contrast shows,
-    and if that is more than `√tol`, the nudge was too small to be seen, which is no success.
+    No state is moved, and no residual judged, by what is below the round-off; but where the linear
+    problem was not solved and that is more than `√tol`, the nudge was too small to be seen, which
+    is no success.
 
     **Arguments:** `start`, the first `a`, `(B, ...)`; `correction`, `u ↦ (J − Jᵀ)u` at the free
     state; `None` to linearise anew at the phases' mean, wherever it is; `linear`, the solution of
@@ -95,14 +95,15 @@ def solve_pair(
         left = choose(silent, shown(solution.value)[0], c, widths)
     else:
         left = choose(silent, linear.force, c, widths)
-    certified = torch.maximum(solution.residual, sample_norm(left))
+    hidden = sample_norm(left)
+    certified = torch.where(hidden <= weight, solution.residual, hidden)
     return Adjoint(
         value=value,
         residual=certified,
         remainder=left,
         # the correction counts its own products
         evaluations=(2 if correction is not None else 7) * calls,
-        result=worst(solution.result, conclude(certified, weight)),  # what rounding hides included
+        result=worst(solution.result, conclude(certified, weight)),
         beta=phases.beta,
         response=displacement(phases.beta, furthest, problem),
         nudged_residuals=torch.stack([sample_norm(s - c), sample_norm(s + c)]),
