@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from torch import Tensor
 
 import altprop as ap
 from altprop.testing import check_estimator, check_solver
@@ -50,3 +51,14 @@ def test_every_option_of_an_estimator_keeps_the_contract(
     estimator: ap.AbstractEstimator, exact: bool
 ) -> None:
     check_estimator(estimator, exact=exact)
+
+
+def test_the_contract_of_estimators_catches_a_second_derivative(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def differentiable(kind: object, value: Tensor, *sources: Tensor) -> Tensor:
+        return value + sum(0 * source.sum() for source in sources)  # instead of a refusal
+
+    monkeypatch.setattr("altprop.assign.applied", differentiable)
+    with pytest.raises(AssertionError, match="double backward gives a second derivative"):
+        check_estimator(ap.Implicit(), exact=True)

@@ -39,7 +39,7 @@ BUGS = [
         _LM + "train.py",
         "            parameter.requires_grad_(False)\n",
         "            pass\n",
-        _TRAIN,
+        "test_rules_in_the_application.py",
     ),
     Bug(
         _LM + "train.py",
