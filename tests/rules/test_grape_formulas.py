@@ -158,6 +158,22 @@ def test_grape_measures_at_every_nth_pass_only_and_never_on_a_calibration(
     assert moved == [True, False, False, False, True, False]
 
 
+def test_what_a_pass_draws_is_not_what_its_probes_have_drawn() -> None:
+    class Sampled(Uneven):
+        """Draws in evaluation mode too."""
+
+        def above(self, h: Tensor) -> Tensor:
+            return super().above(h + torch.randn_like(h))
+
+    model = Sampled()
+    x, _ = inputs()
+    torch.manual_seed(5)
+    plain = model(x)
+    ap.convert(model, ap.GrAPE(probes=2), output="head")
+    torch.manual_seed(5)
+    assert torch.equal(model(x), plain)
+
+
 def test_a_running_statistic_is_neither_used_nor_moved_by_the_probes_batch() -> None:
     class Normed(Uneven):
         def __init__(self) -> None:
