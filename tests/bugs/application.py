@@ -70,13 +70,13 @@ BUGS = [
         _LM + "checkpoint.py",
         'key: value if key == "step" else value.to(parameter)',
         "key: value.to(parameter)",
-        "test_checkpoint.py test_run.py",
+        "test_checkpoint.py",
     ),
     Bug(
         _LM + "checkpoint.py",
         'if key.startswith(prefix) and "." not in key[len(prefix) :]',
         "if key.startswith(name)",
-        "test_checkpoint.py test_run.py",
+        "test_checkpoint.py",
     ),
     Bug(
         _LM + "text.py",
