@@ -169,12 +169,12 @@ BUGS = [
         _LM + "audit_gpt.py",
         'controls["frozen"] - audit.loss) / gap',
         'controls["frozen"] - audit.loss) / controls["frozen"]',
-        "test_audit_command.py",
+        "test_audit_gpt.py",
     ),
     Bug(
         _LM + "audit_gpt.py",
         "    with rules_off(copied):\n        exact",
         "    if True:\n        exact",
-        "test_audit_command.py",
+        "test_audit_gpt.py",
     ),
 ]
