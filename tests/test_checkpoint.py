@@ -53,6 +53,25 @@ def test_what_is_saved_is_read_back_bit_for_bit(tmp_path: Path) -> None:
     assert_equal_bits(old.state_dict(), new.state_dict())  # the moments are back, too
 
 
+def test_moments_go_to_the_parameter_of_that_very_name_and_the_count_of_steps_stays_whole(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "last.safetensors"
+    optimisers = []
+    for steps in (257, 0):  # which bfloat16 would round to 256
+        model = nn.ParameterDict({"w": torch.ones(2), "w2": torch.ones(3)}).bfloat16()
+        optimisers.append(torch.optim.AdamW(model.parameters()))
+        if steps:
+            sum(p.sum() for p in model.values()).backward()
+            optimisers[0].step()
+            for state in optimisers[0].state.values():
+                state["step"].fill_(steps)
+            checkpoint.save(path, model, optimisers[0], {}, {})
+    checkpoint.restore_optimiser(model, optimisers[1], checkpoint.load(path))
+    for old, new in zip(*(o.state.values() for o in optimisers), strict=True):
+        assert_equal_bits(old, new)
+
+
 def test_without_an_optimiser_there_are_no_moments(tmp_path: Path) -> None:
     model, _ = trained()
     checkpoint.save(tmp_path / "best.safetensors", model, None, {}, {})

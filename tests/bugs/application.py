@@ -70,13 +70,13 @@ BUGS = [
         _LM + "checkpoint.py",
         'key: value if key == "step" else value.to(parameter)',
         "key: value.to(parameter)",
-        "test_checkpoint.py test_run.py",
+        "test_checkpoint.py",
     ),
     Bug(
         _LM + "checkpoint.py",
         'if key.startswith(prefix) and "." not in key[len(prefix) :]',
         "if key.startswith(name)",
-        "test_checkpoint.py test_run.py",
+        "test_checkpoint.py",
     ),
     Bug(
         _LM + "text.py",
@@ -169,12 +169,12 @@ BUGS = [
         _LM + "audit_gpt.py",
         'controls["frozen"] - audit.loss) / gap',
         'controls["frozen"] - audit.loss) / controls["frozen"]',
-        "test_audit_command.py",
+        "test_audit_gpt.py",
     ),
     Bug(
         _LM + "audit_gpt.py",
         "    with rules_off(copied):\n        exact",
         "    if True:\n        exact",
-        "test_audit_command.py",
+        "test_audit_gpt.py",
     ),
 ]
