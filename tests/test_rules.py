@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pytest
+import torch
+from torch import Tensor
 
 import altprop as ap
 from altprop.testing import check_distributed, check_rule
@@ -33,6 +35,16 @@ RULES = [
 @pytest.mark.parametrize("rule", RULES, ids=str)
 def test_rule_keeps_the_contract(rule: ap.AbstractRule) -> None:
     check_rule(rule, distributed=False)
+
+
+def test_the_contract_takes_an_independent_formula_and_finds_a_rule_that_is_another() -> None:
+    def as_published(W: Tensor, B: Tensor | None, noise: Tensor | None) -> Tensor:
+        return torch.sign(W) * W.square().mean().sqrt()
+
+    check_rule(ap.SignSymmetry(), matrix=as_published, compiled=False, distributed=False)
+    with pytest.raises(AssertionError, match="gradient of x is off its closed form"):
+        other = ap.SignSymmetry(scale="fan_in")
+        check_rule(other, matrix=as_published, compiled=False, distributed=False)
 
 
 def test_every_rule_gives_the_joint_gradient_in_two_processes() -> None:

@@ -30,6 +30,7 @@ from altprop.rule import AbstractBroadcast, AbstractRule, AbstractTransport, Sit
 from altprop.testing.samples import check_samples
 
 N, T, C, V = 4, 3, 8, 7
+Matrix = Callable[[Tensor, Tensor | None, Tensor | None], Tensor]
 Grads = dict[str, Tensor | None]
 
 
@@ -282,8 +283,9 @@ def _check_compiled(rule: AbstractRule) -> None:
     torch._dynamo.reset()
 
 
-def _check_transport(rule: AbstractTransport) -> None:
+def _check_transport(rule: AbstractTransport, matrix: Matrix | None) -> None:
     """Compare one map with its closed form, and with backprop where the feedback is the weight."""
+    matrix = rule.matrix if matrix is None else matrix
     layer = convert(nn.Linear(5, 4).double(), rule)
     x = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True)
     g = torch.randn(2, 3, 4, dtype=torch.float64)
@@ -294,7 +296,7 @@ def _check_transport(rule: AbstractTransport) -> None:
     layer(x).backward(g)
     with torch.no_grad():
         wanted: dict[str, tuple[Any, Tensor]] = {
-            "x": (x.grad, g @ rule.matrix(W, B, noise)),
+            "x": (x.grad, g @ matrix(W, B, noise)),
             "weight": (W.grad, torch.einsum("nto,nti->oi", g, x)),
             "bias": (layer.bias.grad, g.sum((0, 1))),
         }
@@ -316,16 +318,24 @@ def _check_transport(rule: AbstractTransport) -> None:
     _assert_close({n: got_all[n] for n in exact}, exact, "feedback := weight against backprop")
 
 
-def check_rule(rule: AbstractRule, *, compiled: bool = True, distributed: bool = True) -> None:
+def check_rule(
+    rule: AbstractRule,
+    *,
+    compiled: bool = True,
+    distributed: bool = True,
+    matrix: Matrix | None = None,
+) -> None:
     """Assert the whole contract of a transport or broadcast rule.
 
     Logits, state dicts, optimisers and tying survive; gradients are finite, accumulate, refuse to
     be differentiated twice, and follow the closed form; a batch's are the sum of its samples', in
-    either layout; autocast, checkpointing, seeds, deepcopy,
-    pickle, `revert`, `rules_off`, compilation and two data-parallel processes work.
+    either layout; autocast, checkpointing, seeds, deepcopy, pickle, `revert`, `rules_off`,
+    compilation and two data-parallel processes work.
 
     **Arguments:** `compiled`, whether to compile (seconds); `distributed`, whether to start two
-    processes (seconds; `check_distributed` checks many rules in one pair).
+    processes (seconds; `check_distributed` checks many rules in one pair); `matrix`, of a transport
+    rule, the formula `(W, B, noise) ↦ M` as the paper has it, written without the rule (None: the
+    rule's own, which then only has to be what is applied).
     **Raises:** `AssertionError`, saying what does not hold; `RuleError` for an estimator, whose
     contract is another.
     """
@@ -340,7 +350,7 @@ def check_rule(rule: AbstractRule, *, compiled: bool = True, distributed: bool =
     _check_seeds(rule)
     _check_copies(rule)
     if isinstance(rule, AbstractTransport):
-        _check_transport(rule)
+        _check_transport(rule, matrix)
     if compiled:
         _check_compiled(rule)
     if distributed:
