@@ -1,4 +1,4 @@
-"""The audit of rules on the transformer: exact where no rule acts, and honest about its controls."""
+"""The audit of rules on the transformer: exact where no rule acts, and true to its controls."""
 
 from __future__ import annotations
 
