@@ -12,7 +12,7 @@ train: .venv/.installed-train
 	$(BIN)/altprop train $(ARGS)
 
 test: .venv/.installed-dev
-	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
 
 bench: .venv/.installed-dev
 	$(BIN)/python benchmarks/gradient.py $(ARGS)

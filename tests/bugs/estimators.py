@@ -121,6 +121,7 @@ BUGS = [
         "_HEADROOM = 0.5",
         "_HEADROOM = 20.0",
         "test_equilibrium_gradients.py",
+        harmless="the phases are solved where the linear solution falls short: dear, but exact",
     ),
     Bug(
         _AEP + "aep.py",
