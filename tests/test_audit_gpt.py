@@ -1,4 +1,4 @@
-<<<<<<< HEAD
+"""The audit of rules on the transformer: exact where no rule acts, honest about its controls."""
 """The audit of rules on the transformer: exact where no rule acts, honest about its controls."""
 =======
 """The audit of rules on the transformer: exact where no rule acts, and true to its controls."""
