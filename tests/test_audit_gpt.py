@@ -1,8 +1,4 @@
 """The audit of rules on the transformer: exact where no rule acts, honest about its controls."""
-"""The audit of rules on the transformer: exact where no rule acts, honest about its controls."""
-=======
-"""The audit of rules on the transformer: exact where no rule acts, and true to its controls."""
->>>>>>> mutants
 
 from __future__ import annotations
 
