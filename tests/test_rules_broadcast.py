@@ -297,3 +297,13 @@ def test_a_mirror_and_aligned_feedback_come_to_point_along_the_weight() -> None:
 def test_a_rule_refuses_what_it_does_not_know(make: object, message: str) -> None:
     with pytest.raises(ap.ConfigError, match=message):
         make()  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("granularity", ["matmul", "block"])
+def test_what_taps_have_received_cannot_be_differentiated_again(granularity: str) -> None:
+    model = ap.convert(Chain(tanh=True), ap.DirectFeedback(granularity), output="head")
+    x, _ = data()
+    weights = [block[0].weight for block in model.blocks]
+    first = torch.autograd.grad(model(x).cos().sum(), weights, create_graph=True)
+    with pytest.raises(RuntimeError, match="cannot be differentiated again"):
+        torch.autograd.grad(first[0].square().sum(), [model.head.weight])

@@ -151,7 +151,7 @@ BUGS = [
         _AEP + "estimator.py",
         "value = z + site.step * still",
         "value = z",
-        "equilibrium/test_landing_facts.py equilibrium/test_approach.py",
+        "equilibrium/test_approach.py",
     ),
     Bug(
         _AEP + "estimator.py",

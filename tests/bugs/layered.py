@@ -18,7 +18,7 @@ BUGS = [
         _EQ + "conduct.py",
         "for one in {0, len(z) - 1} if len(z) > 1 else ():",
         "for one in {0} if len(z) > 1 else ():",
-        _STACK,
+        "equilibrium/test_interaction.py",
     ),
     Bug(
         _EQ + "conduct.py",

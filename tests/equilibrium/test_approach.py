@@ -142,3 +142,13 @@ def test_what_no_plain_step_solves_gets_none(own: bool) -> None:
     residual = (x.grad @ J + w).norm(dim=1) / w.norm(dim=1)
     assert block.certificate.adjoint_residual is not None
     assert torch.allclose(residual, block.certificate.adjoint_residual, rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["damped", "gated"])
+def test_the_value_is_one_natural_step_past_the_state_that_is_certified(kind: str) -> None:
+    s = system(kind, seed=1)
+    block = ap.Equilibrium(s.dynamics, ap.Anderson(tol=1e-2))
+    with torch.no_grad():
+        z, state = block(s.x), block.certificate.state
+        ahead = state + s.dynamics.step * s.dynamics(state, s.x)
+    assert torch.allclose(z, ahead, rtol=1e-12) and not torch.allclose(z, state, rtol=1e-6)

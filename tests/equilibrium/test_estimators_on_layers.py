@@ -54,3 +54,14 @@ def test_exact_estimators_are_backprop_on_layers(
 def test_holomorphic_refuses_layers_with_the_reason() -> None:
     with pytest.raises(ap.RuleError, match="no analytic force"):
         run(ap.HolomorphicEP(), "sweep")
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_one_sweep_is_the_inverse_of_the_jacobian_or_of_its_transpose(transposed: bool) -> None:
+    layered, x = ap.Layered(blocks()), torch.randn(2, 6, dtype=torch.float64)
+    products = layered.linearise(layered.start(x), x)
+    sweep = products.inverse(transposed=transposed)
+    assert sweep is not None
+    r = torch.randn(2, 24, dtype=torch.float64)
+    back = products.vjp(sweep(r)) if transposed else products.jvp(sweep(r))
+    assert torch.allclose(back, -r, rtol=1e-12)
