@@ -84,6 +84,33 @@ def test_units_exactly_at_their_kink_raise_nothing_and_keep_autograds_slope(
     assert float(layer_errors(model, x, mean_square).max()) <= TARGET[precision]
 
 
+def test_a_certificate_tells_how_much_of_a_contrast_at_a_kink_was_not_taken() -> None:
+    torch.manual_seed(0)
+    model = stack(8, 3, lambda: nn.LeakyReLU(0.5)).double()
+    with torch.no_grad():
+        model[2].weight[3] = 0  # type: ignore[index]
+        model[2].bias[3] = 0  # type: ignore[index]
+    x = torch.randn(4, 8, dtype=torch.float64)
+    assert float(layer_errors(model, x, mean_square).max()) <= 1e-6
+    (equilibrium,) = (e for _, e in ap.equilibria(model))
+    floor = equilibrium.certificate.adjoint_floor  # type: ignore[union-attr]
+    # the two sides' slopes at 0 are 1/2 and 1, of which autograd takes the first
+    assert floor is not None and float(floor[3].min()) > 1e-3
+
+
+@pytest.mark.parametrize("sides", [2, 4])
+@pytest.mark.parametrize("kind", ["damped", "gated"])
+def test_what_the_linear_problem_has_left_is_all_that_the_contrast_of_smooth_phases_shows(
+    kind: str, sides: int
+) -> None:
+    _, certificate = gradient(system(kind, seed=2), ap.AEP(sides=sides))  # type: ignore[arg-type]
+    assert certificate.adjoint_residual is not None and certificate.response is not None
+    assert float(certificate.adjoint_residual.max()) > 1e-5  # far above the round-off
+    # so no sample was given a smaller nudge
+    expected = torch.full_like(certificate.response, 1e-6)
+    torch.testing.assert_close(certificate.response, expected, rtol=1e-2, atol=0)
+
+
 class Normed(nn.Module):
     def __init__(self, C: int) -> None:
         super().__init__()
