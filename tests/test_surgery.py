@@ -297,9 +297,12 @@ def test_a_vocabulary_that_hugging_face_resized(tied: bool) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")  # torch means to move all of it to another package
-def test_a_model_is_quantised_after_revert() -> None:
+def test_a_model_is_quantised_after_revert_and_refused_in_one_line_before() -> None:
     quantization = pytest.importorskip("torch.ao.quantization")
     model = ap.convert(mlp().float(), FA)
+    with pytest.raises(ap.RuleError, match=r"quantise altprop.revert\(copy.deepcopy\(model\)\)"):
+        quantization.quantize_dynamic(model, {nn.Linear})
+    assert not hasattr(model[0], "qconfig")
     served = ap.revert(copy.deepcopy(model))
     small = quantization.quantize_dynamic(served, {nn.Linear})
     assert "quantized" in type(small[0]).__module__ and "quantized" in type(small[2]).__module__
