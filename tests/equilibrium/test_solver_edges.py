@@ -3,40 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import pytest
 import torch
+from forces import Force, randn, size, tensor, watched
 from torch import Tensor
 
 import altprop as ap
 from altprop.equilibrium.solvers.defect import defect_correction
 from altprop.equilibrium.solvers.solver import AbstractSolver
 
-Force = Callable[[Tensor], Tensor]
 R = ap.Result
-
-
-def randn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def tensor(*values: float) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64)
-
-
-def watched(force: Force) -> tuple[Force, list[Tensor]]:
-    seen: list[Tensor] = []
-
-    def wrapped(z: Tensor) -> Tensor:
-        seen.append(z.clone())
-        return force(z)
-
-    return wrapped, seen
-
-
-def size(z: Tensor) -> Tensor:
-    return (z.flatten(1) ** 2).sum(1).sqrt()
 
 
 # ------------------------------------------------------------------------------------- Anderson

@@ -3,27 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import pytest
 import torch
+from forces import Force, contraction, randn, size, watched
 from torch import Tensor
 
 import altprop as ap
 from altprop.equilibrium.solvers.defect import defect_correction
 from altprop.memory import peak_live_bytes
-
-Force = Callable[[Tensor], Tensor]
-
-
-def randn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def contraction(B: int = 2, n: int = 8) -> Force:
-    q = torch.linalg.qr(randn(n, n, seed=1)).Q
-    b = randn(B, n, seed=2)
-    return lambda z: 0.8 * torch.tanh(z @ q) + b - z
 
 
 def linear(B: int = 2, n: int = 12, shift: float = -1.2) -> tuple[Force, Tensor, Tensor]:
@@ -31,21 +19,6 @@ def linear(B: int = 2, n: int = 12, shift: float = -1.2) -> tuple[Force, Tensor,
     a = randn(B, n, n, seed=3) / math.sqrt(n) + shift * torch.eye(n, dtype=torch.float64)
     b = randn(B, n, seed=4)
     return lambda z: torch.einsum("bij,bj->bi", a, z) + b, a, b
-
-
-def watched(force: Force) -> tuple[Force, list[Tensor]]:
-    """Return a force that keeps every state it is asked for."""
-    seen: list[Tensor] = []
-
-    def wrapped(z: Tensor) -> Tensor:
-        seen.append(z.clone())
-        return force(z)
-
-    return wrapped, seen
-
-
-def size(z: Tensor) -> Tensor:
-    return (z.flatten(1) ** 2).sum(1).sqrt()
 
 
 # ------------------------------------------------------------------------------------- Anderson
