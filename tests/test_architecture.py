@@ -52,6 +52,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     ),
     "altprop.equilibrium.*": (
         "altprop.errors",
+        "altprop.transforms",
         "altprop.assign",
         "altprop.rule",
         "altprop.equilibrium.*",

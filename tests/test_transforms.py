@@ -163,3 +163,11 @@ def test_an_equilibrium_is_refused_in_a_transform_in_one_line(
     with pytest.raises(ap.RuleError, match=r"equilibrium.*inside a transform") as caught:
         grad(lambda x: block(x).square().sum())(torch.randn(1, 3, 6))
     assert "\n" not in str(caught.value)
+
+
+def test_a_solve_under_vmap_is_refused_in_one_line() -> None:
+    block = ap.Equilibrium(ap.DampedAttention(4, heads=2))
+    stack = ap.convert(nn.Sequential(nn.Linear(4, 4), nn.Tanh()), ap.AEP(), stack="")
+    for model, x in ((block, torch.randn(3, 2, 5, 4)), (stack, torch.randn(3, 2, 4))):
+        with pytest.raises(ap.RuleError, match=r"inside vmap.*give all samples at once"):
+            torch.func.vmap(model)(x)

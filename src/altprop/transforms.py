@@ -30,6 +30,20 @@ def refuse_transforms(what: str) -> None:
         )
 
 
+def refuse_vmap(x: torch.Tensor, what: str) -> None:
+    """Raise `RuleError`, which begins with `what`, for an input that `torch.func.vmap` batches."""
+    if torch.compiler.is_compiling():
+        return
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(x):
+        if functorch.is_batchedtensor(x):
+            raise RuleError(
+                f"{what} inside vmap, since when a solve ends depends on its numbers: give all "
+                "samples at once, (B, ...)"
+            )
+        x = functorch.get_unwrapped(x)
+
+
 def in_halves(kind: type[Any]) -> type[Any]:
     """Make a function's forward of `value(*inputs)` and `keep(ctx, inputs, output)`, and a twin."""
 

@@ -41,6 +41,7 @@ from altprop.equilibrium.solvers.solver import (
 )
 from altprop.equilibrium.solving import approach_freely, join, persist, quiet, whole
 from altprop.errors import ConfigError, ConvergenceError, RuleError
+from altprop.transforms import refuse_vmap
 
 OnFailure = Literal["raise", "warn", "accept"]
 STACK = "_altprop_stack"  # where a module keeps the equilibrium that its blocks were made into
@@ -107,6 +108,7 @@ class Equilibrium(nn.Module):
     def _relax(
         self, x: Tensor, cost: Cost | None, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Tensor:
+        refuse_vmap(x, "an Equilibrium cannot be solved")
         x = _exact_enough(x)
         with torch.autocast(x.device.type, enabled=False):
             return self.relax(self.dynamics.under(x, *args, **kwargs), cost)

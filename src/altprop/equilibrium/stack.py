@@ -23,6 +23,7 @@ from altprop.equilibrium.layered import Call, DrivenLayers, Layered, first_of
 from altprop.equilibrium.module import STACK, Equilibrium, OnFailure
 from altprop.equilibrium.solvers.solver import AbstractSolver
 from altprop.errors import ConfigError, RuleError, suggest
+from altprop.transforms import refuse_vmap
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -225,6 +226,8 @@ class _Run:
     """One forward pass through the blocks, as far as it has come."""
 
     def __init__(self, stack: Stack, x: Any) -> None:
+        if isinstance(x, Tensor):
+            refuse_vmap(x, "a converted stack cannot be solved")
         if not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() < 2:
             given = f"{x.dtype}" if isinstance(x, Tensor) else type(x).__name__
             raise RuleError(
