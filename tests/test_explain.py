@@ -285,3 +285,13 @@ def test_a_drop_in_layer_shows_its_own_rule() -> None:
     own = rows["1.weight"]
     assert (own.rule, own.feedback, own.seed) == ("FeedbackAlignment", (2, 4), 5)
     assert not own.transports and rows["0.weight"].signal == "random feedback"
+
+
+def test_a_lazy_weight_outside_every_pattern_is_carried_by_backprop() -> None:
+    model = nn.Sequential(nn.LazyLinear(8), nn.Linear(8, 3))
+    rows = {
+        row.parameter: row
+        for row in ap.explain(ap.convert(model, {"1": ap.FeedbackAlignment()})).rows
+    }
+    assert rows["0.weight"].transports and not rows["0.bias"].transports
+    assert not rows["1.weight"].transports

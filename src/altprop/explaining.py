@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple, cast
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
 from altprop.converting import is_converted
@@ -261,7 +262,11 @@ def _row(found: _Map, index: int, name: str, parameter: nn.Parameter) -> Row:
 
 def _is_carried(module: nn.Module, weight: str, parameter: nn.Parameter) -> bool:
     """Say whether backprop would multiply a cotangent by this parameter, as a matrix."""
-    if isinstance(module, _NO_MATRIX) or "bias" in weight or parameter.dim() < 2:
+    if isinstance(module, _NO_MATRIX) or "bias" in weight:
+        return False
+    if is_lazy(parameter):  # it has no shape yet, and will have a matrix's
+        return True
+    if parameter.dim() < 2:
         return False
     if "weight" not in weight and parameter.shape[0] == 1:
         return False
