@@ -30,12 +30,14 @@ from altprop import (
     rules_off,
 )
 from altprop.lm.config import plain
+from altprop.lm.evaluation import evaluate
 from altprop.lm.files import replacing, write_whole
 from altprop.lm.model import LanguageModel
 from altprop.lm.settings import TrainConfig
 from altprop.lm.text import Batches, load_corpus, windows
-from altprop.lm.train import build_model, evaluate, learning_rate, make_optimiser
+from altprop.lm.train import build_model, learning_rate, make_optimiser
 
+CPU = torch.device("cpu")
 FIGURES = ("cosine", "norm_ratio", "sign_agreement")
 
 
@@ -95,7 +97,7 @@ def audit_gpt(
             model = _model(plain_run, vocabulary)
             for _ in _training(model, plain_run, corpus.train):
                 pass
-            controls[name] = evaluate(model, held_out, config.batch, torch.device("cpu"))[0]
+            controls[name] = evaluate(model, held_out, config.batch, CPU).loss
     checks = _checks(audits, controls)
     if json is not None:
         _write_json(json, audits, controls, config)
@@ -153,7 +155,7 @@ def _audit_rule(
             stability.append(_scale_stability(found))
         if step == last:
             break
-    loss, _ = evaluate(model, held_out, config.batch, torch.device("cpu"))
+    loss = evaluate(model, held_out, config.batch, CPU).loss
     rule = config.rule
     assert rule is not None
     return RuleAudit(name, rule, places, layers, whole, stability, loss)

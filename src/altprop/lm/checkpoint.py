@@ -1,7 +1,8 @@
 """A checkpoint is one safetensors file that is either whole or not there.
 
 It holds the model (`model.…`), the optimiser's moments (`optimiser.<parameter>.<moment>`) and what
-else a run needs to go on (`extra.…`); the header says what wrote it and at which step.
+else a run needs to go on (`extra.…`); the header says what wrote it and at which step. Where the
+model is an average over a run, `training.…` holds the weights that the optimiser moves.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ class Checkpoint:
     """What a file holds: tensors by group and name, and the plain data of its header."""
 
     model: dict[str, Tensor]
+    training: dict[str, Tensor]
     optimiser: dict[str, Tensor]
     extra: dict[str, Tensor]
     notes: dict[str, Any]
@@ -39,14 +41,17 @@ def save(
     optimiser: torch.optim.Optimizer | None,
     extra: Mapping[str, Tensor],
     notes: Mapping[str, Any],
+    average: nn.Module | None = None,
 ) -> None:
     """Write a checkpoint in one step: a reader finds the old file or the new one, whole.
 
-    **Arguments:** `extra`, more tensors by name; `notes`, plain data for the header.
+    **Arguments:** `extra`, more tensors by name; `notes`, plain data for the header; `average`, a
+    model of the same names that the file holds as its model, beside the `model` that trains.
 
     **Raises:** `CheckpointError` if it cannot be written, a full disk for one.
     """
-    tensors = {f"model.{k}": v for k, v in model.state_dict().items()}
+    models = {"model": model} if average is None else {"model": average, "training": model}
+    tensors = {f"{group}.{k}": v for group, m in models.items() for k, v in m.state_dict().items()}
     if optimiser is not None:
         for name, parameter in model.named_parameters():
             for key, value in optimiser.state.get(parameter, {}).items():
@@ -68,7 +73,9 @@ def load(path: Path) -> Checkpoint:
     """
     if not path.is_file():
         raise CheckpointError(f"{path}: there is no such checkpoint; give a run folder of train")
-    groups: dict[str, dict[str, Tensor]] = {"model": {}, "optimiser": {}, "extra": {}}
+    groups: dict[str, dict[str, Tensor]] = {
+        group: {} for group in ("model", "training", "optimiser", "extra")
+    }
     try:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
@@ -88,7 +95,7 @@ def load(path: Path) -> Checkpoint:
         raise CheckpointError(
             f"{path}: truncated or not a checkpoint ({error}); take another or train again"
         ) from error
-    return Checkpoint(groups["model"], groups["optimiser"], groups["extra"], notes)
+    return Checkpoint(**groups, notes=notes)
 
 
 def restore_model(model: nn.Module, checkpoint: Checkpoint, path: Path) -> None:

@@ -9,8 +9,12 @@ from typing import Any
 
 from rich.console import Console, Group
 from rich.live import Live
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
 from rich.text import Text
+
+from altprop.lm.evaluation import Evaluation
+from altprop.lm.run import Progress
 
 
 class Display:
@@ -30,7 +34,7 @@ class Display:
         self._started, self._first = time.monotonic(), done
         self._live: Live | None = None
         if self._console.is_terminal:
-            self._bar = Progress(
+            self._bar = Bar(
                 TextColumn("step {task.completed}/{task.total}"),
                 BarColumn(bar_width=None),
                 TimeRemainingColumn(compact=True),
@@ -66,21 +70,37 @@ class Display:
             self._shown = time.monotonic()
             self.note(f"step {record['step']}/{self._total}  {words}  {self._left(record['step'])}")
 
-    def evaluation(self, step: int, loss: float) -> None:
+    def evaluation(self, step: int, seen: Evaluation) -> None:
         """Show a validation loss."""
-        self._validation = loss
-        self.note(f"step {step}/{self._total}  validation loss {loss:.4f}")
+        self._validation = seen.loss
+        self.note(f"step {step}/{self._total}  validation loss {seen.loss:.4f}{_doubt(seen)}")
 
-    def finish(self, loss: float, best: float, refused: int, text: str, folder: Path) -> None:
-        """Show how the run ended."""
-        minutes, seconds = divmod(round(time.monotonic() - self._started), 60)
+    def sample(self, text: str) -> None:
+        """Show what the model has written, if it has."""
         if text:
             self._console.rule("a sample")
             self.note(text)
             self._console.rule()
-        self.note(f"validation cross-entropy {loss:.4f} nats per token (best {best:.4f})")
+
+    def finish(
+        self, progress: Progress, final: Evaluation, windows: tuple[int, int], folder: Path
+    ) -> None:
+        """Show how the run ended.
+
+        **Arguments:** `final`, the figure at its end; `windows`, how many of it and of how many.
+        """
+        minutes, seconds = divmod(round(time.monotonic() - self._started), 60)
+        best = f"best {progress.best_loss:.4f}"
+        if not math.isfinite(progress.best_loss):
+            best = "no best: no evaluation was finite and at a fixed point"
+        used, there = windows
+        part = f"the whole validation part, {there:,} windows"
+        if used < there:
+            part = f"{used:,} of the validation part's {there:,} windows"
+        self.note(f"validation cross-entropy {progress.loss:.4f} nats per token ({best})")
+        self.note(f"over {part}: {final.loss:.4f}{_doubt(final)}")
         self.note(
-            f"refused steps {refused} of {self._total}; time {minutes}:{seconds:02d}; "
+            f"refused steps {progress.refused} of {self._total}; time {minutes}:{seconds:02d}; "
             f"run folder {folder}"
         )
 
@@ -100,3 +120,10 @@ class Display:
         made = step - self._first
         left = (time.monotonic() - self._started) / max(1, made) * (self._total - step)
         return f"{int(left // 60)}:{int(left % 60):02d} left"
+
+
+def _doubt(seen: Evaluation) -> str:
+    """Return what has to be said of a figure that was read from states that are none."""
+    if seen.settled:
+        return ""
+    return f"  NOT AT A FIXED POINT: free residual {seen.free_residual:.1e} past free_limit"

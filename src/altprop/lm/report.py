@@ -46,6 +46,9 @@ def plot_run(folder: Path) -> Path:
     loss.plot(steps, losses, color="0.75", linewidth=0.8, label="training")
     steps, losses = _series(records, "validation_loss")
     loss.plot(steps, losses, "o-", color="C0", markersize=4, label="validation")
+    if unsettled := [r for r in records if r.get("validation_settled") is False]:
+        loss.plot(*_series(unsettled, "validation_loss"), "x", color="C3", zorder=3,
+                  label=f"not at a fixed point ({len(unsettled)})")  # fmt: skip
     if losses:
         loss.annotate(
             f"{losses[-1]:.3f}", (steps[-1], losses[-1]), (8, 0), textcoords="offset points",

@@ -10,18 +10,20 @@ import os
 import shlex
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import Any, Protocol, TextIO, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.optim.swa_utils import AveragedModel
 
 from altprop import CheckpointError
 from altprop.lm import checkpoint
 from altprop.lm.config import read_config, write_config
 from altprop.lm.corpora import names_corpus
 from altprop.lm.files import write_whole
+from altprop.lm.model import LanguageModel
 from altprop.lm.settings import TrainConfig, is_run
 from altprop.lm.text import Batches, CharTokenizer, Corpus, describe
 
@@ -36,19 +38,47 @@ class Stateful(Protocol):
 
 @dataclass
 class Progress:
-    """How far a run has come."""
+    """How far a run has come; `recently` holds the last refused steps, counted from 1."""
 
     step: int = 0
     refused: int = 0
     loss: float = math.inf
     best_loss: float = math.inf
+    recently: list[int] = field(default_factory=list)
+
+    def in_a_row(self) -> int:
+        """Return how many steps in a row were refused, up to the last that was made."""
+        return sum(at == self.step - back for back, at in enumerate(reversed(self.recently)))
+
+
+@dataclass
+class State:
+    """Everything that a run goes on from.
+
+    **Arguments:** `stabiliser`, its own state; `average`, the averaged weights, if it keeps any.
+    """
+
+    model: LanguageModel
+    optimiser: torch.optim.Optimizer
+    batches: Batches
+    stabiliser: Stateful | None = None
+    average: AveragedModel | None = None
+    progress: Progress = field(default_factory=Progress)
+
+    @property
+    def judged(self) -> LanguageModel:
+        """The model that is evaluated, kept as best and sampled from: the average, if any."""
+        return self.model if self.average is None else cast(LanguageModel, self.average.module)
 
 
 class Run:
     """A run's folder: what it was configured with, its metrics and its checkpoints."""
 
     # what a resumed run may change without becoming another run; of the data, the place alone
-    _FREE = {"out", "resume", "overwrite", "steps", "eval_every", "device", "sample", "on_failure"}
+    _FREE = {
+        *("out", "resume", "overwrite", "steps", "eval_every", "device", "sample"),
+        *("on_failure", "refused_in_a_row", "final_windows"),
+    }
 
     def __init__(self, folder: Path, config: TrainConfig, text: dict[str, str]) -> None:
         self.folder, self.config = folder, config
@@ -126,13 +156,7 @@ class Run:
         """Return the options that go on with this run, ready for a shell."""
         return f"--config {shlex.quote(str(self.folder / 'config.yaml'))} --resume"
 
-    def restore(
-        self,
-        model: nn.Module,
-        optimiser: torch.optim.Optimizer,
-        batches: Batches,
-        stabiliser: Stateful | None,
-    ) -> Progress:
+    def restore(self, state: State) -> None:
         """Take everything back to the last checkpoint, the metrics too.
 
         **Raises:** `CheckpointError` for a checkpoint that this run cannot go on from.
@@ -140,37 +164,41 @@ class Run:
         path, saved = self.folder / "last.safetensors", self._saved
         self._saved = None  # its tensors need not stay in memory
         assert saved is not None, "restore belongs to a run that was opened to be resumed"
-        checkpoint.restore_model(model, saved, path)
         if not saved.notes.get("resumable"):
             raise CheckpointError(f"{path}: without the optimiser's state: nothing to go on from")
-        checkpoint.restore_optimiser(model, optimiser, saved)
-        batches.generator.set_state(saved.extra["batches"])
+        checkpoint.restore_model(state.judged, saved, path)
+        if state.average is not None:
+            checkpoint.restore_model(state.model, replace(saved, model=saved.training), path)
+            state.average.n_averaged.copy_(saved.extra["averaged"])
+        checkpoint.restore_optimiser(state.model, state.optimiser, saved)
+        state.batches.generator.set_state(saved.extra["batches"])
         prefix = "stabiliser."
-        state = {k[len(prefix) :]: v for k, v in saved.extra.items() if k.startswith(prefix)}
-        if stabiliser is not None:
-            stabiliser.load_state_dict(state)
-        progress = Progress(**saved.notes["progress"])
-        if progress.step > self.config.steps:
+        kept = {k[len(prefix) :]: v for k, v in saved.extra.items() if k.startswith(prefix)}
+        if state.stabiliser is not None:
+            state.stabiliser.load_state_dict(kept)
+        state.progress = Progress(**saved.notes["progress"])
+        if state.progress.step > self.config.steps:
             raise CheckpointError(
-                f"{self.folder} has made {progress.step} steps, more than {self.config.steps}: "
-                f"write --steps {progress.step}, or more to go on"
+                f"{self.folder} has made {state.progress.step} steps, more than "
+                f"{self.config.steps}: write --steps {state.progress.step}, or more to go on"
             )
-        self._trim_metrics(progress.step)
+        self._trim_metrics(state.progress.step)
         # steps and the like may have changed, and the next --resume must not take them back
         write_config(self.folder / "config.yaml", _stored(self.config))
-        return progress
 
     def _trim_metrics(self, step: int) -> None:
-        """Drop the lines past `step`, and a last line that a crash cut off."""
+        """Drop the lines past `step`, the figure of the end, and a line that a crash cut off."""
         metrics = self.folder / "metrics.jsonl"
         kept = []
         for line in metrics.read_text(encoding="utf-8").splitlines():
             try:
-                if json.loads(line)["step"] > step:
+                record = json.loads(line)
+                if record["step"] > step:
                     break
             except ValueError:
                 break
-            kept.append(f"{line}\n")
+            if "final_validation_loss" not in record:  # the end is another one now
+                kept.append(f"{line}\n")
         write_whole(metrics, "".join(kept))
 
     def __enter__(self) -> Run:
@@ -191,26 +219,20 @@ class Run:
         self._metrics.write(json.dumps(plain, allow_nan=False) + "\n")
         self._metrics.flush()
 
-    def save(
-        self,
-        name: str,
-        model: nn.Module,
-        optimiser: torch.optim.Optimizer | None,
-        batches: Batches,
-        stabiliser: Stateful | None,
-        progress: Progress,
-    ) -> None:
-        """Write `<name>.safetensors`; with the optimiser it is one to go on from."""
-        extra = {"batches": batches.generator.get_state()}
-        if stabiliser is not None:
-            extra |= {f"stabiliser.{k}": v for k, v in stabiliser.state_dict().items()}
-        notes = {
-            "progress": vars(progress),
-            "resumable": optimiser is not None,
-            "text": self._text,
-        }
+    def save(self, name: str, state: State, *, resumable: bool) -> None:
+        """Write `<name>.safetensors`: the judged model, and if `resumable` what to go on from."""
+        extra = {"batches": state.batches.generator.get_state()}
+        if state.stabiliser is not None:
+            extra |= {f"stabiliser.{k}": v for k, v in state.stabiliser.state_dict().items()}
+        notes = {"progress": vars(state.progress), "resumable": resumable, "text": self._text}
         path = self.folder / f"{name}.safetensors"
-        checkpoint.save(path, model, optimiser, extra, notes)
+        if not resumable:
+            checkpoint.save(path, state.judged, None, extra, notes)
+        elif state.average is None:
+            checkpoint.save(path, state.model, state.optimiser, extra, notes)
+        else:
+            extra["averaged"] = state.average.n_averaged
+            checkpoint.save(path, state.model, state.optimiser, extra, notes, average=state.judged)
 
 
 def _new_folder(config: TrainConfig) -> Path:

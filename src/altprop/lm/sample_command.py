@@ -42,8 +42,8 @@ def load_run(
     kept = [name for name in get_args(Which) if (run / f"{name}.safetensors").is_file()]
     if kept and which not in kept:
         raise CheckpointError(
-            f"{path}: there is no such checkpoint, the run has kept {kept[0]} alone: write "
-            f"--which {kept[0]}"
+            f"{path}: there is no such checkpoint, the run has kept {kept[0]} alone (the best is "
+            f"of an evaluation at a fixed point): write --which {kept[0]}"
         )
     saved = checkpoint.load(path)
     model = build_model(config, len(tokenizer)).to(pick_device(device))

@@ -58,15 +58,21 @@ class TrainConfig:
         beta1: AdamW's decay of the mean.
         beta2: AdamW's decay of the square.
         clip: the largest gradient norm.
+        ema: the decay of averaged weights, which are then evaluated, kept as best and sampled
+            from; 0 for the weights themselves. They remember about 1 / (1 - ema) steps.
         seed: of everything random in the run.
         eval_every: steps between evaluations.
         eval_windows: fixed windows that an evaluation covers.
+        final_windows: windows without overlap that the figure at the end covers; evenly spaced ones
+            where the validation part has more.
         free_limit: the largest free residual of a step that may be applied; a solve of a fixed
             number of steps (tol 0) has no limit.
         adjoint_limit: the largest adjoint residual of a step that may be applied; likewise.
         on_failure: what to do with a step past these limits, or with a loss or gradient that is
             not finite: `skip` drops its gradient (the stabiliser still acts) and counts it, `stop`
             ends the run.
+        refused_in_a_row: so many refused steps in a row end the run, and so do more than that among
+            ten times as many.
         device: `auto`, `cpu`, `cuda`, or any other that torch knows.
         sample: characters of text to write at the end.
     """
@@ -97,17 +103,21 @@ class TrainConfig:
     beta1: float = 0.9
     beta2: float = 0.99
     clip: float = 1.0
+    ema: float = 0.0
     seed: int = 0
     eval_every: int = 250
     eval_windows: int = 320
+    final_windows: int = 2048
     free_limit: float = 1e-3
     adjoint_limit: float = 0.05
     on_failure: Literal["skip", "stop"] = "skip"
+    refused_in_a_row: int = 20
     device: str = "auto"
     sample: int = 400
 
     def __post_init__(self) -> None:
-        for name in ("batch", "steps", "eval_every", "eval_windows"):
+        counts = ("batch", "steps", "eval_every", "eval_windows", "final_windows")
+        for name in (*counts, "refused_in_a_row"):
             _require(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
         for name in ("lr", "clip", "free_limit", "adjoint_limit"):
             value = getattr(self, name)
@@ -115,7 +125,7 @@ class TrainConfig:
         for name in ("warmup", "weight_decay", "sample", "final_lr"):
             value = getattr(self, name)
             _require(name, value, math.isfinite(value) and value >= 0, "a number ≥ 0")
-        for name in ("beta1", "beta2"):
+        for name in ("beta1", "beta2", "ema"):
             _require(name, getattr(self, name), 0 <= getattr(self, name) < 1, "in [0, 1)")
         _require("on_failure", self.on_failure, self.on_failure in ("skip", "stop"), "skip or stop")
         _require("seed", self.seed, 0 <= self.seed < 2**63, "in [0, 2^63)")  # torch takes no other

@@ -43,6 +43,7 @@ __all__ = [
     "CorpusInfo",
     "check_context",
     "describe",
+    "gather",
     "list_corpora",
     "load_corpus",
     "plays_text",
@@ -393,7 +394,7 @@ class Batches:
 
         last = len(self.tokens) - self.context
         starts = torch.randint(last, (self.batch,), generator=self.generator)
-        return _gather(self.tokens, starts.numpy(), self.context)
+        return gather(self.tokens, starts.numpy(), self.context)
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         while True:
@@ -416,12 +417,13 @@ def windows(tokens: Ids, count: int, context: int, seed: int) -> tuple[torch.Ten
     offsets = torch.rand(count, generator=generator, dtype=torch.float64).numpy()
     last = len(tokens) - context
     starts = ((np.arange(count) + offsets) * (last / count)).astype(np.int64)
-    return _gather(tokens, np.minimum(starts, last - 1), context)
+    return gather(tokens, np.minimum(starts, last - 1), context)
 
 
-def _gather(
+def gather(
     tokens: Ids, starts: NDArray[np.int64], context: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the windows at `starts`, x and y, both int64 (B, T)."""
     import torch
 
     rows = tokens[starts[:, None] + np.arange(context + 1)].astype(np.int64)

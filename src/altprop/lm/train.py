@@ -15,31 +15,34 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from altprop import (
-    Certificate,
-    ConfigError,
-    ConvergenceError,
-    Result,
-    convert,
-    equilibria,
-)
+from altprop import ConfigError, ConvergenceError, convert
 from altprop.errors import suggest
 from altprop.lm.display import Display
+from altprop.lm.evaluation import count_tiles, evaluate, tiles
+from altprop.lm.guard import Guard
 from altprop.lm.model import GPT, EquilibriumLM, LanguageModel, generate
 from altprop.lm.report import plot_run
-from altprop.lm.run import Progress, Run
+from altprop.lm.run import Run, State
 from altprop.lm.settings import TrainConfig
 from altprop.lm.text import Batches, CharTokenizer, Corpus, check_context, load_corpus, windows
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a run ended with; losses are validation cross-entropies in nats per token."""
+    """What a run ended with; losses are validation cross-entropies in nats per token.
+
+    `loss` and `best_loss` (infinite if no evaluation was settled) are over the fixed windows of the
+    way, `final_loss` over the validation part without overlap; `settled` says whether all states of
+    that last figure were within `free_limit`.
+    """
 
     folder: Path
     loss: float
     best_loss: float
+    final_loss: float
+    settled: bool
     refused: int
     sample: str
 
@@ -51,7 +54,8 @@ def train(config: TrainConfig) -> TrainResult:
     `last.safetensors` and `curves.png`.
 
     **Raises:** `DataError`, `ConfigError`, `CheckpointError` before anything is written;
-    `ConvergenceError` if a step fails under `on_failure="stop"`; `KeyboardInterrupt` after saving.
+    `ConvergenceError` if a step fails under `on_failure="stop"`, or after saving if too many were
+    refused (`refused_in_a_row`, or all of them); `KeyboardInterrupt` after saving.
     """
     corpus = load_corpus(config.data)
     check_context(corpus, config.context)
@@ -68,14 +72,17 @@ def train(config: TrainConfig) -> TrainResult:
     rehearse(model, held_out, device)
 
     run = Run.open(config, corpus)
-    progress = run.restore(model, optimiser, batches, guard.state) if config.resume else Progress()
+    state = State(model, optimiser, batches, guard.state, averaged(model, config))
+    if config.resume:
+        run.restore(state)
+    progress = state.progress
     with run, Display(config.steps, progress.step) as display, interruptible() as interrupted:
         display.note(
             f"{corpus.description}: {len(corpus.train):,} tokens, vocabulary of "
             f"{len(corpus.tokenizer)}\n"
             f"{count_parameters(model):,} parameters; run folder {run.folder}"
         )
-        while progress.step < config.steps and not interrupted():
+        while progress.step < config.steps and not interrupted() and not guard.lost(progress):
             clock = time.perf_counter()
             rate = learning_rate(config, progress.step)
             for group in optimiser.param_groups:
@@ -89,6 +96,8 @@ def train(config: TrainConfig) -> TrainResult:
             optimiser.step()
 
             progress.step += 1
+            if state.average is not None and not progress.in_a_row():  # of applied steps alone
+                state.average.update_parameters(model)
             seconds = time.perf_counter() - clock
             record = {
                 "step": progress.step,
@@ -102,32 +111,44 @@ def train(config: TrainConfig) -> TrainResult:
             run.log(record)
             display.step(record)
             if progress.step % config.eval_every == 0 or progress.step == config.steps:
-                progress.loss, residual = evaluate(model, held_out, config.batch, device)
-                run.log(
-                    {
-                        "step": progress.step,
-                        "validation_loss": progress.loss,
-                        "validation_free_residual": residual,
-                    }
-                )
-                display.evaluation(progress.step, progress.loss)
-                if progress.loss < progress.best_loss:
-                    progress.best_loss = progress.loss
-                    run.save("best", model, None, batches, guard.state, progress)
-                run.save("last", model, optimiser, batches, guard.state, progress)
+                seen = evaluate(state.judged, held_out, config.batch, device, config.free_limit)
+                progress.loss = seen.loss
+                run.log({"step": progress.step, **seen.record("validation")})
+                display.evaluation(progress.step, seen)
+                if seen.settled and seen.loss < progress.best_loss:
+                    progress.best_loss = seen.loss
+                    run.save("best", state, resumable=False)
+                run.save("last", state, resumable=True)
         if progress.step < config.steps:
-            run.save("last", model, optimiser, batches, guard.state, progress)
+            run.save("last", state, resumable=True)
 
     draw_curves(run.folder, display)
+    if guard.lost(progress):
+        raise guard.error(progress, run.resume_options())
     if progress.step < config.steps:
         display.note(
             f"stopped after step {progress.step} of {config.steps}; go on with\n"
             f"  altprop train {run.resume_options()}"
         )
         raise KeyboardInterrupt
-    text = write_sample(model, corpus, config, device, display)
-    display.finish(progress.loss, progress.best_loss, progress.refused, text, run.folder)
-    return TrainResult(run.folder, progress.loss, progress.best_loss, progress.refused, text)
+    parts = tiles(corpus.validation, config.final_windows, config.context)
+    final = evaluate(state.judged, parts, config.batch, device, config.free_limit)
+    used, there = len(parts[0]), count_tiles(corpus.validation, config.context)
+    with run:
+        coverage = {"final_windows": used, "validation_windows": there}
+        run.log({"step": progress.step, **final.record("final_validation"), **coverage})
+    text = write_sample(state.judged, corpus, config, device, display)
+    display.sample(text)
+    display.finish(progress, final, (used, there), run.folder)
+    return TrainResult(
+        folder=run.folder,
+        loss=progress.loss,
+        best_loss=progress.best_loss,
+        final_loss=final.loss,
+        settled=final.settled,
+        refused=progress.refused,
+        sample=text,
+    )
 
 
 def build_model(config: TrainConfig, vocabulary: int) -> LanguageModel:
@@ -171,6 +192,13 @@ _BUILD: dict[str, Callable[[TrainConfig, int], LanguageModel]] = {
 }
 
 
+def averaged(model: nn.Module, config: TrainConfig) -> AveragedModel | None:
+    """Return the average of a run's weights, a copy of the model that learns nothing by itself."""
+    if config.ema == 0:
+        return None
+    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
+
+
 def make_optimiser(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
     """Return AdamW with weight decay on matrices, learned feedback too, and none on vectors."""
     learning = [p for p in model.parameters() if p.requires_grad]
@@ -203,98 +231,6 @@ def rehearse(model: LanguageModel, held_out: tuple[Tensor, Tensor], device: torc
     ids, targets = (t[:1].to(device) for t in held_out)
     model(ids, targets)[1].backward()
     model.zero_grad(set_to_none=True)
-
-
-@torch.no_grad()
-def evaluate(
-    model: LanguageModel, held_out: tuple[Tensor, Tensor], batch: int, device: torch.device
-) -> tuple[float, float]:
-    """Return the mean cross-entropy over fixed windows, and their worst free residual."""
-    total, worst = 0.0, 0.0
-    ids, targets = held_out
-    for x, y in zip(ids.split(batch), targets.split(batch), strict=True):
-        _, loss = model(x.to(device), y.to(device))
-        total += float(loss) * len(x)
-        worst = max([worst, *(float(c.free_residual.max()) for c in certificates(model))])
-    return total / len(ids), worst
-
-
-def certificates(model: nn.Module) -> list[Certificate]:
-    """Return what the equilibria of `model` measured in their last call."""
-    return [block.certificate for _, block in equilibria(model) if block.certificate is not None]
-
-
-class Guard:
-    """Judges every step's gradient before it is applied, and lets the stabiliser act."""
-
-    def __init__(self, config: TrainConfig, generator: torch.Generator) -> None:
-        self._config = config
-        self.state = config.stabiliser.init(generator) if config.stabiliser else None
-
-    def check(
-        self, model: nn.Module, optimiser: torch.optim.Optimizer, loss: float, progress: Progress
-    ) -> dict[str, float]:
-        """Refuse a gradient of a state that is none, and return what was measured of this step."""
-        seen = certificates(model)
-        measured = summary(seen)
-        config = self._config
-        finite = math.isfinite(loss)
-        good = finite and all(self._settled(c) for c in seen)
-        if not good:
-            self._refuse(
-                f"the loss is {loss:.4g}, the free residual "
-                f"{measured.get('free_residual', 0.0):.1e} (limit {config.free_limit:.0e}), "
-                f"the adjoint residual {measured.get('adjoint_residual', 0.0):.1e} (limit "
-                f"{config.adjoint_limit:.0e})",
-                optimiser,
-                progress,
-            )
-        if config.stabiliser and finite:
-            measured |= config.stabiliser.apply(model, self.state, progress.step, urgent=not good)
-        norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
-        if not bool(torch.isfinite(norm)):
-            if good:
-                self._refuse(f"the gradient's norm is {float(norm)}", optimiser, progress)
-            optimiser.zero_grad(set_to_none=True)
-        return measured
-
-    def _settled(self, seen: Certificate) -> bool:
-        """Tell whether a state and its adjoint are within the limits.
-
-        Who asks for a fixed number of steps asks for no residual: there is none to fall short of.
-        """
-        limits = self._config.free_limit, self._config.adjoint_limit
-        return all(
-            residual is None or result is Result.FIXED_TIME or float(residual.max()) <= limit
-            for result, residual, limit in (
-                (seen.result, seen.free_residual, limits[0]),
-                (seen.adjoint_result, seen.adjoint_residual, limits[1]),
-            )
-        )
-
-    def _refuse(self, why: str, optimiser: torch.optim.Optimizer, progress: Progress) -> None:
-        if self._config.on_failure == "stop":
-            raise ConvergenceError(
-                f"step {progress.step + 1}: {why}; lower lr, stabilise, or write --on_failure skip"
-            )
-        progress.refused += 1
-        optimiser.zero_grad(set_to_none=True)
-
-
-def summary(seen: list[Certificate]) -> dict[str, float]:
-    """Return the worst residuals and the sums of evaluations over a model's certificates."""
-    if not seen:
-        return {}
-    out = {
-        "free_residual": max(float(c.free_residual.max()) for c in seen),
-        "free_evaluations": float(sum(c.free_evaluations for c in seen)),
-        "adjoint_evaluations": float(sum(c.adjoint_evaluations for c in seen)),
-    }
-    for name in ("adjoint_residual", "nudged_residuals", "antisymmetry", "response", "beta"):
-        values = [getattr(c, name) for c in seen if getattr(c, name) is not None]
-        if values:
-            out[name] = max(float(v.max()) for v in values)
-    return out
 
 
 def count_parameters(model: nn.Module) -> int:
