@@ -151,8 +151,8 @@ def trained(data: str, corpus: Corpus, d_model: int, context: int, steps: int) -
     folder = CACHE / f"{Path(data).stem}-C{d_model}-T{context}-{steps}"
     config = TrainConfig(
         data=data, out=folder, d_model=d_model, heads=HEADS, context=context, batch=4, steps=steps,
-        warmup=steps // 6, eval_every=steps, eval_windows=16, sample=0, device="cpu",
-        overwrite=True,
+        warmup=steps // 6, eval_every=steps, eval_windows=16, final_windows=16, sample=0,
+        device="cpu", overwrite=True,
     )  # fmt: skip
     path = folder / "last.safetensors"
     if not path.exists() or checkpoint.load(path).notes["progress"]["step"] != steps:

@@ -114,8 +114,8 @@ def loop(name: str, data: str, steps: int) -> dict[str, Any]:
     bare: list[float] = []
     with tempfile.TemporaryDirectory() as folder:
         config = TrainConfig(
-            data=data, steps=steps, eval_every=steps, eval_windows=1, sample=0,
-            out=Path(folder) / "run", **LOOPS[name],
+            data=data, steps=steps, eval_every=steps, eval_windows=1, final_windows=1,
+            sample=0, out=Path(folder) / "run", **LOOPS[name],
         )  # fmt: skip
         torch.manual_seed(config.seed)
         beside = Loop(build_model(config, len(corpus.tokenizer)), config, corpus)
@@ -148,7 +148,11 @@ def warm(data: str, steps: int) -> tuple[LanguageModel, Corpus]:
     """Return the default model after a short run."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run"
-        train(TrainConfig(data=data, steps=steps, eval_every=steps, sample=0, out=out))
+        train(
+            TrainConfig(
+                data=data, steps=steps, eval_every=steps, final_windows=1, sample=0, out=out
+            )
+        )
         model, _ = load_run(out, "last", "cpu")
     return model.train(), load_corpus(data)
 

@@ -68,7 +68,8 @@ def steps(folder: Path) -> list[dict[str, Any]]:
 def tensors(folder: Path, which: str = "last") -> dict[str, Tensor]:
     """Return every tensor of a run's checkpoint by group and name."""
     saved = checkpoint.load(folder / f"{which}.safetensors")
-    groups = {"model": saved.model, "optimiser": saved.optimiser, "extra": saved.extra}
+    names = ("model", "training", "optimiser", "extra")
+    groups = {name: getattr(saved, name) for name in names}
     return {f"{group}.{k}": v for group, held in groups.items() for k, v in held.items()}
 
 

@@ -23,10 +23,11 @@ from altprop import (
     equilibria,
     using,
 )
+from altprop.lm.evaluation import evaluate
 from altprop.lm.model import GPT, EquilibriumLM, ModelConfig, cross_entropy, generate
 from altprop.lm.sample_command import load_run
 from altprop.lm.text import load_corpus, windows
-from altprop.lm.train import evaluate, train
+from altprop.lm.train import train
 from lm_runs import small
 
 SHAPE = ModelConfig(vocabulary=21, context=16, d_model=16, heads=2)
@@ -115,9 +116,9 @@ def test_plain_fixed_point_iteration_gives_the_same_validation_loss(
     corpus = load_corpus(str(run.parent / "text.txt"))
     held_out = windows(corpus.validation, 64, 16, seed=0)
     cpu = torch.device("cpu")
-    anderson, residual = evaluate(model, held_out, 16, cpu)
+    anderson, residual, _ = evaluate(model, held_out, 16, cpu)
     with using(model, solver=Euler(step=1.0, max_steps=200, tol=7e-4), on_failure="raise"):
-        plain, plain_residual = evaluate(model, held_out, 16, cpu)
+        plain, plain_residual, _ = evaluate(model, held_out, 16, cpu)
     assert abs(anderson - plain) < 0.005
     assert 0 < residual < 1e-3 and 0 < plain_residual < 1e-3
     assert anderson < 2

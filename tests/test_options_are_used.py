@@ -52,7 +52,7 @@ def same(one: Any, other: Any) -> bool:
 # train: by model, the options with another value, and where it takes more to see one, what more
 
 
-MORE = {"resume", "overwrite", "on_failure"}
+MORE = {"resume", "overwrite", "on_failure", "refused_in_a_row"}
 BOTH: dict[str, Any] = {
     "data": "other.txt",
     "out": Path("elsewhere"),
@@ -71,9 +71,11 @@ BOTH: dict[str, Any] = {
     "beta1": 0.5,
     "beta2": 0.5,
     "clip": 1e-3,
+    "ema": 0.5,
     "seed": 1,
     "eval_every": 1,
     "eval_windows": 3,
+    "final_windows": 2,
     "device": "abacus",
     "sample": 3,
 }
@@ -87,6 +89,7 @@ EQUILIBRIUM: dict[str, Any] = {
     "free_limit": 1e-12,
     "adjoint_limit": 1e-12,
     "on_failure": ("stop", {"free_limit": 1e-12}),
+    "refused_in_a_row": (2, {"free_limit": 1e-12}),
     # of the other model
     "layers": 2,
     "tie_head": True,
@@ -101,6 +104,7 @@ GPT: dict[str, Any] = {
     "rule": ap.FeedbackAlignment(),
     "rules": {"blocks.*.mlp.*": ap.FeedbackAlignment()},
     "on_failure": ("stop", {"lr": 1e30}),
+    "refused_in_a_row": (2, {"lr": 1e30}),
     # of the other model
     **{name: EQUILIBRIUM[name] for name in ("block", "estimator", "solver", "stabiliser")},
     **{name: EQUILIBRIUM[name] for name in ("free_limit", "adjoint_limit")},

@@ -17,7 +17,9 @@ from rich.console import Console
 from altprop import CheckpointError, ConfigError
 from altprop.lm import checkpoint, report
 from altprop.lm.display import Display
+from altprop.lm.evaluation import Evaluation
 from altprop.lm.report import plot_run, read_metrics
+from altprop.lm.run import Progress
 from altprop.lm.train import train
 from lm_runs import small
 
@@ -90,6 +92,13 @@ def test_any_run_can_be_drawn(records: list[dict[str, Any]], tmp_path: Path) -> 
     assert float(picture.std()) > 0.01
 
 
+def test_an_evaluation_at_no_fixed_point_is_marked_in_the_picture(tmp_path: Path) -> None:
+    records = [record(1), {"step": 1, "validation_loss": 3.0, "validation_settled": True}]
+    assert not has_colour(matplotlib.image.imread(plot_run(write(tmp_path, records))), RED)
+    records.append({"step": 2, "validation_loss": 2.0, "validation_settled": False})
+    assert has_colour(matplotlib.image.imread(plot_run(write(tmp_path, records))), RED)
+
+
 def test_without_matplotlib_the_run_is_whole_and_says_what_to_install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -122,7 +131,13 @@ def test_metrics_that_are_none_are_refused(tmp_path: Path) -> None:
 # Display
 
 
-def shown(terminal: bool, width: int = 80, refused: int = 0) -> str:
+def shown(
+    terminal: bool,
+    width: int = 80,
+    refused: int = 0,
+    settled: bool = True,
+    windows: tuple[int, int] = (1742, 1742),
+) -> str:
     """Return what a run of 40 steps shows."""
     stream = io.StringIO()
     console = Console(
@@ -130,9 +145,11 @@ def shown(terminal: bool, width: int = 80, refused: int = 0) -> str:
     )
     with Display(40, console=console, every=0.0) as display:
         display.step(record(10, refused=refused))
-        display.evaluation(10, 2.4)
+        display.evaluation(10, Evaluation(2.4, 1e-4, settled))
         display.step(record(11, refused=refused))
-    display.finish(2.4, 2.3, refused, "a sample\nof text", Path("runs/x"))
+    progress = Progress(40, refused, loss=2.4, best_loss=2.3 if settled else math.inf)
+    display.sample("a sample\nof text")
+    display.finish(progress, Evaluation(2.5, 0.3, settled), windows, Path("runs/x"))
     return stream.getvalue()
 
 
@@ -151,11 +168,21 @@ def test_the_display_shows_how_the_run_stands(terminal: bool) -> None:
         "step 10/40  validation loss 2.4000",
         "a sample\nof text\n",
         "validation cross-entropy 2.4000 nats per token (best 2.3000)",
+        "over the whole validation part, 1,742 windows: 2.5000\n",
         "refused steps 3 of 40",
         "run folder runs/x",
     ):
         assert part in text, part
     assert "refused" not in shown(terminal).split("validation cross-entropy")[0]
+
+
+def test_the_display_says_which_figures_are_of_no_fixed_point_and_how_much_is_covered() -> None:
+    text = shown(False, width=200, settled=False, windows=(2048, 7342))
+    doubt = "  NOT AT A FIXED POINT: free residual "
+    assert f"validation loss 2.4000{doubt}1.0e-04 past free_limit\n" in text
+    assert "(no best: no evaluation was finite and at a fixed point)" in text
+    assert "over 2,048 of the validation part's 7,342 windows: 2.5000" + doubt + "3.0e-01" in text
+    assert "NOT AT" not in shown(False)
 
 
 def test_on_a_plain_stream_there_are_plain_lines_and_on_a_terminal_live_ones() -> None:
@@ -187,7 +214,7 @@ def test_plain_lines_come_only_every_so_many_seconds() -> None:
     with Display(40, console=Console(file=stream), every=3600.0) as display:
         for step in range(1, 41):
             display.step(record(step))
-        display.evaluation(40, 2.0)
+        display.evaluation(40, Evaluation(2.0, 0.0, True))
     assert [line.split("  ")[0] for line in stream.getvalue().splitlines()] == [
         "step 1/40",
         "step 40/40",

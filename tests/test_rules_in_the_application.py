@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -11,7 +10,7 @@ import torch
 import altprop as ap
 from altprop.lm.cli import main
 from altprop.lm.config import read_config
-from altprop.lm.run import Run
+from altprop.lm.run import Run, State
 from altprop.lm.settings import TrainConfig
 from altprop.lm.train import build_model, train
 
@@ -62,8 +61,8 @@ def test_a_resumed_run_by_a_learned_feedback_equals_an_uninterrupted_one(
     whole = train(config(text, tmp_path / "whole", rule=rule, eval_every=10))
     save = Run.save
 
-    def save_and_stop(self: Run, name: str, *args: Any) -> None:
-        save(self, name, *args)
+    def save_and_stop(self: Run, name: str, state: State, *, resumable: bool) -> None:
+        save(self, name, state, resumable=resumable)
         if name == "last":
             raise KeyboardInterrupt
 

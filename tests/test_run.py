@@ -19,6 +19,7 @@ from altprop import AEP, Anderson, CheckpointError, Implicit
 from altprop.lm import checkpoint
 from altprop.lm.cli import main
 from altprop.lm.config import read_config
+from altprop.lm.evaluation import Evaluation
 from altprop.lm.run import Run
 from altprop.lm.settings import TrainConfig
 from altprop.lm.text import CharTokenizer
@@ -297,10 +298,10 @@ def test_a_finished_run_holds_its_configuration_vocabulary_metrics_and_checkpoin
 def test_the_best_checkpoint_is_that_of_the_lowest_validation_loss(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    given = iter([2.0, 1.0, 3.0, 1.5])
-    monkeypatch.setattr("altprop.lm.train.evaluate", lambda *_: (next(given), 0.0))
+    given = iter([2.0, 1.0, 3.0, 1.5, 1.75])
+    monkeypatch.setattr("altprop.lm.train.evaluate", lambda *_: Evaluation(next(given), 0.0, True))
     result = train(small(tmp_path / "run", eval_every=2))
-    assert (result.loss, result.best_loss) == (1.5, 1.0)
+    assert (result.loss, result.best_loss, result.final_loss) == (1.5, 1.0, 1.75)
     notes = [
         checkpoint.load(tmp_path / "run" / f"{name}.safetensors").notes["progress"]["step"]
         for name in ("best", "last")

@@ -145,8 +145,8 @@ def end_of(config: TrainConfig) -> dict[str, torch.Tensor]:
 
 def test_a_step_that_did_not_converge_changes_nothing_and_is_counted(tmp_path: Path) -> None:
     config = small(tmp_path / "run", block="damped", solver=HOPELESS, stabiliser=None)
-    result = train(config)
-    assert result.refused == 8
+    with pytest.raises(ConvergenceError, match="every one of its 8 steps was refused"):
+        train(config)
     assert [record["refused"] for record in steps(tmp_path / "run")] == list(range(1, 9))
     assert all(record["free_residual"] > config.free_limit for record in steps(tmp_path / "run"))
     assert_equal_bits(end_of(config), start_of(config))  # neither the loss nor weight decay
@@ -155,7 +155,8 @@ def test_a_step_that_did_not_converge_changes_nothing_and_is_counted(tmp_path: P
 def test_on_a_refused_step_the_stabiliser_acts_and_the_loss_does_not(tmp_path: Path) -> None:
     hinge = JacobianHinge(target=1e-3, every=5)
     config = small(tmp_path / "run", block="damped", solver=HOPELESS, stabiliser=hinge, steps=2)
-    assert train(config).refused == 2
+    with pytest.raises(ConvergenceError, match="every one of its 2 steps was refused"):
+        train(config)
     assert all("jacobian_gain" in record for record in steps(tmp_path / "run"))  # urgent: no rest
     start, end = start_of(config), end_of(config)
     moved = {name for name, value in start.items() if not torch.equal(value, end[name])}
@@ -183,7 +184,9 @@ def test_a_stabiliser_that_overflows_is_refused_too_and_counted_once_a_step(
     solver: AbstractSolver, tmp_path: Path
 ) -> None:
     config = small(tmp_path / "run", block="damped", solver=solver, stabiliser=Overflow(), steps=3)
-    assert train(config).refused == 3
+    with pytest.raises(ConvergenceError, match="every one of its 3 steps was refused"):
+        train(config)
+    assert steps(tmp_path / "run")[-1]["refused"] == 3
     assert_equal_bits(end_of(config), start_of(config))
 
 
@@ -239,9 +242,10 @@ def test_what_is_not_finite_is_null_in_the_metrics(tmp_path: Path) -> None:
 
     lines = (tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     records = [json.loads(line, parse_constant=refuse) for line in lines]
-    assert len(records) == 10  # 8 steps and 2 evaluations
+    assert len(records) == 11  # 8 steps, 2 evaluations and the figure at the end
     assert all(isinstance(record, dict) for record in records)
-    assert records[-2]["loss"] is None and records[-1]["validation_loss"] is None
+    assert records[-3]["loss"] is None and records[-2]["validation_loss"] is None
+    assert records[-1]["final_validation_loss"] is None
 
 
 @pytest.mark.parametrize(
@@ -306,6 +310,7 @@ def test_weight_decay_shrinks_matrices_and_no_vectors(tmp_path: Path) -> None:
         *(("steps", 0), ("batch", 0), ("eval_every", 0), ("eval_windows", -1), ("context", 0)),
         *(("lr", 0.0), ("lr", math.nan), ("clip", -1.0), ("free_limit", 0.0)),
         *(("warmup", -1), ("weight_decay", -0.1), ("beta1", 1.0), ("beta2", -0.1), ("seed", -1)),
+        *(("ema", 1.0), ("ema", -0.1), ("refused_in_a_row", 0), ("final_windows", 0)),
         *(("on_failure", "ignore"), ("block", "gatd"), ("heads", 3), ("seed", 2**63)),
     ],
 )

@@ -12,10 +12,11 @@ from torch import Tensor
 
 import altprop as ap
 from altprop.lm import checkpoint
+from altprop.lm.evaluation import Evaluation, evaluate
 from altprop.lm.model import GPT, EquilibriumLM, ModelConfig
 from altprop.lm.settings import TrainConfig
 from altprop.lm.text import Batches
-from altprop.lm.train import build_model, evaluate, make_optimiser, train
+from altprop.lm.train import build_model, make_optimiser, train
 from lm_runs import small, steps
 
 CPU = torch.device("cpu")
@@ -84,7 +85,7 @@ def test_evaluation_windows_are_the_same_for_every_seed_and_training_batches_are
     trained: list[Tensor] = []
     draw = Batches.draw
 
-    def look(model: Any, held_out: tuple[Tensor, Tensor], *rest: Any) -> tuple[float, float]:
+    def look(model: Any, held_out: tuple[Tensor, Tensor], *rest: Any) -> Evaluation:
         evaluated.append(torch.stack(held_out))
         return evaluate(model, held_out, *rest)
 
@@ -101,8 +102,9 @@ def test_evaluation_windows_are_the_same_for_every_seed_and_training_batches_are
 
             patch.setattr(Batches, "draw", drawn)
             train(config)
-    assert len(evaluated) == 6 and evaluated[0].shape == (2, 5, 16)
-    assert all(torch.equal(windows, evaluated[0]) for windows in evaluated)
+    ways, ends = ([w for w in evaluated if (w.shape[1] == 5) is way] for way in (True, False))
+    assert len(ways) == 6 and len(ends) == 3 and ways[0].shape == (2, 5, 16)
+    assert all(torch.equal(w, same[0]) for same in (ways, ends) for w in same)
     assert len({tuple(batch.flatten().tolist()) for batch in trained}) == 6
 
 
@@ -129,7 +131,7 @@ def test_the_evaluation_is_the_mean_over_windows_also_with_a_shorter_last_batch(
         ]
     expected = sum(alone) / count
     for batch in (1, 2, 4, 100):
-        loss, _ = evaluate(model, (ids, targets), batch, CPU)
+        loss = evaluate(model, (ids, targets), batch, CPU).loss
         assert loss == pytest.approx(expected, rel=1e-6)
     if count == 5:  # batches of 4 and 1: their mean is another number
         of_batches = (sum(alone[:4]) / 4 + alone[4]) / 2
