@@ -62,6 +62,7 @@ if TYPE_CHECKING:  # what the table below means, for type checkers and editors
     from altprop.equilibrium.solvers.adaptive import Adaptive as Adaptive, Moment as Moment
     from altprop.equilibrium.solvers.anderson import Anderson as Anderson
     from altprop.equilibrium.solvers.euler import Euler as Euler
+    from altprop.equilibrium.solvers.fixed_point import FixedPoint as FixedPoint
     from altprop.equilibrium.solvers.fallback import Fallback as Fallback
     from altprop.equilibrium.solvers.gmres import GMRES as GMRES
     from altprop.equilibrium.solvers.newton import NewtonKrylov as NewtonKrylov
@@ -153,6 +154,7 @@ _EXPORTS = {
     "altprop.equilibrium.solvers.adaptive": "Adaptive Moment",
     "altprop.equilibrium.solvers.anderson": "Anderson",
     "altprop.equilibrium.solvers.euler": "Euler",
+    "altprop.equilibrium.solvers.fixed_point": "FixedPoint",
     "altprop.equilibrium.solvers.fallback": "Fallback",
     "altprop.equilibrium.solvers.gmres": "GMRES",
     "altprop.equilibrium.solvers.newton": "NewtonKrylov",

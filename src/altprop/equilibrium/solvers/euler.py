@@ -43,7 +43,6 @@ class Euler(AbstractSolver):
         if not is_positive(self.step):
             raise ConfigError(f"Euler: step is {self.step!r}, expected a number > 0, such as 0.1")
 
-    @torch.no_grad()
     def solve(
         self,
         force: Force,
@@ -52,24 +51,46 @@ class Euler(AbstractSolver):
         step: float,
         scale: Tensor | None = None,
     ) -> Solution:
-        # A sample that converged or blew up stops, and the others go on: no sample's result
-        # depends on its batch-mates.
-        z, f = start, force(start)
-        residual = relative_residual(f, z, scale)
-        for n in range(self.max_steps):
-            moving = ~(residual <= self.tol) & torch.isfinite(residual)
-            if not bool(moving.any()):
-                return Solution(z, f, residual, n + 1, conclude(residual, self.tol))
-            z = torch.where(per_sample(moving, z), z + self.step * f, z)
-            f = force(z)
-            residual = relative_residual(f, z, scale)
-        return Solution(z, f, residual, self.max_steps + 1, conclude(residual, self.tol))
+        return relax(force, start, self.step, self.tol, self.max_steps, scale)
 
     def stride(self, step: float) -> float:
         return self.step
 
-    def unroll(self, force: Force, start: Tensor) -> Tensor:
-        z = start
-        for _ in range(self.max_steps):
-            z = z + self.step * force(z)
-        return z
+    def unroll(self, force: Force, start: Tensor, *, step: float) -> Tensor:
+        return unrolled(force, start, self.step, self.max_steps)
+
+
+@torch.no_grad()
+def relax(
+    force: Force,
+    start: Tensor,
+    step: float,
+    tol: float,
+    max_steps: int,
+    scale: Tensor | None = None,
+) -> Solution:
+    """Step `z ← z + step · F(z)` until each sample is within the tolerance.
+
+    A sample that converged or blew up stops, and the others go on: no sample's result depends on
+    its batch-mates. Arguments are those of `AbstractSolver.solve` and of the solvers.
+    """
+    z, f = start, force(start)
+    residual = relative_residual(f, z, scale)
+    for n in range(max_steps):
+        moving = ~(residual <= tol) & torch.isfinite(residual)
+        count = int(moving.sum())
+        if not count:
+            return Solution(z, f, residual, n + 1, conclude(residual, tol))
+        ahead = torch.add(z, f, alpha=step)
+        z = ahead if count == len(z) else torch.where(per_sample(moving, z), ahead, z)
+        f = force(z)
+        residual = relative_residual(f, z, scale)
+    return Solution(z, f, residual, max_steps + 1, conclude(residual, tol))
+
+
+def unrolled(force: Force, start: Tensor, step: float, steps: int) -> Tensor:
+    """Return the state after so many steps, each of them recorded wherever autograd is on."""
+    z = start
+    for _ in range(steps):
+        z = z + step * force(z)
+    return z
