@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -43,12 +43,19 @@ class AbstractStabiliser(ABC):
 
     @abstractmethod
     def apply(
-        self, model: nn.Module, state: Any, step: int, *, urgent: bool = False
+        self,
+        model: nn.Module,
+        state: Any,
+        step: int,
+        *,
+        urgent: bool = False,
+        rate: float = 1.0,
     ) -> dict[str, float]:
         """Add this stabiliser's gradient to `.grad` of `model`'s parameters.
 
         Call it after `loss.backward()` and before clipping, with the number of the step from 0;
-        `urgent` when the step's own gradient was refused, so that it acts even if it would rest.
+        `urgent` when the step's own gradient was refused, so that it acts even if it would rest;
+        `rate`, the learning rate of the step relative to its peak.
         Returns what it measured, by name (empty on a step where it rests).
         """
 
@@ -97,8 +104,9 @@ class JacobianHinge(AbstractStabiliser):
     **Arguments:** `target`, the margin `τ` (`None`: the dynamics' own `margin`, 0.3 for most);
     `every`, act on every so many steps, with `every` times the weight; `weight`, `w` for `every=1`;
     `fresh`, the size of the random part of the next probe relative to a unit vector; `power`, steps
-    of power iteration before the gain is measured, a VJP each; `per`, what has a direction, a gain
-    and a margin of its own: `"sample"`, `"token"` (the last axis but one tells them apart), or
+    of power iteration before the gain is measured, a VJP each; `final`, where the margin goes to
+    as the learning rate falls to zero (`None`: it stays); `per`, what has a direction, a gain and a
+    margin of its own: `"sample"`, `"token"` (the last axis but one tells them apart), or
     `"batch"`, all of it together, which sees the root of the samples' mean square.
     """
 
@@ -107,11 +115,14 @@ class JacobianHinge(AbstractStabiliser):
     weight: float = 4.0
     fresh: float = 0.05
     power: int = 0
+    final: float | None = None
     per: Literal["sample", "token", "batch"] = "sample"
 
     def __post_init__(self) -> None:
         if self.target is not None:
             check_fields("JacobianHinge", target=self.target)
+        if self.final is not None:
+            check_fields("JacobianHinge", final=self.final)
         check_fields("JacobianHinge", weight=self.weight)
         check_counts("JacobianHinge", every=self.every)
         if not (is_positive(self.fresh) or self.fresh == 0):
@@ -129,19 +140,25 @@ class JacobianHinge(AbstractStabiliser):
         return HingeState(generator)
 
     def apply(
-        self, model: nn.Module, state: HingeState, step: int, *, urgent: bool = False
+        self,
+        model: nn.Module,
+        state: HingeState,
+        step: int,
+        *,
+        urgent: bool = False,
+        rate: float = 1.0,
     ) -> dict[str, float]:
         if step % self.every and not urgent:
             return {}
-        group = _process_group(model)
-        called = list(_called(model))
-        for block, _, _ in called:
+        group = process_group(model)
+        pushed = list(called(model))
+        for block, _, _ in pushed:
             refuse_shards(block.dynamics, "JacobianHinge")
         gains = [
-            self._push(path, block.dynamics, seen, state, group) for block, path, seen in called
+            self._push(path, block.dynamics, seen, state, rate, group)
+            for block, path, seen in pushed
         ]
-        measured = [gain for gain in gains if gain is not None]
-        return {"jacobian_gain": max(measured, key=_nan_is_worst)} if measured else {}
+        return worst_gain([gain for gain in gains if gain is not None])
 
     def _push(
         self,
@@ -149,14 +166,18 @@ class JacobianHinge(AbstractStabiliser):
         dynamics: AbstractDynamics,
         seen: Certificate,
         state: HingeState,
+        rate: float,
         group: Any,
     ) -> float | None:
         z, system = seen.state, seen.system
         assert system is not None
+        parameters = [p for p in dynamics.parameters() if p.requires_grad]
         if z.numel() == 0:  # nothing to measure, but other ranks may have samples
-            _accumulate(None, dynamics, group)
+            accumulate([None] * len(parameters), parameters, group)
             return None
         target = dynamics.margin if self.target is None else self.target
+        if self.final is not None:
+            target += (self.final - target) * (1 - rate)
         noise = torch.randn(z.shape, generator=state.generator, device="cpu").to(z)
         noise = self._unit(noise)
         probe = state.probes.get(path)
@@ -174,12 +195,12 @@ class JacobianHinge(AbstractStabiliser):
                 pulled = v + system.step * products.vjp(v)
             gains = self._norm(pulled)
             worst = float(gains.max())
-            push = None
+            push: Gradients = (None,) * len(parameters)
             if math.isfinite(worst) and worst > target:
                 # d/dρ of the penalty, along the direction in which ρ is measured
                 slope = 2 * self.weight * self.every * (gains - target).clamp_min(0) / len(z)
-                push = _directional(dynamics, system, z, slope * self._unit(pulled), v)
-            _accumulate(push, dynamics, group)
+                push = _directional(parameters, system, z, slope * self._unit(pulled), v)
+            accumulate(push, parameters, group)
         if math.isfinite(worst):
             state.probes[path] = self._unit(pulled) + self.fresh * noise
         else:  # a lost state must not poison the probes of the steps to come
@@ -196,14 +217,13 @@ class JacobianHinge(AbstractStabiliser):
 
 
 def _directional(
-    dynamics: AbstractDynamics, system: System, z: Tensor, along: Tensor, v: Tensor
+    parameters: list[nn.Parameter], system: System, z: Tensor, along: Tensor, v: Tensor
 ) -> Gradients:
-    """Return the gradients of `⟨v, J_g u⟩` by the dynamics' parameters, `u = along`, `(B, ...)`.
+    """Return the gradients of `⟨v, J_g u⟩` by some parameters, with `u = along`, `(B, ...)`.
 
     They are central differences of `⟨v, g⟩`'s along `u`, over the samples where that is not zero;
     at a step of the cube root of epsilon, relative to the state, truncation and rounding are alike.
     """
-    parameters = [p for p in dynamics.parameters() if p.requires_grad]
     rows = along.flatten(1).any(1)
     part = None if bool(rows.all()) else system.samples(rows)
     if part is not None:
@@ -227,7 +247,7 @@ def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     return a if b is None else b if a is None else a + b
 
 
-def _called(model: nn.Module) -> Iterator[tuple[Equilibrium, str, Certificate]]:
+def called(model: nn.Module) -> Iterator[tuple[Equilibrium, str, Certificate]]:
     """Yield the equilibria that have a last call and that could lose their fixed point."""
     for path, block in equilibria(model):
         seen = block.certificate
@@ -235,22 +255,25 @@ def _called(model: nn.Module) -> Iterator[tuple[Equilibrium, str, Certificate]]:
             yield block, path, seen
 
 
-def _nan_is_worst(gain: float) -> float:
-    return math.inf if math.isnan(gain) else gain
+def worst_gain(gains: list[float]) -> dict[str, float]:
+    """Return the largest of the blocks' gains by its name; NaN is the worst of all."""
+    worst = max(gains, key=lambda gain: math.inf if math.isnan(gain) else gain, default=None)
+    return {} if worst is None else {"jacobian_gain": worst}
 
 
-def _process_group(model: nn.Module) -> Any:
+def process_group(model: nn.Module) -> Any:
     """Return the process group over which `model`'s gradients are averaged, or `None`."""
     return model.process_group if isinstance(model, nn.parallel.DistributedDataParallel) else None
 
 
-def _accumulate(push: Gradients | None, module: nn.Module, group: Any) -> None:
-    """Add gradients of the learning parameters to `.grad`, averaged over the ranks of `group`.
+def accumulate(
+    push: Sequence[Tensor | None], parameters: Sequence[nn.Parameter], group: Any
+) -> None:
+    """Add gradients to the `.grad` of parameters, averaged over the ranks of `group`.
 
     Every rank takes part, whether its own samples are past the margin or not.
     """
-    parameters = [p for p in module.parameters() if p.requires_grad]
-    for p, own in zip(parameters, push or (None,) * len(parameters), strict=True):
+    for p, own in zip(parameters, push, strict=True):
         gradient = own
         if group is not None:
             gradient = torch.zeros_like(p) if own is None else own.contiguous()
