@@ -7,28 +7,36 @@ least-squares problem per sample.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from altprop.equilibrium.solvers.fixed_point import FixedPoint
+from altprop.equilibrium.solvers.newton import NewtonKrylov
 from altprop.equilibrium.solvers.solver import (
     AbstractSolver,
     Force,
     Result,
     Solution,
+    better_of,
     check_counts,
     check_fields,
     check_solver_fields,
     conclude,
     per_sample,
     relative_residual,
+    with_limits,
 )
 
 # A step is taken to shrink the residual as the slowest of the last few did, and this much less: to
 # foresee too much costs the whole batch three evaluations, and to foresee too little costs one.
 _SEEN, _CAUTION = 3, 1.3
+# An extrapolation may pass through larger residuals on its way; one that has found nothing better
+# by a tenth for so long rests where no fixed point need be.
+_PATIENCE, _PROGRESS = 30, 0.9
+_PLAIN = 30  # steps of the natural map, from the best state of what stagnated
 _USUAL = 3  # differences that most solves need: memory for more is taken when they are there
 
 
@@ -40,6 +48,10 @@ class Anderson(AbstractSolver):
     convergence for physical stability. Its weights see the whole window, later tokens included:
     the tolerance bounds how far the future can leak into a causal state.
 
+    Extrapolation can rest at states that are no fixed points. So a sample that has found nothing
+    better for thirty evaluations goes on from its best state by plain steps, and by Newton–Krylov
+    where these do not arrive either (not under `tol=0`, which asks for exactly `max_steps`).
+
     **Arguments:** `memory`, how many earlier differences to extrapolate from; `tol`, the relative
     force residual to reach; `max_steps`, the limit of force evaluations; `ridge`, the
     regularisation of the least squares relative to the diagonal of its Gram matrix;
@@ -50,7 +62,7 @@ class Anderson(AbstractSolver):
 
     memory: int = 5
     tol: float = 7e-4
-    max_steps: int = 60
+    max_steps: int = 100
     ridge: float = 1e-8
     mixing: float = 1.0
 
@@ -67,13 +79,37 @@ class Anderson(AbstractSolver):
         step: float,
         scale: Tensor | None = None,
     ) -> Solution:
-        return self._iterate(force, start, step, scale, course=None)[0]
+        found, _ = self._iterate(force, start, step, scale, course=None)
+        return self._rescued(found, force, step, scale)
 
     def stride(self, step: float) -> float:
         return step * self.mixing
 
     def approach(self, force: Force, start: Tensor, *, step: float) -> tuple[Solution, Tensor]:
-        return self._iterate(force, start, step, None, course=_Course())
+        found, ahead = self._iterate(force, start, step, None, course=_Course())
+        safe = self._rescued(found, force, step, None)
+        if safe is found:
+            return found, ahead
+        return safe, safe.value + self.stride(step) * safe.force
+
+    def _rescued(
+        self, found: Solution, force: Force, step: float, scale: Tensor | None
+    ) -> Solution:
+        """Go on for samples that stagnated: by plain steps, and by Newton–Krylov after these."""
+        plain = FixedPoint(tol=self.tol, max_steps=_PLAIN)
+        for other in (plain, NewtonKrylov(tol=self.tol)) if self.tol else ():
+            left = self.max_steps - found.evaluations
+            stuck = (found.residual > self.tol) & torch.isfinite(found.residual)
+            if left < 2 or not bool(stuck.any()):
+                break
+            # plain steps evaluate once more than they are
+            limit = min(_PLAIN, left - 1) if other is plain else left
+            again = with_limits(other, self.tol, limit).solve(
+                force, found.value, step=step, scale=scale
+            )
+            found = better_of(found, again)
+            found = replace(found, result=conclude(found.residual, self.tol))
+        return found
 
     @torch.no_grad()
     def _iterate(
@@ -89,6 +125,7 @@ class Anderson(AbstractSolver):
         residual = relative_residual(f, z, scale)
         best_z, best_f, best = z, f, residual
         moving, ahead = torch.ones_like(best, dtype=torch.bool), start
+        mark, since = best, torch.zeros_like(best)  # what counts as progress, and when it was made
         memory = _Differences(
             min(self.memory, max(1, self.max_steps - 2)), self.ridge, step * self.mixing
         )
@@ -96,6 +133,8 @@ class Anderson(AbstractSolver):
         while steps < self.max_steps:
             # a sample that has blown up keeps its best state; the others go on
             going = moving & (best > self.tol) & (residual < torch.inf)
+            if self.tol:
+                going &= steps - since <= _PATIENCE
             if course is not None:
                 # a state beside the best one is no state to go on from
                 going &= ~(course.arrives(residual, self.tol) & (residual <= best))
@@ -119,6 +158,8 @@ class Anderson(AbstractSolver):
                 best_z = torch.where(shaped, z, best_z)
                 best_f = torch.where(shaped, f, best_f)
                 best = torch.where(better, residual, best)
+            won = best <= _PROGRESS * mark
+            mark, since = torch.where(won, best, mark), torch.where(won, steps, since)
         lost = ~torch.isfinite(residual) & ~(best <= self.tol)
         if course is not None:
             ahead = _where(moving, memory.extrapolate(z, f), ahead)
