@@ -7,36 +7,29 @@ least-squares problem per sample.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from altprop.equilibrium.solvers.fixed_point import FixedPoint
-from altprop.equilibrium.solvers.newton import NewtonKrylov
 from altprop.equilibrium.solvers.solver import (
     AbstractSolver,
     Force,
     Result,
     Solution,
-    better_of,
     check_counts,
     check_fields,
     check_solver_fields,
     conclude,
     per_sample,
     relative_residual,
-    with_limits,
 )
 
 # A step is taken to shrink the residual as the slowest of the last few did, and this much less: to
 # foresee too much costs the whole batch three evaluations, and to foresee too little costs one.
 _SEEN, _CAUTION = 3, 1.3
-# An extrapolation may pass through larger residuals on its way; one that has found nothing better
-# by a tenth for so long rests where no fixed point need be.
-_PATIENCE, _PROGRESS = 30, 0.9
-_PLAIN = 30  # steps of the natural map, from the best state of what stagnated
+_PATIENCE, _PROGRESS = 20, 0.9  # evaluations without so small a residual, relative to the best one
 _USUAL = 3  # differences that most solves need: memory for more is taken when they are there
 
 
@@ -49,8 +42,8 @@ class Anderson(AbstractSolver):
     the tolerance bounds how far the future can leak into a causal state.
 
     Extrapolation can rest at states that are no fixed points. So a sample that has found nothing
-    better for thirty evaluations goes on from its best state by plain steps, and by Newton–Krylov
-    where these do not arrive either (not under `tol=0`, which asks for exactly `max_steps`).
+    better for twenty evaluations goes on from its best state by plain steps, and if these find
+    nothing better either, by extrapolation again (not under `tol=0`).
 
     **Arguments:** `memory`, how many earlier differences to extrapolate from; `tol`, the relative
     force residual to reach; `max_steps`, the limit of force evaluations; `ridge`, the
@@ -79,37 +72,13 @@ class Anderson(AbstractSolver):
         step: float,
         scale: Tensor | None = None,
     ) -> Solution:
-        found, _ = self._iterate(force, start, step, scale, course=None)
-        return self._rescued(found, force, step, scale)
+        return self._iterate(force, start, step, scale, course=None)[0]
 
     def stride(self, step: float) -> float:
         return step * self.mixing
 
     def approach(self, force: Force, start: Tensor, *, step: float) -> tuple[Solution, Tensor]:
-        found, ahead = self._iterate(force, start, step, None, course=_Course())
-        safe = self._rescued(found, force, step, None)
-        if safe is found:
-            return found, ahead
-        return safe, safe.value + self.stride(step) * safe.force
-
-    def _rescued(
-        self, found: Solution, force: Force, step: float, scale: Tensor | None
-    ) -> Solution:
-        """Go on for samples that stagnated: by plain steps, and by Newton–Krylov after these."""
-        plain = FixedPoint(tol=self.tol, max_steps=_PLAIN)
-        for other in (plain, NewtonKrylov(tol=self.tol)) if self.tol else ():
-            left = self.max_steps - found.evaluations
-            stuck = (found.residual > self.tol) & torch.isfinite(found.residual)
-            if left < 2 or not bool(stuck.any()):
-                break
-            # plain steps evaluate once more than they are
-            limit = min(_PLAIN, left - 1) if other is plain else left
-            again = with_limits(other, self.tol, limit).solve(
-                force, found.value, step=step, scale=scale
-            )
-            found = better_of(found, again)
-            found = replace(found, result=conclude(found.residual, self.tol))
-        return found
+        return self._iterate(force, start, step, None, course=_Course())
 
     @torch.no_grad()
     def _iterate(
@@ -125,7 +94,7 @@ class Anderson(AbstractSolver):
         residual = relative_residual(f, z, scale)
         best_z, best_f, best = z, f, residual
         moving, ahead = torch.ones_like(best, dtype=torch.bool), start
-        mark, since = best, torch.zeros_like(best)  # what counts as progress, and when it was made
+        safeguard = _Safeguard(best) if self.tol else None
         memory = _Differences(
             min(self.memory, max(1, self.max_steps - 2)), self.ridge, step * self.mixing
         )
@@ -133,15 +102,19 @@ class Anderson(AbstractSolver):
         while steps < self.max_steps:
             # a sample that has blown up keeps its best state; the others go on
             going = moving & (best > self.tol) & (residual < torch.inf)
-            if self.tol:
-                going &= steps - since <= _PATIENCE
             if course is not None:
                 # a state beside the best one is no state to go on from
                 going &= ~(course.arrives(residual, self.tol) & (residual <= best))
             count = int(going.sum())
             if count == 0:
                 break
+            if safeguard is not None and bool((turned := safeguard.turns(best)).any()):
+                # it goes on from its best state, in the other way
+                z, f = _where(turned, best_z, z), _where(turned, best_f, f)
+                residual = torch.where(turned, best, residual)
             proposed = memory.extrapolate(z, f)
+            if safeguard is not None and bool(safeguard.plain.any()):
+                proposed = _where(safeguard.plain, torch.add(z, f, alpha=step), proposed)
             if course is not None and count < len(z):
                 ahead = _where(moving, proposed, ahead)
             moving = going
@@ -158,8 +131,6 @@ class Anderson(AbstractSolver):
                 best_z = torch.where(shaped, z, best_z)
                 best_f = torch.where(shaped, f, best_f)
                 best = torch.where(better, residual, best)
-            won = best <= _PROGRESS * mark
-            mark, since = torch.where(won, best, mark), torch.where(won, steps, since)
         lost = ~torch.isfinite(residual) & ~(best <= self.tol)
         if course is not None:
             ahead = _where(moving, memory.extrapolate(z, f), ahead)
@@ -183,6 +154,30 @@ def _extended(held: Tensor, rows: int) -> Tensor:
     out = held.new_empty(B, rows, n)
     out[:, :m] = held
     return out
+
+
+class _Safeguard:
+    """Which samples take plain steps, since extrapolation has found them nothing better for long.
+
+    An extrapolation may pass through larger residuals on its way, so it is given time.
+    """
+
+    def __init__(self, best: Tensor) -> None:
+        self.plain = torch.zeros_like(best, dtype=torch.bool)
+        self._mark, self._stale = best, torch.zeros_like(best)
+
+    def turns(self, best: Tensor) -> Tensor:
+        """Tell of each sample, `(B,)`, whether it changes its way now.
+
+        **Arguments:** `best`, the least residual so far, `(B,)`.
+        """
+        won = best <= _PROGRESS * self._mark
+        self._mark = torch.where(won, best, self._mark)
+        self._stale = torch.where(won, 0, self._stale + 1)
+        turned = self._stale > _PATIENCE
+        self._stale = torch.where(turned, 0, self._stale)
+        self.plain = self.plain ^ turned
+        return turned
 
 
 class _Course:
