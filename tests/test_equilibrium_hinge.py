@@ -149,6 +149,22 @@ def test_a_token_has_a_gain_of_its_own() -> None:
     assert got == pytest.approx(float(wanted), rel=1e-9)
 
 
+def test_a_margin_may_move() -> None:
+    block = prepared(gated(gate=0.9))
+    gain = ap.JacobianHinge().apply(block, fresh(ap.JacobianHinge()), step=0)["jacobian_gain"]
+    # at half the way it passes the gain
+    hinge = ap.JacobianHinge(target=0.5 * gain, final=1.5 * gain, over=100, every=1)
+    pushed = []
+    for step in (0, 40, 49, 51, 100, 10_000):
+        block.zero_grad()
+        hinge.apply(block, fresh(hinge), step)
+        pushed.append(bool(gradients(block)))
+    assert pushed == [True, True, True, False, False, False]
+    for given in ({"final": 0.5}, {"over": 10}, {"final": -1.0, "over": 10}):
+        with pytest.raises(ap.ConfigError, match="JacobianHinge: (final|over) is"):
+            ap.JacobianHinge(**given)
+
+
 def test_power_steps_turn_the_probe_before_it_is_measured() -> None:
     block = prepared(gated(B=1, gate=0.9))
     block.certificate = replace(block.certificate, adjoint_remainder=None)

@@ -57,7 +57,6 @@ class GateHinge(AbstractStabiliser):
         step: int,
         *,
         urgent: bool = False,
-        rate: float = 1.0,
     ) -> dict[str, float]:
         if step % self.every and not urgent:
             return {}

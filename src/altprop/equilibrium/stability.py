@@ -49,13 +49,11 @@ class AbstractStabiliser(ABC):
         step: int,
         *,
         urgent: bool = False,
-        rate: float = 1.0,
     ) -> dict[str, float]:
         """Add this stabiliser's gradient to `.grad` of `model`'s parameters.
 
         Call it after `loss.backward()` and before clipping, with the number of the step from 0;
-        `urgent` when the step's own gradient was refused, so that it acts even if it would rest;
-        `rate`, the learning rate of the step relative to its peak.
+        `urgent` when the step's own gradient was refused, so that it acts even if it would rest.
         Returns what it measured, by name (empty on a step where it rests).
         """
 
@@ -105,8 +103,8 @@ class JacobianHinge(AbstractStabiliser):
     `every`, act on every so many steps, with `every` times the weight; `weight`, `w` for `every=1`;
     `fresh`, the size of the random part of the next probe relative to a unit vector; `power`, steps
     of power iteration before the gain is measured, a VJP each; `final`, where the margin goes to
-    as the learning rate falls to zero (`None`: it stays); `per`, what has a direction, a gain and a
-    margin of its own: `"sample"`, `"token"` (the last axis but one tells them apart), or
+    in equal parts over the first `over` steps (`None`: it stays); `per`, what has a direction, a
+    gain and a margin of its own: `"sample"`, `"token"` (the last axis but one tells them apart), or
     `"batch"`, all of it together, which sees the root of the samples' mean square.
     """
 
@@ -116,13 +114,20 @@ class JacobianHinge(AbstractStabiliser):
     fresh: float = 0.05
     power: int = 0
     final: float | None = None
+    over: int | None = None
     per: Literal["sample", "token", "batch"] = "sample"
 
     def __post_init__(self) -> None:
         if self.target is not None:
             check_fields("JacobianHinge", target=self.target)
-        if self.final is not None:
+        if (self.final is None) != (self.over is None):
+            raise ConfigError(
+                f"JacobianHinge: final is {self.final!r} and over is {self.over!r}: a margin that "
+                "moves needs both, such as final=0.5, over=14000"
+            )
+        if self.final is not None and self.over is not None:
             check_fields("JacobianHinge", final=self.final)
+            check_counts("JacobianHinge", over=self.over)
         check_fields("JacobianHinge", weight=self.weight)
         check_counts("JacobianHinge", every=self.every)
         if not (is_positive(self.fresh) or self.fresh == 0):
@@ -146,7 +151,6 @@ class JacobianHinge(AbstractStabiliser):
         step: int,
         *,
         urgent: bool = False,
-        rate: float = 1.0,
     ) -> dict[str, float]:
         if step % self.every and not urgent:
             return {}
@@ -155,7 +159,7 @@ class JacobianHinge(AbstractStabiliser):
         for block, _, _ in pushed:
             refuse_shards(block.dynamics, "JacobianHinge")
         gains = [
-            self._push(path, block.dynamics, seen, state, rate, group)
+            self._push(path, block.dynamics, seen, state, step, group)
             for block, path, seen in pushed
         ]
         return worst_gain([gain for gain in gains if gain is not None])
@@ -166,7 +170,7 @@ class JacobianHinge(AbstractStabiliser):
         dynamics: AbstractDynamics,
         seen: Certificate,
         state: HingeState,
-        rate: float,
+        step: int,
         group: Any,
     ) -> float | None:
         z, system = seen.state, seen.system
@@ -176,8 +180,8 @@ class JacobianHinge(AbstractStabiliser):
             accumulate([None] * len(parameters), parameters, group)
             return None
         target = dynamics.margin if self.target is None else self.target
-        if self.final is not None:
-            target += (self.final - target) * (1 - rate)
+        if self.final is not None and self.over is not None:
+            target += (self.final - target) * min(1.0, step / self.over)
         noise = torch.randn(z.shape, generator=state.generator, device="cpu").to(z)
         noise = self._unit(noise)
         probe = state.probes.get(path)

@@ -250,13 +250,7 @@ class Guard:
                 progress,
             )
         if config.stabiliser and finite:
-            measured |= config.stabiliser.apply(
-                model,
-                self.state,
-                progress.step,
-                urgent=not good,
-                rate=learning_rate(config, progress.step) / config.lr,
-            )
+            measured |= config.stabiliser.apply(model, self.state, progress.step, urgent=not good)
         norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
         if not bool(torch.isfinite(norm)):
             if good:
