@@ -43,9 +43,21 @@ BUGS = [
     ),
     Bug(
         _SOLVERS + "euler.py",
-        "z = z + self.step * force(z)",
+        "z = z + step * force(z)",
         "z = z + force(z)",
         _FACTS + " test_equilibrium_gradients.py",
+    ),
+    Bug(
+        _SOLVERS + "fixed_point.py",
+        "relax(force, start, step, self.tol,",
+        "relax(force, start, 1.0, self.tol,",
+        _FACTS,
+    ),
+    Bug(
+        _SOLVERS + "anderson.py",
+        "turned = self._stale > _PATIENCE",
+        "turned = self._stale > 10**9",
+        _FACTS,
     ),
     Bug(_SOLVERS + "anderson.py", "        self._gram[:, :rows, slot] = column\n", "", _FACTS),
     Bug(_SOLVERS + "anderson.py", "return step * self.mixing", "return step", _LANDING),
