@@ -56,6 +56,13 @@ def test_it_measures_what_a_step_leaves_and_turns_the_gate_along_the_penaltys_gr
     assert torch.allclose(gate.grad / gate, gate.grad[0] / gate[0])
 
 
+def test_the_step_that_it_watches_is_the_one_of_the_dynamics() -> None:
+    slow = Feedback()
+    slow.step = 0.5
+    gain = apply(ap.GateHinge(), settled(slow, X))["jacobian_gain"]
+    assert gain == pytest.approx(1 - 0.5 * (1 - 0.8), rel=1e-9)
+
+
 def test_descending_it_brings_the_slowest_sample_to_the_margin_and_no_further() -> None:
     block, hinge = settled(Feedback(), X), ap.GateHinge(target=0.4)
     optimiser = torch.optim.SGD(block.parameters(), lr=0.3)
