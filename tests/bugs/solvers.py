@@ -42,7 +42,7 @@ BUGS = [
         _LANDING + " " + _FACTS,
     ),
     Bug(
-        _SOLVERS + "euler.py",
+        _SOLVERS + "relaxation.py",
         "z = z + step * force(z)",
         "z = z + force(z)",
         _FACTS + " test_equilibrium_gradients.py",

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from altprop.equilibrium.solvers.euler import relax, unrolled
+from altprop.equilibrium.solvers.relaxation import relax, unrolled
 from altprop.equilibrium.solvers.solver import (
     AbstractSolver,
     Force,
