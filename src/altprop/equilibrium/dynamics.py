@@ -383,6 +383,10 @@ class _DampedEvaluation(AbstractEvaluation):
         return self._attention.vjp(a).mul_(self._scale).sub_(a, alpha=self._leak)
 
     @torch.no_grad()
+    def own_vjp(self, a: Tensor) -> Tensor:
+        return self._attention.own_vjp(a).mul_(self._scale).sub_(a, alpha=self._leak)
+
+    @torch.no_grad()
     def jvp(self, v: Tensor) -> Tensor:
         return self._attention.jvp(v).mul_(self._scale).sub_(v, alpha=self._leak)
 
@@ -414,6 +418,11 @@ class _GatedEvaluation(AbstractEvaluation):
     def vjp(self, a: Tensor) -> Tensor:
         du = a + self._norm2.vjp(self._feed_forward.vjp(a))
         return self._alpha * self._norm1.vjp(self._attention.vjp(du)) - a
+
+    @torch.no_grad()
+    def own_vjp(self, a: Tensor) -> Tensor:
+        du = a + self._norm2.vjp(self._feed_forward.vjp(a))
+        return self._alpha * self._norm1.vjp(self._attention.own_vjp(du)) - a
 
     @torch.no_grad()
     def jvp(self, v: Tensor) -> Tensor:

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,7 @@ from altprop.equilibrium.solvers.solver import (
     per_sample,
     sample_norm,
 )
-from altprop.errors import ConfigError
+from altprop.errors import ConfigError, RuleError
 
 
 class AbstractStabiliser(ABC):
@@ -86,36 +86,42 @@ class HingeState:
 class JacobianHinge(AbstractStabiliser):
     """Push the Jacobian's gain back where it is past a margin: `w · mean_b max(0, ρ_b − τ)²`.
 
-    For `g(z) = z + εF(z)` at the free state, held constant, `ρ_b = ‖J_gᵀ v_b‖` of each sample with
-    a unit `v_b` that adds a power-iterated probe to the direction of the sample's adjoint's
-    remaining residual: the probe finds the lasting hard modes, the residual those of this very
-    batch. No sample hides among its batch-mates. The force is that of the last call, with its
-    further arguments and its draws of dropout. The task pushes the feedback up and the hinge only
-    down, so together they hold the gain near the margin.
+    For `g(z) = z + εF(z)` at the free state, held constant, `ρ = ‖J_gᵀ v‖` with a unit `v` that
+    adds a power-iterated probe to the direction of the adjoint's remaining residual: the probe
+    finds the lasting hard modes, the residual those of this very batch. The force is that of the
+    last call, with its further arguments and its draws of dropout. The task pushes the feedback up
+    and the hinge only down, so together they hold the gain near the margin.
 
-    The gains cost an evaluation of the force and a VJP per block on the steps where it acts, and
-    the push two evaluations with their gradients of the samples past the margin alone: with
-    `u_b = J_gᵀ v_b / ρ_b` the derivative of `ρ_b` is that of `⟨v_b, J_g u_b⟩`, which is what
-    `⟨v_b, g⟩` changes by between two states that differ along `u_b`. Without a gate in the dynamics
-    it also shrinks what the block computes: use it with `GatedBlock`.
+    Of a causal dynamics the eigenvalues of `J_g` are those of the blocks on its diagonal, one per
+    token. So each token has a `v` of its own, iterated with its own block, which takes two or three
+    products to find the radius of all of them at once, and `ρ_b` is the worst of its sample. Where
+    a dynamics does not tell its tokens apart, each sample has a `v`, and none hides among others.
+
+    The gains cost an evaluation of the force and `power + 1` products per block on the steps where
+    it acts, and the push two evaluations with their gradients, of the samples past the margin
+    alone: with `u = J_gᵀ v / ρ` the derivative of `ρ` is that of `⟨v, J_g u⟩`, which is what
+    `⟨v, g⟩` changes by between two states that differ along `u`. Without a gate in the dynamics it
+    also shrinks what the block computes: use it with `GatedBlock`.
 
     **Arguments:** `target`, the margin `τ` (`None`: the dynamics' own `margin`, 0.3 for most);
     `every`, act on every so many steps, with `every` times the weight; `weight`, `w` for `every=1`;
     `fresh`, the size of the random part of the next probe relative to a unit vector; `power`, steps
-    of power iteration before the gain is measured, a VJP each; `final`, where the margin goes to
-    in equal parts over the first `over` steps (`None`: it stays); `per`, what has a direction, a
-    gain and a margin of its own: `"sample"`, `"token"` (the last axis but one tells them apart), or
-    `"batch"`, all of it together, which sees the root of the samples' mean square.
+    of power iteration before the gain is measured; `final`, where the margin goes to in equal parts
+    over the first `over` steps (`None`: it stays); `per`, what has a `v` of its own: `"token"`,
+    `"sample"`, `"batch"` (all of it together, which sees the root of the samples' mean square), or
+    `None`, tokens where the dynamics tells them apart and samples elsewhere.
+
+    **Raises:** `RuleError` for `per="token"` and a dynamics without `own_vjp`.
     """
 
     target: float | None = None
     every: int = 2
     weight: float = 4.0
     fresh: float = 0.05
-    power: int = 0
+    power: int = 1
     final: float | None = None
     over: int | None = None
-    per: Literal["sample", "token", "batch"] = "sample"
+    per: Literal["token", "sample", "batch"] | None = None
 
     def __post_init__(self) -> None:
         if self.target is not None:
@@ -136,9 +142,9 @@ class JacobianHinge(AbstractStabiliser):
             raise ConfigError(
                 f"JacobianHinge: power is {self.power!r}, expected a whole number, at least 0"
             )
-        if self.per not in ("sample", "token", "batch"):
+        if self.per not in ("token", "sample", "batch", None):
             raise ConfigError(
-                f"JacobianHinge: per is {self.per!r}, expected 'sample', 'token' or 'batch'"
+                f"JacobianHinge: per is {self.per!r}, expected 'token', 'sample', 'batch' or None"
             )
 
     def init(self, generator: torch.Generator) -> HingeState:
@@ -183,41 +189,81 @@ class JacobianHinge(AbstractStabiliser):
         if self.final is not None and self.over is not None:
             target += (self.final - target) * min(1.0, step / self.over)
         noise = torch.randn(z.shape, generator=state.generator, device="cpu").to(z)
-        noise = self._unit(noise)
-        probe = state.probes.get(path)
-        if probe is None or probe.shape != z.shape:
-            probe = noise
-        v = self._unit(probe.to(z))
-        remainder = seen.adjoint_remainder
-        if remainder is not None and bool(remainder.isfinite().all()):
-            v = self._unit(v + self._unit(remainder))
         with torch.autocast(z.device.type, enabled=False):
-            products = system.linearise(z)
-            pulled = v + system.step * products.vjp(v)
+            own = _Blocks.of(self.per, system, z)
+            noise = own.unit(noise)
+            probe = state.probes.get(path)
+            v = noise if probe is None or probe.shape != z.shape else own.unit(probe.to(z))
+            remainder = seen.adjoint_remainder
+            if remainder is not None and bool(remainder.isfinite().all()):
+                v = own.unit(v + own.unit(remainder))
+            pulled = own.pull(v)
             for _ in range(self.power):
-                v = self._unit(pulled)
-                pulled = v + system.step * products.vjp(v)
-            gains = self._norm(pulled)
+                v = own.unit(pulled)
+                pulled = own.pull(v)
+            gains = own.worst(own.norm(pulled))
             worst = float(gains.max())
             push: Gradients = (None,) * len(parameters)
             if math.isfinite(worst) and worst > target:
                 # d/dρ of the penalty, along the direction in which ρ is measured
                 slope = 2 * self.weight * self.every * (gains - target).clamp_min(0) / len(z)
-                push = _directional(parameters, system, z, slope * self._unit(pulled), v)
+                push = _directional(
+                    parameters, system, z, slope * own.unit(pulled), v * (slope > 0)
+                )
             accumulate(push, parameters, group)
         if math.isfinite(worst):
-            state.probes[path] = self._unit(pulled) + self.fresh * noise
+            state.probes[path] = own.unit(pulled) + self.fresh * noise
         else:  # a lost state must not poison the probes of the steps to come
             state.probes.pop(path, None)
         return worst
 
-    def _norm(self, v: Tensor) -> Tensor:
-        """Return the norm of each part that has a gain of its own, shaped to multiply it."""
-        first = {"batch": 0, "sample": 1, "token": min(2, v.dim() - 1)}[self.per]
-        return torch.linalg.vector_norm(v, dim=tuple(range(first, v.dim())), keepdim=True)
 
-    def _unit(self, v: Tensor) -> Tensor:
-        return v / (self._norm(v) + 1e-12)
+class _Blocks:
+    """The blocks of `J_gᵀ` that have a direction of their own: a batch's, samples' or tokens'.
+
+    **Arguments:** `first`, the first axis that lies inside a block; `product`, `v ↦ Jᵀv` block by
+    block; `step`, the dynamics' `ε`.
+    """
+
+    def __init__(self, first: int, product: Callable[[Tensor], Tensor], step: float) -> None:
+        self._first, self._product, self._step = first, product, step
+
+    @classmethod
+    def of(cls, per: str | None, system: System, z: Tensor) -> _Blocks:
+        """Return the blocks at the state `z`, `(B, ...)`."""
+        products = system.linearise(z)
+        if per in ("token", None):
+            tells = z.dim() == 3 and products.own_vjp(torch.zeros_like(z)) is not None
+            if tells:
+                return cls(2, lambda v: cast(Tensor, products.own_vjp(v)), system.step)
+            if per is not None:
+                raise RuleError(
+                    "JacobianHinge(per='token') needs a causal dynamics whose linearisation has "
+                    "own_vjp, the part of Jᵀa from a token to itself: write per='sample'"
+                )
+        return cls(0 if per == "batch" else 1, products.vjp, system.step)
+
+    def pull(self, v: Tensor) -> Tensor:
+        """Return `J_gᵀ v`, block by block."""
+        return v + self._step * self._product(v)
+
+    def norm(self, v: Tensor) -> Tensor:
+        """Return the norm of each block, shaped to multiply it."""
+        inside = tuple(range(self._first, v.dim()))
+        return torch.linalg.vector_norm(v, dim=inside, keepdim=True)
+
+    def unit(self, v: Tensor) -> Tensor:
+        return v / (self.norm(v) + 1e-12)
+
+    def worst(self, gains: Tensor) -> Tensor:
+        """Return the gains, and 0 for each token but the worst of its sample.
+
+        Alone in its sample, what a token sends back through its own block is what it sends at all.
+        """
+        if self._first < 2:
+            return gains
+        chosen = gains.argmax(1, keepdim=True)
+        return torch.zeros_like(gains).scatter(1, chosen, gains.gather(1, chosen))
 
 
 def _directional(
