@@ -36,6 +36,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "altprop.errors",
         "altprop.equilibrium.solvers.solver",
         "altprop.equilibrium.solvers.krylov",
+        "altprop.equilibrium.solvers.relaxation",
     ),
     "altprop.equilibrium.estimators.*": (
         "altprop.errors",

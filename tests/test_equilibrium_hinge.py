@@ -47,7 +47,7 @@ def mapped_jacobian(block: ap.Equilibrium) -> list[Tensor]:
     ]
 
 
-@pytest.mark.parametrize("this", [damped(), gated(gate=0.9)], ids=["damped", "gated"])
+@pytest.mark.parametrize("this", [damped(B=1), gated(gate=0.9, B=1)], ids=["damped", "gated"])
 def test_its_gradient_is_that_of_the_penalty(this: Task) -> None:
     """Central differences of `w · every · max(0, ρ − τ)²`, state, input and probe held constant."""
     hinge = ap.JacobianHinge(target=0.05, every=2, weight=1.5)
@@ -74,6 +74,110 @@ def test_its_gradient_is_that_of_the_penalty(this: Task) -> None:
             wanted = float((got[name] * direction).sum()) if name in got else 0.0
             size = float(got[name].norm()) if name in got else 1.0
             assert abs(slope - wanted) <= 1e-6 * size, name
+
+
+def test_the_push_of_a_batch_is_the_mean_of_its_samples_pushes() -> None:
+    this, hinge = gated(B=4, gate=0.9), ap.JacobianHinge(target=0.203)
+    block = prepared(this)
+    z, x = block.certificate.state, block.certificate.input
+    probes = torch.randn(z.shape, dtype=z.dtype)
+    remainders = block.certificate.adjoint_remainder
+
+    def push(rows: slice) -> tuple[float, dict[str, Tensor]]:
+        block.zero_grad()
+        block(x[rows])
+        block.certificate = replace(block.certificate, adjoint_remainder=remainders[rows])
+        state = fresh(hinge)
+        state.probes[""] = probes[rows]
+        gain = hinge.apply(block, state, step=0)["jacobian_gain"]
+        return gain, {name: g.clone() for name, g in gradients(block).items()}
+
+    gains, pushes = zip(*(push(slice(b, b + 1)) for b in range(4)), strict=True)
+    gain, pushed = push(slice(None))
+    assert gain == pytest.approx(max(gains), rel=1e-9)
+    assert min(gains) < 0.203 < max(gains)  # some are pushed and some are not
+    for name, got in pushed.items():
+        wanted = sum(own.get(name, torch.zeros_like(got)) for own in pushes) / 4
+        assert torch.allclose(got, wanted, rtol=1e-6, atol=1e-9 * float(wanted.abs().max())), name
+
+
+class Scaled(ap.AbstractDynamics):
+    """`F = (x ⊙ z) W − z + 1`: a sample's gain is as large as its input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.W = nn.Parameter(torch.eye(6, dtype=torch.float64))
+
+    def forward(self, z: Tensor, x: Tensor) -> Tensor:
+        return (x * z) @ self.W - z + 1
+
+
+def test_an_outlier_that_the_batch_hides_is_found_and_pushed_back() -> None:
+    block = ap.Equilibrium(
+        Scaled(), ap.FixedPoint(tol=1e-10, max_steps=1000), ap.Implicit(1e-8, 1000)
+    )
+    x = torch.full((16, 6), 0.1, dtype=torch.float64)
+    x[11] = 0.9
+    block(x).sum().backward()
+    block.zero_grad()
+    block.certificate = replace(block.certificate, adjoint_remainder=None)
+    mean = ap.JacobianHinge(target=0.4, per="batch")
+    assert mean.apply(block, fresh(mean), step=0)["jacobian_gain"] < 0.4
+    assert not gradients(block)
+    hinge = ap.JacobianHinge(target=0.4)
+    optimiser = torch.optim.SGD(block.parameters(), lr=0.3)
+    gains, state = [], fresh(hinge)
+    for step in range(0, 300, 2):
+        block(x).sum().backward()
+        block.zero_grad()
+        gains.append(hinge.apply(block, state, step)["jacobian_gain"])
+        optimiser.step()
+    assert gains[0] == pytest.approx(0.9) and max(gains[-20:]) < 0.43
+
+
+def test_a_token_has_a_gain_of_its_own() -> None:
+    this, hinge = gated(B=2, gate=0.9), ap.JacobianHinge(target=1e9, per="token")
+    block, state = prepared(this), fresh(hinge)
+    probe = torch.randn_like(block.certificate.state)
+    state.probes[""] = probe
+    block.certificate = replace(block.certificate, adjoint_remainder=None)
+    unit = probe / probe.norm(dim=2, keepdim=True)
+    maps = mapped_jacobian(block)
+    pulled = torch.stack([m.mT @ v.flatten() for m, v in zip(maps, unit, strict=True)])
+    wanted = pulled.view_as(probe).norm(dim=2).max()
+    got = hinge.apply(block, state, step=0)["jacobian_gain"]
+    assert got == pytest.approx(float(wanted), rel=1e-9)
+
+
+def test_a_margin_may_move() -> None:
+    block = prepared(gated(gate=0.9))
+    gain = ap.JacobianHinge().apply(block, fresh(ap.JacobianHinge()), step=0)["jacobian_gain"]
+    # at half the way it passes the gain
+    hinge = ap.JacobianHinge(target=0.5 * gain, final=1.5 * gain, over=100, every=1)
+    pushed = []
+    for step in (0, 40, 49, 51, 100, 10_000):
+        block.zero_grad()
+        hinge.apply(block, fresh(hinge), step)
+        pushed.append(bool(gradients(block)))
+    assert pushed == [True, True, True, False, False, False]
+    for given in ({"final": 0.5}, {"over": 10}, {"final": -1.0, "over": 10}):
+        with pytest.raises(ap.ConfigError, match="JacobianHinge: (final|over) is"):
+            ap.JacobianHinge(**given)
+
+
+def test_power_steps_turn_the_probe_before_it_is_measured() -> None:
+    block = prepared(gated(B=1, gate=0.9))
+    block.certificate = replace(block.certificate, adjoint_remainder=None)
+    probe = torch.randn_like(block.certificate.state)
+    m = mapped_jacobian(block)[0].mT
+    for power in range(4):
+        hinge = ap.JacobianHinge(target=1e9, power=power)
+        state = fresh(hinge)
+        state.probes[""] = probe
+        v = torch.linalg.matrix_power(m, power) @ probe.flatten()
+        wanted = (m @ v).norm() / v.norm()
+        got = hinge.apply(block, state, step=0)["jacobian_gain"]
+        assert got == pytest.approx(float(wanted), rel=1e-9)
 
 
 def test_it_adds_to_the_gradients_that_are_there() -> None:
@@ -125,7 +229,7 @@ def test_the_gain_converges_to_the_largest_singular_value_of_a_symmetric_map() -
     assert settled_gains(block, 10) == pytest.approx([largest] * 10, rel=1e-3)
 
 
-@pytest.mark.parametrize("this", [damped(), gated(gate=0.9)], ids=["damped", "gated"])
+@pytest.mark.parametrize("this", [damped(B=1), gated(gate=0.9, B=1)], ids=["damped", "gated"])
 def test_the_gain_converges_to_the_spectral_radius_of_any_map_in_the_mean(this: Task) -> None:
     """The probe is iterated with `J_gᵀ`, not with `J_g J_gᵀ`: what lasts is what it finds."""
     block = prepared(this)
@@ -227,7 +331,7 @@ def test_frozen_blocks_and_untouched_models_are_left_alone() -> None:
     assert hinge.apply(block, fresh(hinge), step=0)["jacobian_gain"] > 0.01
     block.dynamics.down.bias.requires_grad_(True)  # trainable, and without effect on the Jacobian
     hinge.apply(block, fresh(hinge), step=0)
-    assert not gradients(block)
+    assert not any(g.any() for g in gradients(block).values())
 
 
 def test_a_state_of_its_own_makes_it_repeatable_and_resumable() -> None:
@@ -276,8 +380,8 @@ def test_ranks_of_a_data_parallel_run_share_the_push(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("field", "value"),
     [("target", 0), ("target", math.nan), ("weight", -1), ("every", 0), ("every", 1.5)]
-    + [("fresh", -0.1), ("fresh", math.inf)],
+    + [("fresh", -0.1), ("fresh", math.inf), ("power", -1), ("power", 0.5), ("per", "layer")],
 )
 def test_numbers_that_make_no_hinge_are_refused(field: str, value: Any) -> None:
-    with pytest.raises(ap.ConfigError, match=f"JacobianHinge: {field} is {value}, expected"):
+    with pytest.raises(ap.ConfigError, match=f"JacobianHinge: {field} is {value!r}, expected"):
         ap.JacobianHinge(**{field: value})

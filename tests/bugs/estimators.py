@@ -299,8 +299,8 @@ BUGS = [
     ),
     Bug(
         _AEP + "bptt.py",
-        "site.solver.unroll(site.force, site.start)",
-        "site.solver.unroll(site.force, site.start.detach())",
+        "site.solver.unroll(site.force, site.start, step=site.step)",
+        "site.solver.unroll(site.force, site.start.detach(), step=site.step)",
         "equilibrium/test_estimator_facts.py test_equilibrium_gradients.py",
     ),
 ]

@@ -49,6 +49,12 @@ class AbstractDynamics(nn.Module, ABC):
     """Whether nothing feeds back, so that the fixed point cannot be lost."""
     margin: float = 0.3
     """How large the gain `‖J_gᵀv‖` may grow before a stabiliser pushes it back."""
+
+    @property
+    def gate(self) -> nn.Parameter | None:
+        """The parameter that all feedback is multiplied by, where there is one."""
+        return None
+
     prefix: int = 0
     """How many first tokens of a window are solved before the others; 0 for none.
 
@@ -335,6 +341,10 @@ class GatedBlock(AbstractAttentive):
         for layer in (self.up, self.down):
             nn.init.normal_(layer.weight, std=init_std)
             nn.init.zeros_(layer.bias)
+
+    @property
+    def gate(self) -> nn.Parameter:
+        return self.alpha
 
     def attended(self, z: Tensor, x: Tensor) -> Tensor:
         return self.norm1(x + self.alpha * (z - x))
