@@ -42,6 +42,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "altprop.errors",
         "altprop.assign",
         "altprop.rule",
+        "altprop.equilibrium.levels",
         "altprop.equilibrium.solvers.solver",
         "altprop.equilibrium.estimators.estimator",
         "altprop.equilibrium.estimators.phases",
