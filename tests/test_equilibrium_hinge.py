@@ -47,10 +47,11 @@ def mapped_jacobian(block: ap.Equilibrium) -> list[Tensor]:
     ]
 
 
+@pytest.mark.parametrize("per", ["sample", "token"])
 @pytest.mark.parametrize("this", [damped(B=1), gated(gate=0.9, B=1)], ids=["damped", "gated"])
-def test_its_gradient_is_that_of_the_penalty(this: Task) -> None:
+def test_its_gradient_is_that_of_the_penalty(this: Task, per: Any) -> None:
     """Central differences of `w · every · max(0, ρ − τ)²`, state, input and probe held constant."""
-    hinge = ap.JacobianHinge(target=0.05, every=2, weight=1.5)
+    hinge = ap.JacobianHinge(target=0.05, every=2, weight=1.5, per=per, power=0)
     block = prepared(this)
 
     def penalty() -> float:
@@ -121,7 +122,7 @@ def test_an_outlier_that_the_batch_hides_is_found_and_pushed_back() -> None:
     block(x).sum().backward()
     block.zero_grad()
     block.certificate = replace(block.certificate, adjoint_remainder=None)
-    mean = ap.JacobianHinge(target=0.4, per="batch")
+    mean = ap.JacobianHinge(target=0.4, per="batch", power=0)
     assert mean.apply(block, fresh(mean), step=0)["jacobian_gain"] < 0.4
     assert not gradients(block)
     hinge = ap.JacobianHinge(target=0.4)
@@ -135,18 +136,49 @@ def test_an_outlier_that_the_batch_hides_is_found_and_pushed_back() -> None:
     assert gains[0] == pytest.approx(0.9) and max(gains[-20:]) < 0.43
 
 
-def test_a_token_has_a_gain_of_its_own() -> None:
-    this, hinge = gated(B=2, gate=0.9), ap.JacobianHinge(target=1e9, per="token")
+def own_blocks(block: ap.Equilibrium) -> list[list[Tensor]]:
+    """Return the blocks on the diagonal of `J_g`, one per token of each sample."""
+    width = block.certificate.state.shape[2]
+    return [
+        [m[t : t + width, t : t + width] for t in range(0, len(m), width)]
+        for m in mapped_jacobian(block)
+    ]
+
+
+@pytest.mark.parametrize("this", [damped(), gated(gate=0.9)], ids=["damped", "gated"])
+@pytest.mark.parametrize("power", [0, 1, 3])
+def test_a_token_has_a_gain_of_its_own(this: Task, power: int) -> None:
+    hinge = ap.JacobianHinge(target=1e9, per="token", power=power)
     block, state = prepared(this), fresh(hinge)
     probe = torch.randn_like(block.certificate.state)
     state.probes[""] = probe
     block.certificate = replace(block.certificate, adjoint_remainder=None)
-    unit = probe / probe.norm(dim=2, keepdim=True)
-    maps = mapped_jacobian(block)
-    pulled = torch.stack([m.mT @ v.flatten() for m, v in zip(maps, unit, strict=True)])
-    wanted = pulled.view_as(probe).norm(dim=2).max()
+    wanted = 0.0
+    for blocks, vs in zip(own_blocks(block), probe, strict=True):
+        for own, start in zip(blocks, vs, strict=True):
+            v = torch.linalg.matrix_power(own.mT, power) @ start
+            wanted = max(wanted, float((own.mT @ v).norm() / v.norm()))
     got = hinge.apply(block, state, step=0)["jacobian_gain"]
-    assert got == pytest.approx(float(wanted), rel=1e-9)
+    assert got == pytest.approx(wanted, rel=1e-9)
+
+
+def test_the_tokens_own_blocks_have_the_whole_windows_radius() -> None:
+    block = prepared(gated(gate=0.9))
+    for own, whole in zip(own_blocks(block), mapped_jacobian(block), strict=True):
+        radius = max(float(torch.linalg.eigvals(m).abs().max()) for m in own)
+        assert radius == pytest.approx(float(torch.linalg.eigvals(whole).abs().max()), rel=1e-6)
+
+
+def test_tokens_are_told_apart_where_the_dynamics_can_and_samples_elsewhere() -> None:
+    block = prepared(task(SymmetricMemory(6, 3), B=2, T=3))
+    gains = [
+        hinge.apply(block, fresh(hinge), step=0)["jacobian_gain"]
+        for hinge in (ap.JacobianHinge(), ap.JacobianHinge(per="sample"))
+    ]
+    assert gains[0] == gains[1]
+    hinge = ap.JacobianHinge(per="token")
+    with pytest.raises(ap.RuleError, match="own_vjp.*write per='sample'"):
+        hinge.apply(block, fresh(hinge), step=0)
 
 
 def test_a_margin_may_move() -> None:
@@ -171,7 +203,7 @@ def test_power_steps_turn_the_probe_before_it_is_measured() -> None:
     probe = torch.randn_like(block.certificate.state)
     m = mapped_jacobian(block)[0].mT
     for power in range(4):
-        hinge = ap.JacobianHinge(target=1e9, power=power)
+        hinge = ap.JacobianHinge(target=1e9, power=power, per="sample")
         state = fresh(hinge)
         state.probes[""] = probe
         v = torch.linalg.matrix_power(m, power) @ probe.flatten()
@@ -287,7 +319,8 @@ def test_a_remainder_steers_the_probe() -> None:
 
 
 def test_it_looks_along_the_probe_and_the_remainder_alike_however_small_that_is() -> None:
-    block, hinge = prepared(damped(B=1)), ap.JacobianHinge(target=1e9, every=1)
+    hinge = ap.JacobianHinge(target=1e9, every=1, power=0, per="sample")
+    block = prepared(damped(B=1))
     probe, remainder = torch.randn(2, *block.certificate.state.shape, dtype=torch.float64)
     state = fresh(hinge)
     state.probes[""] = probe
@@ -380,7 +413,14 @@ def test_ranks_of_a_data_parallel_run_share_the_push(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("field", "value"),
     [("target", 0), ("target", math.nan), ("weight", -1), ("every", 0), ("every", 1.5)]
-    + [("fresh", -0.1), ("fresh", math.inf), ("power", -1), ("power", 0.5), ("per", "layer")],
+    + [
+        ("fresh", -0.1),
+        ("fresh", math.inf),
+        ("power", -1),
+        ("power", 0.5),
+        ("per", "layer"),
+        ("per", 1),
+    ],
 )
 def test_numbers_that_make_no_hinge_are_refused(field: str, value: Any) -> None:
     with pytest.raises(ap.ConfigError, match=f"JacobianHinge: {field} is {value!r}, expected"):

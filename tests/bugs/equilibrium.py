@@ -159,26 +159,26 @@ BUGS = [
     ),
     Bug(
         _EQ + "stability.py",
-        "state.probes[path] = self._unit(pulled) + self.fresh * noise",
+        "state.probes[path] = own.unit(pulled) + self.fresh * noise",
         "state.probes[path] = v + self.fresh * noise",
         _HINGE,
     ),
     Bug(
         _EQ + "stability.py",
-        "self._unit(v + self._unit(remainder))",
-        "self._unit(v + remainder)",
+        "own.unit(v + own.unit(remainder))",
+        "own.unit(v + remainder)",
         "test_equilibrium_hinge.py",
     ),
     Bug(
         _EQ + "stability.py",
-        '{"batch": 0, "sample": 1, "token": min(2, v.dim() - 1)}',
-        '{"batch": 0, "sample": 0, "token": min(2, v.dim() - 1)}',
+        'cls(0 if per == "batch" else 1, products.vjp',
+        "cls(0, products.vjp",
         "test_equilibrium_hinge.py",
     ),
     Bug(
         _EQ + "stability.py",
-        "slope * self._unit(pulled), v)",
-        "slope * v, v)",
+        "slope * own.unit(pulled), v * (slope > 0))",
+        "slope * v, v * (slope > 0))",
         "test_equilibrium_hinge.py",
     ),
     Bug(
@@ -186,6 +186,24 @@ BUGS = [
         "per_sample(system.step * size / (2 * h), z) * v",
         "per_sample(size / (2 * h), z) * v",
         "test_equilibrium_hinge.py",
+    ),
+    Bug(
+        _EQ + "stability.py",
+        "slope * own.unit(pulled), v * (slope > 0))",
+        "slope * own.unit(pulled), v)",
+        "test_equilibrium_hinge.py",
+    ),
+    Bug(
+        _EQ + "linearised.py",
+        "yield 1, own * (da * (v - self.value)).sum(-1, keepdim=True) * q",
+        "yield 1, own * (da * v).sum(-1, keepdim=True) * q",
+        "test_dynamics.py",
+    ),
+    Bug(
+        _EQ + "linearised.py",
+        "yield 1, ds.diagonal(dim1=-2, dim2=-1).unsqueeze(-1) * self._q",
+        "yield 1, self._p.diagonal(dim1=-2, dim2=-1).unsqueeze(-1) * self._q",
+        "test_dynamics.py test_equilibrium_contract.py",
     ),
     Bug(
         _EQ + "contraction.py",
