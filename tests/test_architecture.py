@@ -36,11 +36,13 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "altprop.errors",
         "altprop.equilibrium.solvers.solver",
         "altprop.equilibrium.solvers.krylov",
+        "altprop.equilibrium.solvers.relaxation",
     ),
     "altprop.equilibrium.estimators.*": (
         "altprop.errors",
         "altprop.assign",
         "altprop.rule",
+        "altprop.equilibrium.levels",
         "altprop.equilibrium.solvers.solver",
         "altprop.equilibrium.estimators.estimator",
         "altprop.equilibrium.estimators.phases",

@@ -47,10 +47,11 @@ def mapped_jacobian(block: ap.Equilibrium) -> list[Tensor]:
     ]
 
 
-@pytest.mark.parametrize("this", [damped(), gated(gate=0.9)], ids=["damped", "gated"])
-def test_its_gradient_is_that_of_the_penalty(this: Task) -> None:
+@pytest.mark.parametrize("per", ["sample", "token"])
+@pytest.mark.parametrize("this", [damped(B=1), gated(gate=0.9, B=1)], ids=["damped", "gated"])
+def test_its_gradient_is_that_of_the_penalty(this: Task, per: Any) -> None:
     """Central differences of `w · every · max(0, ρ − τ)²`, state, input and probe held constant."""
-    hinge = ap.JacobianHinge(target=0.05, every=2, weight=1.5)
+    hinge = ap.JacobianHinge(target=0.05, every=2, weight=1.5, per=per, power=0)
     block = prepared(this)
 
     def penalty() -> float:
@@ -74,6 +75,141 @@ def test_its_gradient_is_that_of_the_penalty(this: Task) -> None:
             wanted = float((got[name] * direction).sum()) if name in got else 0.0
             size = float(got[name].norm()) if name in got else 1.0
             assert abs(slope - wanted) <= 1e-6 * size, name
+
+
+def test_the_push_of_a_batch_is_the_mean_of_its_samples_pushes() -> None:
+    this, hinge = gated(B=4, gate=0.9), ap.JacobianHinge(target=0.203)
+    block = prepared(this)
+    z, x = block.certificate.state, block.certificate.input
+    probes = torch.randn(z.shape, dtype=z.dtype)
+    remainders = block.certificate.adjoint_remainder
+
+    def push(rows: slice) -> tuple[float, dict[str, Tensor]]:
+        block.zero_grad()
+        block(x[rows])
+        block.certificate = replace(block.certificate, adjoint_remainder=remainders[rows])
+        state = fresh(hinge)
+        state.probes[""] = probes[rows]
+        gain = hinge.apply(block, state, step=0)["jacobian_gain"]
+        return gain, {name: g.clone() for name, g in gradients(block).items()}
+
+    gains, pushes = zip(*(push(slice(b, b + 1)) for b in range(4)), strict=True)
+    gain, pushed = push(slice(None))
+    assert gain == pytest.approx(max(gains), rel=1e-9)
+    assert min(gains) < 0.203 < max(gains)  # some are pushed and some are not
+    for name, got in pushed.items():
+        wanted = sum(own.get(name, torch.zeros_like(got)) for own in pushes) / 4
+        assert torch.allclose(got, wanted, rtol=1e-6, atol=1e-9 * float(wanted.abs().max())), name
+
+
+class Scaled(ap.AbstractDynamics):
+    """`F = (x ⊙ z) W − z + 1`: a sample's gain is as large as its input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.W = nn.Parameter(torch.eye(6, dtype=torch.float64))
+
+    def forward(self, z: Tensor, x: Tensor) -> Tensor:
+        return (x * z) @ self.W - z + 1
+
+
+def test_an_outlier_that_the_batch_hides_is_found_and_pushed_back() -> None:
+    block = ap.Equilibrium(
+        Scaled(), ap.FixedPoint(tol=1e-10, max_steps=1000), ap.Implicit(1e-8, 1000)
+    )
+    x = torch.full((16, 6), 0.1, dtype=torch.float64)
+    x[11] = 0.9
+    block(x).sum().backward()
+    block.zero_grad()
+    block.certificate = replace(block.certificate, adjoint_remainder=None)
+    mean = ap.JacobianHinge(target=0.4, per="batch", power=0)
+    assert mean.apply(block, fresh(mean), step=0)["jacobian_gain"] < 0.4
+    assert not gradients(block)
+    hinge = ap.JacobianHinge(target=0.4)
+    optimiser = torch.optim.SGD(block.parameters(), lr=0.3)
+    gains, state = [], fresh(hinge)
+    for step in range(0, 300, 2):
+        block(x).sum().backward()
+        block.zero_grad()
+        gains.append(hinge.apply(block, state, step)["jacobian_gain"])
+        optimiser.step()
+    assert gains[0] == pytest.approx(0.9) and max(gains[-20:]) < 0.43
+
+
+def own_blocks(block: ap.Equilibrium) -> list[list[Tensor]]:
+    """Return the blocks on the diagonal of `J_g`, one per token of each sample."""
+    width = block.certificate.state.shape[2]
+    return [
+        [m[t : t + width, t : t + width] for t in range(0, len(m), width)]
+        for m in mapped_jacobian(block)
+    ]
+
+
+@pytest.mark.parametrize("this", [damped(), gated(gate=0.9)], ids=["damped", "gated"])
+@pytest.mark.parametrize("power", [0, 1, 3])
+def test_a_token_has_a_gain_of_its_own(this: Task, power: int) -> None:
+    hinge = ap.JacobianHinge(target=1e9, per="token", power=power)
+    block, state = prepared(this), fresh(hinge)
+    probe = torch.randn_like(block.certificate.state)
+    state.probes[""] = probe
+    block.certificate = replace(block.certificate, adjoint_remainder=None)
+    wanted = 0.0
+    for blocks, vs in zip(own_blocks(block), probe, strict=True):
+        for own, start in zip(blocks, vs, strict=True):
+            v = torch.linalg.matrix_power(own.mT, power) @ start
+            wanted = max(wanted, float((own.mT @ v).norm() / v.norm()))
+    got = hinge.apply(block, state, step=0)["jacobian_gain"]
+    assert got == pytest.approx(wanted, rel=1e-9)
+
+
+def test_the_tokens_own_blocks_have_the_whole_windows_radius() -> None:
+    block = prepared(gated(gate=0.9))
+    for own, whole in zip(own_blocks(block), mapped_jacobian(block), strict=True):
+        radius = max(float(torch.linalg.eigvals(m).abs().max()) for m in own)
+        assert radius == pytest.approx(float(torch.linalg.eigvals(whole).abs().max()), rel=1e-6)
+
+
+def test_tokens_are_told_apart_where_the_dynamics_can_and_samples_elsewhere() -> None:
+    block = prepared(task(SymmetricMemory(6, 3), B=2, T=3))
+    gains = [
+        hinge.apply(block, fresh(hinge), step=0)["jacobian_gain"]
+        for hinge in (ap.JacobianHinge(), ap.JacobianHinge(per="sample"))
+    ]
+    assert gains[0] == gains[1]
+    hinge = ap.JacobianHinge(per="token")
+    with pytest.raises(ap.RuleError, match="own_vjp.*write per='sample'"):
+        hinge.apply(block, fresh(hinge), step=0)
+
+
+def test_a_margin_may_move() -> None:
+    block = prepared(gated(gate=0.9))
+    gain = ap.JacobianHinge().apply(block, fresh(ap.JacobianHinge()), step=0)["jacobian_gain"]
+    # at half the way it passes the gain
+    hinge = ap.JacobianHinge(target=0.5 * gain, final=1.5 * gain, over=100, every=1)
+    pushed = []
+    for step in (0, 40, 49, 51, 100, 10_000):
+        block.zero_grad()
+        hinge.apply(block, fresh(hinge), step)
+        pushed.append(bool(gradients(block)))
+    assert pushed == [True, True, True, False, False, False]
+    for given in ({"final": 0.5}, {"over": 10}, {"final": -1.0, "over": 10}):
+        with pytest.raises(ap.ConfigError, match="JacobianHinge: (final|over) is"):
+            ap.JacobianHinge(**given)
+
+
+def test_power_steps_turn_the_probe_before_it_is_measured() -> None:
+    block = prepared(gated(B=1, gate=0.9))
+    block.certificate = replace(block.certificate, adjoint_remainder=None)
+    probe = torch.randn_like(block.certificate.state)
+    m = mapped_jacobian(block)[0].mT
+    for power in range(4):
+        hinge = ap.JacobianHinge(target=1e9, power=power, per="sample")
+        state = fresh(hinge)
+        state.probes[""] = probe
+        v = torch.linalg.matrix_power(m, power) @ probe.flatten()
+        wanted = (m @ v).norm() / v.norm()
+        got = hinge.apply(block, state, step=0)["jacobian_gain"]
+        assert got == pytest.approx(float(wanted), rel=1e-9)
 
 
 def test_it_adds_to_the_gradients_that_are_there() -> None:
@@ -125,7 +261,7 @@ def test_the_gain_converges_to_the_largest_singular_value_of_a_symmetric_map() -
     assert settled_gains(block, 10) == pytest.approx([largest] * 10, rel=1e-3)
 
 
-@pytest.mark.parametrize("this", [damped(), gated(gate=0.9)], ids=["damped", "gated"])
+@pytest.mark.parametrize("this", [damped(B=1), gated(gate=0.9, B=1)], ids=["damped", "gated"])
 def test_the_gain_converges_to_the_spectral_radius_of_any_map_in_the_mean(this: Task) -> None:
     """The probe is iterated with `J_gᵀ`, not with `J_g J_gᵀ`: what lasts is what it finds."""
     block = prepared(this)
@@ -183,7 +319,8 @@ def test_a_remainder_steers_the_probe() -> None:
 
 
 def test_it_looks_along_the_probe_and_the_remainder_alike_however_small_that_is() -> None:
-    block, hinge = prepared(damped(B=1)), ap.JacobianHinge(target=1e9, every=1)
+    hinge = ap.JacobianHinge(target=1e9, every=1, power=0, per="sample")
+    block = prepared(damped(B=1))
     probe, remainder = torch.randn(2, *block.certificate.state.shape, dtype=torch.float64)
     state = fresh(hinge)
     state.probes[""] = probe
@@ -227,7 +364,7 @@ def test_frozen_blocks_and_untouched_models_are_left_alone() -> None:
     assert hinge.apply(block, fresh(hinge), step=0)["jacobian_gain"] > 0.01
     block.dynamics.down.bias.requires_grad_(True)  # trainable, and without effect on the Jacobian
     hinge.apply(block, fresh(hinge), step=0)
-    assert not gradients(block)
+    assert not any(g.any() for g in gradients(block).values())
 
 
 def test_a_state_of_its_own_makes_it_repeatable_and_resumable() -> None:
@@ -276,8 +413,15 @@ def test_ranks_of_a_data_parallel_run_share_the_push(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("field", "value"),
     [("target", 0), ("target", math.nan), ("weight", -1), ("every", 0), ("every", 1.5)]
-    + [("fresh", -0.1), ("fresh", math.inf)],
+    + [
+        ("fresh", -0.1),
+        ("fresh", math.inf),
+        ("power", -1),
+        ("power", 0.5),
+        ("per", "layer"),
+        ("per", 1),
+    ],
 )
 def test_numbers_that_make_no_hinge_are_refused(field: str, value: Any) -> None:
-    with pytest.raises(ap.ConfigError, match=f"JacobianHinge: {field} is {value}, expected"):
+    with pytest.raises(ap.ConfigError, match=f"JacobianHinge: {field} is {value!r}, expected"):
         ap.JacobianHinge(**{field: value})

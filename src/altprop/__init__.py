@@ -25,6 +25,7 @@ if TYPE_CHECKING:  # what the table below means, for type checkers and editors
         finite_difference_errors as finite_difference_errors,
     )
     from altprop.converting import convert as convert, revert as revert, rules_off as rules_off
+    from altprop.equilibrium.contraction import GateHinge as GateHinge
     from altprop.equilibrium.dynamics import (
         AbstractDynamics as AbstractDynamics,
         CausalAttention as CausalAttention,
@@ -63,6 +64,7 @@ if TYPE_CHECKING:  # what the table below means, for type checkers and editors
     from altprop.equilibrium.solvers.anderson import Anderson as Anderson
     from altprop.equilibrium.solvers.euler import Euler as Euler
     from altprop.equilibrium.solvers.fallback import Fallback as Fallback
+    from altprop.equilibrium.solvers.fixed_point import FixedPoint as FixedPoint
     from altprop.equilibrium.solvers.gmres import GMRES as GMRES
     from altprop.equilibrium.solvers.newton import NewtonKrylov as NewtonKrylov
     from altprop.equilibrium.solvers.scattered import Scattered as Scattered
@@ -133,6 +135,7 @@ _EXPORTS = {
         "AbstractArm Arm RuleArm Trial audit audit_trials finite_difference_errors"
     ),
     "altprop.converting": "convert revert rules_off",
+    "altprop.equilibrium.contraction": "GateHinge",
     "altprop.equilibrium.dynamics": (
         "AbstractDynamics CausalAttention DampedAttention Extension GatedBlock"
     ),
@@ -154,6 +157,7 @@ _EXPORTS = {
     "altprop.equilibrium.solvers.anderson": "Anderson",
     "altprop.equilibrium.solvers.euler": "Euler",
     "altprop.equilibrium.solvers.fallback": "Fallback",
+    "altprop.equilibrium.solvers.fixed_point": "FixedPoint",
     "altprop.equilibrium.solvers.gmres": "GMRES",
     "altprop.equilibrium.solvers.newton": "NewtonKrylov",
     "altprop.equilibrium.solvers.scattered": "Scattered",

@@ -51,10 +51,10 @@ BUGS = [
         _CONTRAST + " equilibrium/test_exact_estimators.py",
     ),
     Bug(
-        _AEP + "roundoff.py",
-        "return norms / level_norms(a, widths).clamp_min(torch.finfo(norms.dtype).tiny)",
+        "equilibrium/levels.py",
+        "return norms / torch.maximum(size, 1e-30 * norms)",
         "return norms",
-        _CONTRAST,
+        _CONTRAST + " equilibrium/test_levels.py",
     ),
     Bug(
         _AEP + "roundoff.py",
@@ -69,10 +69,64 @@ BUGS = [
         _CONTRAST,
     ),
     Bug(
-        _AEP + "roundoff.py",
-        "return torch.stack([sample_norm(part) for part in v.flatten(1).split(widths, 1)], 1)",
+        "equilibrium/levels.py",
+        "return torch.stack([sample_norm(part) for part in v.split(widths, -1)], 1)",
         "return sample_norm(v).unsqueeze(1).expand(-1, len(widths))",
         _CONTRAST,
+    ),
+    Bug(
+        "equilibrium/levels.py",
+        "unit = per_level(_powers(size), start, widths)",
+        "unit = torch.ones_like(start)",
+        "equilibrium/test_levels.py",
+    ),
+    Bug(
+        "equilibrium/levels.py",
+        "residual = worst_level(left, value, widths)",
+        "residual = sample_norm(left)",
+        "equilibrium/test_levels.py",
+    ),
+    Bug(
+        "equilibrium/levels.py",
+        "return inverse(r * unit) / unit",
+        "return inverse(r)",
+        "equilibrium/test_levels.py",
+    ),
+    Bug(
+        "equilibrium/levels.py",
+        "left = torch.where(per_sample(unsolved, start), found.force, left)",
+        "left = found.force",
+        "equilibrium/test_levels.py",
+    ),
+    Bug(
+        "equilibrium/levels.py",
+        "at = start if v is begin else v * unit",
+        "at = v * unit",
+        "equilibrium/test_levels.py",
+    ),
+    Bug(
+        _AEP + "pair.py",
+        "return left, torch.maximum(solution.residual, hidden), result",
+        "return left, solution.residual, result",
+        "equilibrium/test_levels.py",
+    ),
+    Bug(
+        _AEP + "pair.py",
+        "lambda u: loud(shown(u), floor, widths), start, torch.ones_like(phases.beta)",
+        "shown, start, torch.ones_like(phases.beta)",
+        "equilibrium/test_levels.py",
+    ),
+    Bug(
+        _AEP + "one_step.py",
+        "residual=worst_level(term, value, problem.widths) if self.certify else None,",
+        "residual=worst_level(term, value, ()) if self.certify else None,",
+        "equilibrium/test_levels.py",
+    ),
+    Bug(
+        _AEP + "published.py",
+        "residual = relative_to_levels(shown, beta * value, problem.widths).amax(1)",
+        "residual = shown.amax(1)",
+        "equilibrium/test_levels.py",
     ),
     Bug(
         _AEP + "pair.py",
@@ -245,8 +299,8 @@ BUGS = [
     ),
     Bug(
         _AEP + "bptt.py",
-        "site.solver.unroll(site.force, site.start)",
-        "site.solver.unroll(site.force, site.start.detach())",
+        "site.solver.unroll(site.force, site.start, step=site.step)",
+        "site.solver.unroll(site.force, site.start.detach(), step=site.step)",
         "equilibrium/test_estimator_facts.py test_equilibrium_gradients.py",
     ),
 ]

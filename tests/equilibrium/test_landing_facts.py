@@ -340,8 +340,9 @@ def test_a_sample_that_is_lost_on_the_way_keeps_its_best_state(solver: type) -> 
 
 
 DEFAULTS = {
-    ap.Anderson: {"memory": 5, "tol": 7e-4, "max_steps": 60, "ridge": 1e-8, "mixing": 1.0},
+    ap.Anderson: {"memory": 5, "tol": 7e-4, "max_steps": 100, "ridge": 1e-8, "mixing": 1.0},
     ap.Euler: {"step": 0.1, "max_steps": 120, "tol": 0.0},
+    ap.FixedPoint: {"tol": 1e-3, "max_steps": 100},
     ap.Adaptive: {"tol": 7e-4, "max_steps": 600, "rtol": 1e-3, "atol": 1e-9},
     ap.NewtonKrylov: {
         "tol": 7e-4,

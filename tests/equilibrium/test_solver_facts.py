@@ -188,7 +188,50 @@ def test_euler_makes_its_own_steps_and_no_others() -> None:
         z = z + 0.3 * plain(z)
     torch.testing.assert_close(found.value, z, rtol=1e-14, atol=0)
     assert found.evaluations == len(seen) == 8 and found.result is ap.Result.FIXED_TIME
-    torch.testing.assert_close(ap.Euler(step=0.3, max_steps=7).unroll(plain, start), z)
+    torch.testing.assert_close(ap.Euler(step=0.3, max_steps=7).unroll(plain, start, step=1.0), z)
+
+
+def test_a_fixed_point_is_iterated_with_the_step_of_the_dynamics() -> None:
+    plain, start = contraction(), randn(2, 8, seed=5)
+    by_itself = ap.FixedPoint(tol=1e-6).solve(plain, start, step=0.7)
+    as_euler = ap.Euler(step=0.7, tol=1e-6, max_steps=100).solve(plain, start, step=99.0)
+    assert by_itself.result is ap.Result.CONVERGED
+    assert torch.equal(by_itself.value, as_euler.value)
+    assert by_itself.evaluations == as_euler.evaluations
+    solver = ap.FixedPoint(tol=0, max_steps=7)
+    unrolled = solver.unroll(plain, start, step=0.7)
+    torch.testing.assert_close(unrolled, solver.solve(plain, start, step=0.7).value)
+    assert solver.stride(0.7) == 0.7
+
+
+def sharp_blocks() -> list[tuple[Force, Tensor]]:
+    """Return gated blocks of large weights, 64 samples each; most of them do not contract."""
+    systems: list[tuple[Force, Tensor]] = []
+    for seed in (3, 5, 12):
+        torch.manual_seed(seed)
+        block = ap.GatedBlock(8, heads=2, expansion=2, init_std=0.5)
+        torch.nn.init.uniform_(block.alpha, 0, 0.5)
+        x = torch.randn(64, 8, 8)
+        systems.append((block.under(x).force, x))
+    return systems
+
+
+def solved_by(solver: ap.AbstractSolver) -> Tensor:
+    """Tell of each sample of the sharp blocks whether a solver finds its equilibrium."""
+    found = [solver.solve(force, x, step=1.0) for force, x in sharp_blocks()]
+    return torch.cat([each.residual <= solver.tol for each in found])
+
+
+@torch.no_grad()
+def test_where_extrapolation_stagnates_anderson_goes_on_by_plain_steps(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    plain = solved_by(ap.FixedPoint(tol=7e-4, max_steps=30))
+    safe = solved_by(ap.Anderson(max_steps=200))
+    monkeypatch.setattr("altprop.equilibrium.solvers.anderson._PATIENCE", 10**9)
+    stuck = plain & ~solved_by(ap.Anderson(max_steps=400))
+    assert int(stuck.sum()) >= 4  # they rest at residuals of 4e-3 to 2e-2, whatever their time
+    assert bool(safe[stuck].all())
 
 
 def test_an_adaptive_step_is_of_third_order() -> None:

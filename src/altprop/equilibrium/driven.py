@@ -151,6 +151,13 @@ class Driven:
         self.check_split(chunk, [self])
         return [Driven(self._dynamics, x) for x in self.x.split(chunk)]
 
+    def samples(self, rows: Tensor) -> Driven | None:
+        """Return what drives some samples alone, where they can be told apart.
+
+        **Arguments:** `rows`, which of them, `(B,)`.
+        """
+        return Driven(self._dynamics, self.x.detach()[rows]) if self._separable() else None
+
     def check_split(self, chunk: int | None, parts: list[Driven]) -> None:
         """Refuse parts, after their first evaluations or before, that belong to the whole batch."""
         if chunk is not None and chunk < len(self.x) and not all(p._separable() for p in parts):

@@ -49,6 +49,12 @@ class AbstractDynamics(nn.Module, ABC):
     """Whether nothing feeds back, so that the fixed point cannot be lost."""
     margin: float = 0.3
     """How large the gain `‖J_gᵀv‖` may grow before a stabiliser pushes it back."""
+
+    @property
+    def gate(self) -> nn.Parameter | None:
+        """The parameter that all feedback is multiplied by, where there is one."""
+        return None
+
     prefix: int = 0
     """How many first tokens of a window are solved before the others; 0 for none.
 
@@ -336,6 +342,10 @@ class GatedBlock(AbstractAttentive):
             nn.init.normal_(layer.weight, std=init_std)
             nn.init.zeros_(layer.bias)
 
+    @property
+    def gate(self) -> nn.Parameter:
+        return self.alpha
+
     def attended(self, z: Tensor, x: Tensor) -> Tensor:
         return self.norm1(x + self.alpha * (z - x))
 
@@ -373,6 +383,10 @@ class _DampedEvaluation(AbstractEvaluation):
         return self._attention.vjp(a).mul_(self._scale).sub_(a, alpha=self._leak)
 
     @torch.no_grad()
+    def own_vjp(self, a: Tensor) -> Tensor:
+        return self._attention.own_vjp(a).mul_(self._scale).sub_(a, alpha=self._leak)
+
+    @torch.no_grad()
     def jvp(self, v: Tensor) -> Tensor:
         return self._attention.jvp(v).mul_(self._scale).sub_(v, alpha=self._leak)
 
@@ -404,6 +418,11 @@ class _GatedEvaluation(AbstractEvaluation):
     def vjp(self, a: Tensor) -> Tensor:
         du = a + self._norm2.vjp(self._feed_forward.vjp(a))
         return self._alpha * self._norm1.vjp(self._attention.vjp(du)) - a
+
+    @torch.no_grad()
+    def own_vjp(self, a: Tensor) -> Tensor:
+        du = a + self._norm2.vjp(self._feed_forward.vjp(a))
+        return self._alpha * self._norm1.vjp(self._attention.own_vjp(du)) - a
 
     @torch.no_grad()
     def jvp(self, v: Tensor) -> Tensor:

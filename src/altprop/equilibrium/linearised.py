@@ -70,8 +70,18 @@ class LinearisedAttention:
         return nnf.linear(self._merge(self._core.jvp(dq, dk, dv)), self._w_o)
 
     def vjp(self, a: Tensor) -> Tensor:
+        (da,) = self._split(a @ self._w_o)
+        return self._to_state(self._core.vjp(da))
+
+    def own_vjp(self, a: Tensor) -> Tensor:
+        """Return what of `vjp` goes from a token's output to the same token, `(B, T, C)`."""
+        (da,) = self._split(a @ self._w_o)
+        return self._to_state(self._core.own_vjp(da))
+
+    def _to_state(self, parts: Iterator[tuple[int, Tensor]]) -> Tensor:
+        """Return the cotangent of `z` from those of queries, keys and values, with their places."""
         out: Tensor | None = None
-        for slot, part in self._to_projections(a):
+        for slot, part in parts:
             if self._norms is not None and slot < 2:
                 part = self._norms[slot].vjp(part)
             out = self._add(out, slot, self._merge(part))
@@ -84,7 +94,8 @@ class LinearisedAttention:
         gradients[3] = product(self.sources[3], a, lambda: self._merge(self._core.value))
         z = self._read()
         out: Tensor | None = None
-        for slot, part in self._to_projections(a):
+        (da,) = self._split(a @ self._w_o)
+        for slot, part in self._core.vjp(da):
             if self._norms is not None and slot < 2:
                 part, (gradients[4 + slot],) = self._norms[slot].pull(part)
             merged = self._merge(part)
@@ -94,11 +105,6 @@ class LinearisedAttention:
             del part, merged
         assert out is not None
         return out, tuple(gradients)
-
-    def _to_projections(self, a: Tensor) -> Iterator[tuple[int, Tensor]]:
-        """Yield the cotangents of queries, keys and values, `(B, H, T, D)`, with their places."""
-        (da,) = self._split(a @ self._w_o)
-        return self._core.vjp(da)
 
     def _add(self, out: Tensor | None, slot: int, part: Tensor) -> Tensor:
         """Add to the cotangent of `z` what comes by a projection's, both `(B, T, C)`."""
@@ -161,6 +167,14 @@ class _Dense:
         yield 0, ds @ self._k
         yield 1, ds.mT @ self._q
 
+    def own_vjp(self, da: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """Yield the same as far as a token's output depends on its own query, key and value."""
+        yield 2, self._p.diagonal(dim1=-2, dim2=-1).unsqueeze(-1) * da
+        mean = (da * self.value).sum(-1, keepdim=True)
+        ds = (da @ self._v.mT).sub_(mean).mul_(self._p)
+        yield 0, ds @ self._k
+        yield 1, ds.diagonal(dim1=-2, dim2=-1).unsqueeze(-1) * self._q
+
 
 class _Fused:
     """The same for long windows: torch's fused kernel, whose memory is linear in `T`.
@@ -179,17 +193,35 @@ class _Fused:
     def vjp(self, da: Tensor) -> Iterator[tuple[int, Tensor]]:
         yield from enumerate(torch.autograd.grad(self._out, self._parts, da, retain_graph=True))
 
-    def jvp(self, dq: Tensor, dk: Tensor, dv: Tensor) -> Tensor:
+    def own_vjp(self, da: Tensor) -> Iterator[tuple[int, Tensor]]:
         q, k, v = (t.detach() for t in self._parts)
+        out = torch.empty_like(q)
+        own = torch.empty_like(q[..., :1])  # the attention that each token pays to itself
+        for rows, seen, p in self._rows(q, k):
+            own[..., rows, :] = p.diagonal(rows.start, -2, -1).unsqueeze(-1)
+            mean = (da[..., rows, :] * self.value[..., rows, :]).sum(-1, keepdim=True)
+            ds = (da[..., rows, :] @ v[..., seen, :].mT).sub_(mean).mul_(p)
+            out[..., rows, :] = ds @ k[..., seen, :]
+        yield 2, own * da
+        yield 0, out
+        yield 1, own * (da * (v - self.value)).sum(-1, keepdim=True) * q
+
+    def _rows(self, q: Tensor, k: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
+        """Yield the attention matrix in slices: the rows, the columns that they see, and those."""
         T = q.shape[-2]
         height = max(_LEAST, _DENSE**2 // T)
-        out = torch.empty_like(dv)
         for i in range(0, T, height):
             j = min(i + height, T)
             rows, seen = slice(i, j), slice(0, j)
-            own, moved = q[..., rows, :], dq[..., rows, :]
             future = torch.ones(j - i, j, dtype=torch.bool, device=q.device).triu_(i + 1)
-            p = (own @ k[..., seen, :].mT).masked_fill_(future, -math.inf).softmax(-1)
+            scores = q[..., rows, :] @ k[..., seen, :].mT
+            yield rows, seen, scores.masked_fill_(future, -math.inf).softmax(-1)
+
+    def jvp(self, dq: Tensor, dk: Tensor, dv: Tensor) -> Tensor:
+        q, k, v = (t.detach() for t in self._parts)
+        out = torch.empty_like(dv)
+        for rows, seen, p in self._rows(q, k):
+            own, moved = q[..., rows, :], dq[..., rows, :]
             weighted = (moved @ k[..., seen, :].mT).add_(own @ dk[..., seen, :].mT).mul_(p)
             total = weighted.sum(-1, keepdim=True)
             mixed = weighted @ v[..., seen, :] + p @ dv[..., seen, :]

@@ -26,6 +26,7 @@ from altprop.equilibrium.estimators.estimator import (
     Problem,
     Site,
 )
+from altprop.equilibrium.levels import solve_by_levels
 from altprop.equilibrium.solvers.anderson import Anderson
 from altprop.equilibrium.solvers.defect import defect_correction
 from altprop.equilibrium.solvers.solver import (
@@ -243,13 +244,18 @@ class Equilibrium(nn.Module):
             solver: AbstractSolver | None = None,
             inverse: Force | None = None,
         ) -> Solution:
+            own = with_limits(solver or self.solver, tol, max_steps)
+
+            def attempt(force: Force, start: Tensor, inverse: Force | None) -> Solution:
+                if inverse is None:
+                    return persist(own, force, start, driven.step, scale)
+                return defect_correction(
+                    force, inverse, start, tol=tol, max_steps=max_steps, scale=scale
+                )
+
+            given = inverse if solver is None else None
             with torch.autocast(kind, enabled=False):
-                if inverse is not None and solver is None:
-                    return defect_correction(
-                        force, inverse, start, tol=tol, max_steps=max_steps, scale=scale
-                    )
-                own = with_limits(solver or self.solver, tol, max_steps)
-                return persist(own, force, start, driven.step, scale)
+                return solve_by_levels(attempt, force, start, given, tol, driven.widths)
 
         def linearise(at: Tensor | None = None) -> Any:
             with torch.autocast(kind, enabled=False):

@@ -36,6 +36,14 @@ class AbstractLinearisation(ABC):
     def jvp(self, v: Tensor) -> Tensor:
         """Return `Jv`, detached."""
 
+    def own_vjp(self, a: Tensor) -> Tensor | None:
+        """Return what of `Jᵀa` goes from a token to the same token, or `None` if nobody tells.
+
+        Of a causal dynamics these blocks on the diagonal, one per token, have all eigenvalues of
+        `J`. States are `(B, T, C)`.
+        """
+        return None
+
     def inverse(self, *, transposed: bool) -> Callable[[Tensor], Tensor] | None:
         """Return `r ↦ −J⁻¹ r` (or `−J⁻ᵀ r`) if that costs no more than a product, else `None`.
 

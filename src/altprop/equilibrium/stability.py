@@ -8,20 +8,27 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from altprop.equilibrium.conduct import refuse_shards
 from altprop.equilibrium.dynamics import AbstractDynamics
 from altprop.equilibrium.estimators.estimator import Certificate, System
-from altprop.equilibrium.module import equilibria
-from altprop.equilibrium.solvers.solver import check_counts, check_fields, is_positive
-from altprop.errors import ConfigError
+from altprop.equilibrium.module import Equilibrium, equilibria
+from altprop.equilibrium.products import Gradients
+from altprop.equilibrium.solvers.solver import (
+    check_counts,
+    check_fields,
+    is_count,
+    is_positive,
+    per_sample,
+    sample_norm,
+)
+from altprop.errors import ConfigError, RuleError
 
 
 class AbstractStabiliser(ABC):
@@ -36,7 +43,12 @@ class AbstractStabiliser(ABC):
 
     @abstractmethod
     def apply(
-        self, model: nn.Module, state: Any, step: int, *, urgent: bool = False
+        self,
+        model: nn.Module,
+        state: Any,
+        step: int,
+        *,
+        urgent: bool = False,
     ) -> dict[str, float]:
         """Add this stabiliser's gradient to `.grad` of `model`'s parameters.
 
@@ -72,121 +84,246 @@ class HingeState:
 
 @dataclass(frozen=True)
 class JacobianHinge(AbstractStabiliser):
-    """Push the Jacobian's gain back, but only past a margin: `w · max(0, ρ − τ)²`.
+    """Push the Jacobian's gain back where it is past a margin: `w · mean_b max(0, ρ_b − τ)²`.
 
     For `g(z) = z + εF(z)` at the free state, held constant, `ρ = ‖J_gᵀ v‖` with a unit `v` that
     adds a power-iterated probe to the direction of the adjoint's remaining residual: the probe
     finds the lasting hard modes, the residual those of this very batch. The force is that of the
-    last call, with its further arguments and its draws of dropout. The task pushes the
-    feedback up and the hinge only down, so together they hold the gain near the margin.
+    last call, with its further arguments and its draws of dropout. The task pushes the feedback up
+    and the hinge only down, so together they hold the gain near the margin.
 
-    Costs one VJP with a graph per block on the steps where it acts, and its backward where it
-    pushes. Without a gate in the dynamics it also shrinks what the block computes: use it with
-    `GatedBlock`.
+    Of a causal dynamics the eigenvalues of `J_g` are those of the blocks on its diagonal, one per
+    token. So each token has a `v` of its own, iterated with its own block, which takes two or three
+    products to find the radius of all of them at once, and `ρ_b` is the worst of its sample. Where
+    a dynamics does not tell its tokens apart, each sample has a `v`, and none hides among others.
+
+    The gains cost an evaluation of the force and `power + 1` products per block on the steps where
+    it acts, and the push two evaluations with their gradients, of the samples past the margin
+    alone: with `u = J_gᵀ v / ρ` the derivative of `ρ` is that of `⟨v, J_g u⟩`, which is what
+    `⟨v, g⟩` changes by between two states that differ along `u`. Without a gate in the dynamics it
+    also shrinks what the block computes: use it with `GatedBlock`.
 
     **Arguments:** `target`, the margin `τ` (`None`: the dynamics' own `margin`, 0.3 for most);
     `every`, act on every so many steps, with `every` times the weight; `weight`, `w` for `every=1`;
-    `fresh`, the size of the random part of the next probe relative to a unit vector.
+    `fresh`, the size of the random part of the next probe relative to a unit vector; `power`, steps
+    of power iteration before the gain is measured; `final`, where the margin goes to in equal parts
+    over the first `over` steps (`None`: it stays); `per`, what has a `v` of its own: `"token"`,
+    `"sample"`, `"batch"` (all of it together, which sees the root of the samples' mean square), or
+    `None`, tokens where the dynamics tells them apart and samples elsewhere.
+
+    **Raises:** `RuleError` for `per="token"` and a dynamics without `own_vjp`.
     """
 
     target: float | None = None
     every: int = 2
-    weight: float = 1.0
+    weight: float = 4.0
     fresh: float = 0.05
+    power: int = 1
+    final: float | None = None
+    over: int | None = None
+    per: Literal["token", "sample", "batch"] | None = None
 
     def __post_init__(self) -> None:
         if self.target is not None:
             check_fields("JacobianHinge", target=self.target)
+        if (self.final is None) != (self.over is None):
+            raise ConfigError(
+                f"JacobianHinge: final is {self.final!r} and over is {self.over!r}: a margin that "
+                "moves needs both, such as final=0.5, over=14000"
+            )
+        if self.final is not None and self.over is not None:
+            check_fields("JacobianHinge", final=self.final)
+            check_counts("JacobianHinge", over=self.over)
         check_fields("JacobianHinge", weight=self.weight)
         check_counts("JacobianHinge", every=self.every)
         if not (is_positive(self.fresh) or self.fresh == 0):
             raise ConfigError(f"JacobianHinge: fresh is {self.fresh!r}, expected a number ≥ 0")
+        if not (is_count(self.power) or self.power == 0):
+            raise ConfigError(
+                f"JacobianHinge: power is {self.power!r}, expected a whole number, at least 0"
+            )
+        if self.per not in ("token", "sample", "batch", None):
+            raise ConfigError(
+                f"JacobianHinge: per is {self.per!r}, expected 'token', 'sample', 'batch' or None"
+            )
 
     def init(self, generator: torch.Generator) -> HingeState:
         return HingeState(generator)
 
     def apply(
-        self, model: nn.Module, state: HingeState, step: int, *, urgent: bool = False
+        self,
+        model: nn.Module,
+        state: HingeState,
+        step: int,
+        *,
+        urgent: bool = False,
     ) -> dict[str, float]:
         if step % self.every and not urgent:
             return {}
-        group = _process_group(model)
-        called = [
-            (path, block.dynamics, block.certificate, block.certificate.system)
-            for path, block in equilibria(model)
-            if block.certificate is not None and block.certificate.system is not None
-            if not block.dynamics.feedforward
+        group = process_group(model)
+        pushed = list(called(model))
+        for block, _, _ in pushed:
+            refuse_shards(block.dynamics, "JacobianHinge")
+        gains = [
+            self._push(path, block.dynamics, seen, state, step, group)
+            for block, path, seen in pushed
         ]
-        for _, dynamics, *_ in called:
-            refuse_shards(dynamics, "JacobianHinge")
-        gains = [self._push(*call, state, group) for call in called]
-        measured = [gain for gain in gains if gain is not None]
-        return {"jacobian_gain": max(measured, key=_nan_is_worst)} if measured else {}
+        return worst_gain([gain for gain in gains if gain is not None])
 
     def _push(
         self,
         path: str,
         dynamics: AbstractDynamics,
         seen: Certificate,
-        system: System,
         state: HingeState,
+        step: int,
         group: Any,
     ) -> float | None:
-        z = seen.state
+        z, system = seen.state, seen.system
+        assert system is not None
+        parameters = [p for p in dynamics.parameters() if p.requires_grad]
         if z.numel() == 0:  # nothing to measure, but other ranks may have samples
-            _accumulate(None, dynamics, group)
+            accumulate([None] * len(parameters), parameters, group)
             return None
         target = dynamics.margin if self.target is None else self.target
+        if self.final is not None and self.over is not None:
+            target += (self.final - target) * min(1.0, step / self.over)
         noise = torch.randn(z.shape, generator=state.generator, device="cpu").to(z)
-        noise /= math.sqrt(z.numel())
-        probe = state.probes.get(path)
-        if probe is None or probe.shape != z.shape:
-            probe = noise
-        direction = _unit(probe.to(z))
-        remainder = seen.adjoint_remainder
-        if remainder is not None and bool(remainder.isfinite().all()):
-            direction = _unit(direction + _unit(remainder))
-        # the fused attention kernels have no double backward
-        with torch.enable_grad(), torch.autocast(z.device.type, enabled=False):
-            with sdpa_kernel(SDPBackend.MATH):
-                leaf = z.detach().requires_grad_()
-                mapped = leaf + system.step * system.force(leaf)
-                (pulled,) = torch.autograd.grad(mapped, leaf, direction, create_graph=True)
-            gain = (pulled.square().sum() + 1e-12).sqrt()  # differentiable at J = 0
-            size = float(gain.detach())
-            over = math.isfinite(size) and size > target
-            penalty = self.weight * self.every * (gain - target).square() if over else None
-            _accumulate(penalty, dynamics, group)
-        if math.isfinite(size):
-            state.probes[path] = pulled.detach() / size + self.fresh * noise
+        with torch.autocast(z.device.type, enabled=False):
+            own = _Blocks.of(self.per, system, z)
+            noise = own.unit(noise)
+            probe = state.probes.get(path)
+            v = noise if probe is None or probe.shape != z.shape else own.unit(probe.to(z))
+            remainder = seen.adjoint_remainder
+            if remainder is not None and bool(remainder.isfinite().all()):
+                v = own.unit(v + own.unit(remainder))
+            pulled = own.pull(v)
+            for _ in range(self.power):
+                v = own.unit(pulled)
+                pulled = own.pull(v)
+            gains = own.worst(own.norm(pulled))
+            worst = float(gains.max())
+            push: Gradients = (None,) * len(parameters)
+            if math.isfinite(worst) and worst > target:
+                # d/dρ of the penalty, along the direction in which ρ is measured
+                slope = 2 * self.weight * self.every * (gains - target).clamp_min(0) / len(z)
+                push = _directional(
+                    parameters, system, z, slope * own.unit(pulled), v * (slope > 0)
+                )
+            accumulate(push, parameters, group)
+        if math.isfinite(worst):
+            state.probes[path] = own.unit(pulled) + self.fresh * noise
         else:  # a lost state must not poison the probes of the steps to come
             state.probes.pop(path, None)
-        return size
+        return worst
 
 
-def _unit(v: Tensor) -> Tensor:
-    return v / (v.norm() + 1e-12)
+class _Blocks:
+    """The blocks of `J_gᵀ` that have a direction of their own: a batch's, samples' or tokens'.
+
+    **Arguments:** `first`, the first axis that lies inside a block; `product`, `v ↦ Jᵀv` block by
+    block; `step`, the dynamics' `ε`.
+    """
+
+    def __init__(self, first: int, product: Callable[[Tensor], Tensor], step: float) -> None:
+        self._first, self._product, self._step = first, product, step
+
+    @classmethod
+    def of(cls, per: str | None, system: System, z: Tensor) -> _Blocks:
+        """Return the blocks at the state `z`, `(B, ...)`."""
+        products = system.linearise(z)
+        if per in ("token", None):
+            tells = z.dim() == 3 and products.own_vjp(torch.zeros_like(z)) is not None
+            if tells:
+                return cls(2, lambda v: cast(Tensor, products.own_vjp(v)), system.step)
+            if per is not None:
+                raise RuleError(
+                    "JacobianHinge(per='token') needs a causal dynamics whose linearisation has "
+                    "own_vjp, the part of Jᵀa from a token to itself: write per='sample'"
+                )
+        return cls(0 if per == "batch" else 1, products.vjp, system.step)
+
+    def pull(self, v: Tensor) -> Tensor:
+        """Return `J_gᵀ v`, block by block."""
+        return v + self._step * self._product(v)
+
+    def norm(self, v: Tensor) -> Tensor:
+        """Return the norm of each block, shaped to multiply it."""
+        inside = tuple(range(self._first, v.dim()))
+        return torch.linalg.vector_norm(v, dim=inside, keepdim=True)
+
+    def unit(self, v: Tensor) -> Tensor:
+        return v / (self.norm(v) + 1e-12)
+
+    def worst(self, gains: Tensor) -> Tensor:
+        """Return the gains, and 0 for each token but the worst of its sample.
+
+        Alone in its sample, what a token sends back through its own block is what it sends at all.
+        """
+        if self._first < 2:
+            return gains
+        chosen = gains.argmax(1, keepdim=True)
+        return torch.zeros_like(gains).scatter(1, chosen, gains.gather(1, chosen))
 
 
-def _nan_is_worst(gain: float) -> float:
-    return math.inf if math.isnan(gain) else gain
+def _directional(
+    parameters: list[nn.Parameter], system: System, z: Tensor, along: Tensor, v: Tensor
+) -> Gradients:
+    """Return the gradients of `⟨v, J_g u⟩` by some parameters, with `u = along`, `(B, ...)`.
+
+    They are central differences of `⟨v, g⟩`'s along `u`, over the samples where that is not zero;
+    at a step of the cube root of epsilon, relative to the state, truncation and rounding are alike.
+    """
+    rows = along.flatten(1).any(1)
+    part = None if bool(rows.all()) else system.samples(rows)
+    if part is not None:
+        system, z, along, v = part, z[rows], along[rows], v[rows]
+    size = sample_norm(along)
+    h = torch.finfo(z.dtype).eps ** (1 / 3) * sample_norm(z).clamp_min(1e-12)
+    move = per_sample(h / size.clamp_min(1e-30), z) * along
+    weight = per_sample(system.step * size / (2 * h), z) * v
+    total: list[Tensor | None] = [None] * len(parameters)
+    for sign in (1.0, -1.0):
+        with torch.enable_grad():
+            force = system.record(z + sign * move)
+        if not (parameters and force.requires_grad):
+            return tuple(total)
+        own = torch.autograd.grad(force, parameters, sign * weight, allow_unused=True)
+        total = [_sum(t, g) for t, g in zip(total, own, strict=True)]
+    return tuple(total)
 
 
-def _process_group(model: nn.Module) -> Any:
+def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return a if b is None else b if a is None else a + b
+
+
+def called(model: nn.Module) -> Iterator[tuple[Equilibrium, str, Certificate]]:
+    """Yield the equilibria that have a last call and that could lose their fixed point."""
+    for path, block in equilibria(model):
+        seen = block.certificate
+        if seen is not None and seen.system is not None and not block.dynamics.feedforward:
+            yield block, path, seen
+
+
+def worst_gain(gains: list[float]) -> dict[str, float]:
+    """Return the largest of the blocks' gains by its name; NaN is the worst of all."""
+    worst = max(gains, key=lambda gain: math.inf if math.isnan(gain) else gain, default=None)
+    return {} if worst is None else {"jacobian_gain": worst}
+
+
+def process_group(model: nn.Module) -> Any:
     """Return the process group over which `model`'s gradients are averaged, or `None`."""
     return model.process_group if isinstance(model, nn.parallel.DistributedDataParallel) else None
 
 
-def _accumulate(penalty: Tensor | None, module: nn.Module, group: Any) -> None:
-    """Add the gradient of `penalty` to `.grad`, averaged over the ranks of `group`.
+def accumulate(
+    push: Sequence[Tensor | None], parameters: Sequence[nn.Parameter], group: Any
+) -> None:
+    """Add gradients to the `.grad` of parameters, averaged over the ranks of `group`.
 
     Every rank takes part, whether its own samples are past the margin or not.
     """
-    parameters = [p for p in module.parameters() if p.requires_grad]
-    gradients: tuple[Tensor | None, ...] = (None,) * len(parameters)
-    if parameters and penalty is not None and penalty.requires_grad:
-        gradients = torch.autograd.grad(penalty, parameters, allow_unused=True)
-    for p, own in zip(parameters, gradients, strict=True):
+    for p, own in zip(parameters, push, strict=True):
         gradient = own
         if group is not None:
             gradient = torch.zeros_like(p) if own is None else own.contiguous()

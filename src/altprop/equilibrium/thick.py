@@ -123,6 +123,12 @@ class _ThickEvaluation(AbstractEvaluation):
         return pulled + self._norm2.vjp(self._feed_forward.vjp(out)) - self._leak * a
 
     @torch.no_grad()
+    def own_vjp(self, a: Tensor) -> Tensor:
+        out = self._scale * a
+        pulled = self._norm1.vjp(self._attention.own_vjp(out))
+        return pulled + self._norm2.vjp(self._feed_forward.vjp(out)) - self._leak * a
+
+    @torch.no_grad()
     def jvp(self, v: Tensor) -> Tensor:
         pushed = self._attention.jvp(self._norm1.jvp(v))
         pushed = pushed + self._feed_forward.jvp(self._norm2.jvp(v))

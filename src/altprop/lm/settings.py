@@ -8,17 +8,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from altprop import (
-    AEP,
     AbstractEstimator,
     AbstractRule,
     AbstractSolver,
     AbstractStabiliser,
-    Anderson,
     ConfigError,
     JacobianHinge,
 )
 from altprop.errors import unknown
-from altprop.lm.model import ModelConfig
+from altprop.lm.model import ESTIMATOR, SOLVER, ModelConfig
 
 
 def is_run(folder: Path) -> bool:
@@ -91,8 +89,8 @@ class TrainConfig:
     d_model: int = 128
     heads: int = 4
     context: int = 64
-    estimator: AbstractEstimator = AEP()
-    solver: AbstractSolver = Anderson()
+    estimator: AbstractEstimator = ESTIMATOR
+    solver: AbstractSolver = SOLVER
     stabiliser: AbstractStabiliser | None = JacobianHinge()
     batch: int = 16
     steps: int = 1000
@@ -108,8 +106,8 @@ class TrainConfig:
     eval_every: int = 250
     eval_windows: int = 320
     final_windows: int = 2048
-    free_limit: float = 1e-3
-    adjoint_limit: float = 0.05
+    free_limit: float = 2e-2
+    adjoint_limit: float = 0.1
     on_failure: Literal["skip", "stop"] = "skip"
     refused_in_a_row: int = 20
     device: str = "auto"

@@ -45,11 +45,26 @@ def check_dynamics(dynamics: AbstractDynamics, x: Tensor) -> None:
         product = getattr(own, name)(argument)
         require(not product.requires_grad, f"linearise(...).{name} records for autograd")
         close(product, getattr(exact, name)(argument), 1e-10, f"linearise(...).{name} is wrong")
+    _check_own(dynamics, z, x, a)
     _check_record(dynamics, z, x, a)
     require(
         math.isfinite(dynamics.step) and dynamics.step > 0,
         f"step is {dynamics.step}, expected a number > 0",
     )
+
+
+def _check_own(dynamics: AbstractDynamics, z: Tensor, x: Tensor, a: Tensor) -> None:
+    """Check the blocks on the Jacobian's diagonal, and that a token hears no later one."""
+    found = dynamics.linearise(z, x).own_vjp(a)
+    if found is None:
+        return
+    exact = AutogradLinearisation(lambda s: dynamics(s, x.detach()), z)
+    for t in range(z.shape[1]):
+        alone = torch.zeros_like(a)
+        alone[:, t] = a[:, t]
+        pulled = exact.vjp(alone)
+        close(found[:, t], pulled[:, t], 1e-10, f"linearise(...).own_vjp is wrong at token {t}")
+        require(not bool(pulled[:, t + 1 :].any()), f"token {t} depends on later ones")
 
 
 def _check_modes(dynamics: AbstractDynamics, z: Tensor, x: Tensor, a: Tensor) -> None:

@@ -22,12 +22,11 @@ from altprop.equilibrium.estimators.estimator import (
     solve_adjoint,
 )
 from altprop.equilibrium.estimators.nudge import Nudge, check_nudge, nudge_at
-from altprop.equilibrium.estimators.pair import solve_pair
+from altprop.equilibrium.estimators.pair import solve_one, solve_pair
 from altprop.equilibrium.estimators.phases import (
     Phases,
     Sides,
     check_sides,
-    contrast,
     extrapolate,
     finest_response,
     response_beta,
@@ -150,7 +149,7 @@ class AEP(AbstractEstimator):
     ) -> Adjoint:
         """Solve the phases at their very nudge, from `∓first`."""
         if self.sides == 1:
-            return contrast(phases, phases.run(1.0, first, correction), 1)
+            return solve_one(phases, first, correction, linear)
         frozen = None if self.linearise == "tracking" else correction
         out = solve_pair(phases, -first, frozen, linear)
         if self.sides == 2:

@@ -30,7 +30,7 @@ class BPTT(AbstractEstimator):
     records: ClassVar[bool] = True
 
     def attach(self, site: Site) -> Tensor:
-        z = site.solver.unroll(site.force, site.start)
+        z = site.solver.unroll(site.force, site.start, step=site.step)
         steps = int(getattr(site.solver, "max_steps", 0))
         with torch.no_grad():
             residual = relative_residual(site.force(z), z, None)

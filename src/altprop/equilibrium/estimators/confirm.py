@@ -17,13 +17,8 @@ from torch import Tensor
 from altprop.equilibrium.estimators.correction import Antisymmetric
 from altprop.equilibrium.estimators.estimator import Adjoint
 from altprop.equilibrium.estimators.phases import Phases, Sides, displacement, finest_response
-from altprop.equilibrium.estimators.roundoff import (
-    ROUNDING,
-    choose,
-    floor_of,
-    level_norms,
-    relative_to_levels,
-)
+from altprop.equilibrium.estimators.roundoff import ROUNDING, floor_of
+from altprop.equilibrium.levels import choose, level_norms, relative_to_levels, worst_level
 from altprop.equilibrium.solvers.solver import Solution, conclude, sample_norm
 
 _SHRINK = 8.0  # a bias of order β² falls 64-fold
@@ -61,7 +56,7 @@ def confirm(
     # below its floor a level keeps what the linear problem itself still shows
     untold = hidden | (level_norms(seen, widths) <= floor)
     left = choose(untold, linear.force, seen, widths)
-    residual = relative_to_levels(level_norms(left, widths), first, widths).amax(1)
+    residual = worst_level(left, first, widths)
     return Adjoint(
         value=linear.value + problem.step * left,
         residual=residual,

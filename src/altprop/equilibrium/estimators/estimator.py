@@ -39,6 +39,8 @@ class Products(Protocol):
 
     def jvp(self, v: Tensor) -> Tensor: ...
 
+    def own_vjp(self, a: Tensor) -> Tensor | None: ...
+
     def inverse(self, *, transposed: bool) -> Force | None: ...
 
 
@@ -52,6 +54,10 @@ class System(Protocol):
 
     def linearise(self, z: Tensor) -> Products: ...
 
+    def record(self, z: Tensor) -> Tensor: ...
+
+    def samples(self, rows: Tensor) -> System | None: ...
+
     def extend(self, cache: Any, x: Tensor) -> Any: ...
 
 
@@ -63,8 +69,8 @@ class Certificate:
     force evaluations of the free phase, the recorded one included. `result`: its outcome. `state`,
     `input`: `z*` and `x`, detached, `(B, ...)`. `adjoint_residual`: of the linear problem, or of
     the nudged phases (AEP: of their contrast; the others: the worst of them), relative to the
-    nudge, `(B,)`; of AEP's own nudge in a layered system the worst level's, relative to that
-    level's adjoint. `adjoint_remainder`: the adjoint equation's residual as a vector, `(B, ...)`.
+    nudge, `(B,)`; in a layered system the worst level's, relative to what the unknown holds at
+    that level. `adjoint_remainder`: the adjoint equation's residual as a vector, `(B, ...)`.
     `nudged_residuals`: each nudged phase's own, `(phases, B)`; None for an estimator without any.
     `antisymmetry`: `‖Jv − Jᵀv‖/‖Jv‖`, `(B,)`, along the adjoint, where the estimator has both
     products anyway: how wrong naive EP would be here. `adjoint_floor`: the round-off below which a
@@ -126,10 +132,11 @@ class Problem:
     Jacobian's products at `z*`, or at the state it is given. `solve(force, start, tol=…,
     max_steps=…, scale=…, solver=None, inverse=None)`: drive a force to zero by `solver` if there is
     one, else by the `inverse` of minus its linear part if there is one, else by the module's own
-    solver. `cost`: `C(z)` where the caller gave it. `analytic`: `F(·; x)` continued to complex
-    states; a `RuleError` says where there is none. `first`: where the adjoint of a causal window's
-    later tokens is to be solved before that of the first ones, their number and their own Jacobian.
-    `widths`: where the state is a stack of levels, the numbers per sample that each holds.
+    solver; each level by itself where there are levels. `cost`: `C(z)` where the caller gave it.
+    `analytic`: `F(·; x)` continued to complex states; a `RuleError` says where there is none.
+    `first`: where the adjoint of a causal window's later tokens is to be solved before that of the
+    first ones, their number and their own Jacobian. `widths`: where the state is a stack of levels,
+    the numbers per sample that each holds.
     """
 
     state: Tensor

@@ -29,9 +29,10 @@ class Implicit(AbstractEstimator):
     shrinks the error about threefold; the certificate is the residual before it. Any other solver
     is held to 0.4 of the tolerance, for the same error.
 
-    **Arguments:** `tol`, the residual `‖Jᵀa + g‖ / ‖g‖` per sample (the default is that of the
-    linear solution which `AEP` starts from); `max_steps`, the limit of VJPs;
-    `solver`, of this linear problem (`None`: the module's own), such as `GMRES()`.
+    **Arguments:** `tol`, the residual `‖Jᵀa + g‖ / ‖g‖` per sample, in a stack of layers that of
+    each level relative to its own adjoint (the default is that of the linear solution which `AEP`
+    starts from); `max_steps`, the limit of VJPs; `solver`, of this linear problem (`None`: the
+    module's own), such as `GMRES()`.
     """
 
     tol: float = 2.5e-3

@@ -16,7 +16,8 @@ from altprop.equilibrium.estimators.estimator import (
     Adjoint,
     Problem,
 )
-from altprop.equilibrium.solvers.solver import Result, check_counts, sample_norm
+from altprop.equilibrium.levels import worst_level
+from altprop.equilibrium.solvers.solver import Result, check_counts
 from altprop.errors import ConfigError
 
 
@@ -29,9 +30,10 @@ class OneStep(AbstractEstimator):
     backward pass costs one VJP of the recorded force and nothing else.
 
     **Arguments:** `k`, the number of terms, `k − 1` of which cost a VJP; `certify`, spend one more
-    VJP to measure `‖Jᵀa + g‖ / ‖g‖` (the truncation, not a failure to converge, so a training loop
-    that refuses gradients by their residual would refuse these; without it the residual is None
-    and the remainder is the last term, one product older).
+    VJP to measure `‖Jᵀa + g‖ / ‖g‖`, in a stack of layers of the worst level relative to its own
+    adjoint (the truncation, not a failure to converge, so a training loop that refuses gradients by
+    their residual would refuse these; without it the residual is None and the remainder is the last
+    term, one product older).
     """
 
     k: int = 1
@@ -52,9 +54,10 @@ class OneStep(AbstractEstimator):
                 total = total + term
             if self.certify:  # the series telescopes: Jᵀa + g is the term after the last
                 term = term + problem.step * products.vjp(term)
+        value = problem.step * total
         return Adjoint(
-            value=problem.step * total,
-            residual=sample_norm(term) if self.certify else None,
+            value=value,
+            residual=worst_level(term, value, problem.widths) if self.certify else None,
             remainder=term,
             evaluations=evaluations,
             result=Result.FIXED_TIME,

@@ -20,6 +20,7 @@ from altprop.equilibrium.estimators.estimator import (
     Problem,
 )
 from altprop.equilibrium.estimators.nudge import Map, Nudge, check_nudge, cost_gradient
+from altprop.equilibrium.levels import level_norms, relative_to_levels
 from altprop.equilibrium.solvers.solver import (
     check_counts,
     check_fields,
@@ -132,10 +133,14 @@ def _relax(
         drives.append(drive)
     nudge = beta * sample_norm(gradient(still))
     tiny = torch.finfo(still.dtype).tiny
-    residual = torch.maximum(*map(sample_norm, drives)) / nudge.clamp_min(tiny)
+    value = (ends[1] - ends[0]) / (2 * beta)
+    shown = torch.stack([level_norms(drive, problem.widths) for drive in drives]).amax(0)
+    if not problem.widths:
+        shown = shown / nudge.clamp_min(tiny).unsqueeze(1)
+    residual = relative_to_levels(shown, beta * value, problem.widths).amax(1)
     moved = torch.maximum(*(sample_norm(z - still) for z in ends))
     return Adjoint(
-        value=(ends[1] - ends[0]) / (2 * beta),
+        value=value,
         residual=residual,
         remainder=(drives[1] - drives[0]) / 2,
         evaluations=2 * steps,

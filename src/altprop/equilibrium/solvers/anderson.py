@@ -29,6 +29,7 @@ from altprop.equilibrium.solvers.solver import (
 # A step is taken to shrink the residual as the slowest of the last few did, and this much less: to
 # foresee too much costs the whole batch three evaluations, and to foresee too little costs one.
 _SEEN, _CAUTION = 3, 1.3
+_PATIENCE, _PROGRESS = 20, 0.9  # evaluations without so small a residual, relative to the best one
 _USUAL = 3  # differences that most solves need: memory for more is taken when they are there
 
 
@@ -40,6 +41,10 @@ class Anderson(AbstractSolver):
     convergence for physical stability. Its weights see the whole window, later tokens included:
     the tolerance bounds how far the future can leak into a causal state.
 
+    Extrapolation can rest at states that are no fixed points. So a sample that has found nothing
+    better for twenty evaluations goes on from its best state by plain steps, and if these find
+    nothing better either, by extrapolation again (not under `tol=0`).
+
     **Arguments:** `memory`, how many earlier differences to extrapolate from; `tol`, the relative
     force residual to reach; `max_steps`, the limit of force evaluations; `ridge`, the
     regularisation of the least squares relative to the diagonal of its Gram matrix;
@@ -50,7 +55,7 @@ class Anderson(AbstractSolver):
 
     memory: int = 5
     tol: float = 7e-4
-    max_steps: int = 60
+    max_steps: int = 100
     ridge: float = 1e-8
     mixing: float = 1.0
 
@@ -89,6 +94,7 @@ class Anderson(AbstractSolver):
         residual = relative_residual(f, z, scale)
         best_z, best_f, best = z, f, residual
         moving, ahead = torch.ones_like(best, dtype=torch.bool), start
+        safeguard = _Safeguard(best) if self.tol else None
         memory = _Differences(
             min(self.memory, max(1, self.max_steps - 2)), self.ridge, step * self.mixing
         )
@@ -102,7 +108,13 @@ class Anderson(AbstractSolver):
             count = int(going.sum())
             if count == 0:
                 break
+            if safeguard is not None and bool((turned := safeguard.turns(best)).any()):
+                # it goes on from its best state, in the other way
+                z, f = _where(turned, best_z, z), _where(turned, best_f, f)
+                residual = torch.where(turned, best, residual)
             proposed = memory.extrapolate(z, f)
+            if safeguard is not None and bool(safeguard.plain.any()):
+                proposed = _where(safeguard.plain, torch.add(z, f, alpha=step), proposed)
             if course is not None and count < len(z):
                 ahead = _where(moving, proposed, ahead)
             moving = going
@@ -142,6 +154,30 @@ def _extended(held: Tensor, rows: int) -> Tensor:
     out = held.new_empty(B, rows, n)
     out[:, :m] = held
     return out
+
+
+class _Safeguard:
+    """Which samples take plain steps, since extrapolation has found them nothing better for long.
+
+    An extrapolation may pass through larger residuals on its way, so it is given time.
+    """
+
+    def __init__(self, best: Tensor) -> None:
+        self.plain = torch.zeros_like(best, dtype=torch.bool)
+        self._mark, self._stale = best, torch.zeros_like(best)
+
+    def turns(self, best: Tensor) -> Tensor:
+        """Tell of each sample, `(B,)`, whether it changes its way now.
+
+        **Arguments:** `best`, the least residual so far, `(B,)`.
+        """
+        won = best <= _PROGRESS * self._mark
+        self._mark = torch.where(won, best, self._mark)
+        self._stale = torch.where(won, 0, self._stale + 1)
+        turned = self._stale > _PATIENCE
+        self._stale = torch.where(turned, 0, self._stale)
+        self.plain = self.plain ^ turned
+        return turned
 
 
 class _Course:

@@ -5,18 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
+from altprop.equilibrium.solvers.relaxation import relax, unrolled
 from altprop.equilibrium.solvers.solver import (
     AbstractSolver,
     Force,
     Solution,
     check_solver_fields,
-    conclude,
     is_positive,
-    per_sample,
-    relative_residual,
 )
 from altprop.errors import ConfigError
 
@@ -43,7 +40,6 @@ class Euler(AbstractSolver):
         if not is_positive(self.step):
             raise ConfigError(f"Euler: step is {self.step!r}, expected a number > 0, such as 0.1")
 
-    @torch.no_grad()
     def solve(
         self,
         force: Force,
@@ -52,24 +48,10 @@ class Euler(AbstractSolver):
         step: float,
         scale: Tensor | None = None,
     ) -> Solution:
-        # A sample that converged or blew up stops, and the others go on: no sample's result
-        # depends on its batch-mates.
-        z, f = start, force(start)
-        residual = relative_residual(f, z, scale)
-        for n in range(self.max_steps):
-            moving = ~(residual <= self.tol) & torch.isfinite(residual)
-            if not bool(moving.any()):
-                return Solution(z, f, residual, n + 1, conclude(residual, self.tol))
-            z = torch.where(per_sample(moving, z), z + self.step * f, z)
-            f = force(z)
-            residual = relative_residual(f, z, scale)
-        return Solution(z, f, residual, self.max_steps + 1, conclude(residual, self.tol))
+        return relax(force, start, self.step, self.tol, self.max_steps, scale)
 
     def stride(self, step: float) -> float:
         return self.step
 
-    def unroll(self, force: Force, start: Tensor) -> Tensor:
-        z = start
-        for _ in range(self.max_steps):
-            z = z + self.step * force(z)
-        return z
+    def unroll(self, force: Force, start: Tensor, *, step: float) -> Tensor:
+        return unrolled(force, start, self.step, self.max_steps)

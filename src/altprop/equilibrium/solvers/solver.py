@@ -100,8 +100,10 @@ class AbstractSolver(ABC):
         stride = self.stride(step)
         return found, found.value + stride * found.force if stride else found.value
 
-    def unroll(self, force: Force, start: Tensor) -> Tensor:
+    def unroll(self, force: Force, start: Tensor, *, step: float) -> Tensor:
         """Return the last state of a relaxation that autograd can record step by step.
+
+        **Arguments:** as those of `solve`.
 
         **Raises:** `RuleError` for a solver that is no plain relaxation.
         """

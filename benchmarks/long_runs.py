@@ -1,0 +1,175 @@
+"""Tables and curves of long trainings: what `altprop train` left in folders, side by side.
+
+    altprop train --data tinyshakespeare.txt --steps 14000 --out runs/long/ordinary-0 …
+    python benchmarks/long_runs.py runs/long
+
+Every folder below the given one is a run; `<arm>-<seed>` names it. Its metrics are thinned (every
+hundredth step, every evaluation, and every step that was refused or took unusually long) and kept
+with the table. The cost of an arm's step is measured in units of a step of an ordinary model of as
+many blocks: both are trained on from the runs' last checkpoints, in turn, in one process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from altprop.lm.config import read_config
+from altprop.lm.sample_command import load_run
+from altprop.lm.settings import TrainConfig
+from altprop.lm.text import load_corpus
+from altprop.lm.train import build_model
+from common import RESULTS, markdown, write
+from throughput import Loop, quartiles, seconds
+
+EVERY, FREE, ADJOINT = 100, 25, 15  # steps that are kept; evaluations that are unusual
+ROUNDS = 24  # pairs of steps that a cost is the median of
+
+
+def read(folder: Path) -> list[dict[str, Any]]:
+    """Return the metrics of a run, a line that is still being written left out."""
+    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines if line.endswith("}")]
+
+
+def thinned(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return what is kept of a run's metrics."""
+    kept, refused = [], 0
+    for record in records:
+        if "loss" not in record:
+            kept.append(record)
+            continue
+        unusual = record["refused"] > refused
+        unusual |= record.get("free_evaluations", 0) > FREE
+        unusual |= record.get("adjoint_evaluations", 0) > ADJOINT
+        if unusual or record["step"] % EVERY == 0:
+            kept.append(record)
+        refused = record["refused"]
+    return kept
+
+
+def summary(records: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the figures of a run."""
+    steps = [r for r in records if "loss" in r]
+    losses = {r["step"]: r["validation_loss"] for r in records if "validation_loss" in r}
+    whole = [r["whole_validation_loss"] for r in records if "whole_validation_loss" in r]
+    out: dict[str, Any] = {
+        "steps": steps[-1]["step"],
+        "validation": losses[max(losses)],
+        "best": min(losses.values()),
+        "whole": whole[-1] if whole else None,
+        "refused": steps[-1]["refused"],
+        "losses": losses,
+    }
+    for name in ("free_evaluations", "adjoint_evaluations"):
+        values = [r[name] for r in steps if name in r]
+        out[name] = [statistics.mean(values), max(values)] if values else None
+    return out
+
+
+def cost(folder: Path, data: str) -> tuple[float, float, float]:
+    """Return quartiles of a run's step in units of the ordinary model's, as the docstring says."""
+    model, tokenizer = load_run(folder, "last", "cpu")
+    corpus = load_corpus(data)
+    config = read_config(folder / "config.yaml", TrainConfig)
+    config = replace(config, lr=1e-7)  # so that the weights stay what they are
+    own = Loop(model.train(), config, corpus)
+    layers = config.layers if config.model == "gpt" else 1
+    plain = TrainConfig(model="gpt", layers=layers, lr=1e-7)
+    unit = Loop(build_model(plain, len(tokenizer)), plain, corpus)
+    own.step = unit.step = 1000  # past the warm-up
+    ratios = []
+    for number in range(ROUNDS + 2):
+        spent = {}
+        for step in random.sample([own, unit], 2):
+            # two steps: the stabiliser acts in every second one
+            spent[step] = seconds(lambda step=step: [step(), step()])  # type: ignore[misc]
+        if number > 1:
+            ratios.append(spent[own] / spent[unit])
+    return quartiles(ratios)
+
+
+def draw(runs: dict[str, dict[str, Any]], costs: dict[str, float], file: Path, title: str) -> None:
+    """Draw validation loss against steps, and against cost in ordinary steps."""
+    from matplotlib import pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 5), sharey=True)
+    arms = sorted({arm_of(name) for name in runs})
+    for name, run in sorted(runs.items()):
+        arm = arm_of(name)
+        colour = f"C{arms.index(arm) % 10}"
+        first = name == min(n for n in runs if arm_of(n) == arm)
+        steps, losses = list(run["losses"]), list(run["losses"].values())
+        left.plot(steps, losses, color=colour, lw=1.2, label=arm if first else None)
+        right.plot([costs[arm] * s / 1000 for s in steps], losses, color=colour, lw=1.2)
+    lowest = min(run["best"] for run in runs.values())
+    left.set_ylim(lowest - 0.03, lowest + 0.45)
+    left.set_xlabel("step")
+    left.set_ylabel("validation cross-entropy, nats")
+    right.set_xlabel("cost, in thousands of the ordinary model's steps")
+    right.set_xscale("log")
+    left.legend(fontsize=8)
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+    figure.suptitle(title)
+    figure.tight_layout()
+    figure.savefig(file, dpi=120)
+
+
+def arm_of(name: str) -> str:
+    """Return the arm of a run `<arm>-<seed>`."""
+    return name.rpartition("-")[0] or name
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--data", default="plays", help="the text, to time a step of each arm")
+    parser.add_argument("--name", default="long_runs")
+    parser.add_argument("--title", default="Long trainings")
+    given = parser.parse_args()
+    folders = {f.parent.name: f.parent for f in sorted(given.folder.glob("*/metrics.jsonl"))}
+    if not folders:
+        raise SystemExit(f"{given.folder} holds no runs: give the folder that theirs lie in")
+    runs, costs, rows = {}, {}, []
+    kept = RESULTS / given.name
+    kept.mkdir(parents=True, exist_ok=True)
+    for name, folder in folders.items():
+        records = read(folder)
+        runs[name] = summary(records)
+        lines = (json.dumps(record) for record in thinned(records))
+        (kept / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        arm = arm_of(name)
+        if arm not in costs:
+            runs[name]["cost"] = cost(folder, given.data)
+            costs[arm] = runs[name]["cost"][1]
+    for name, run in runs.items():
+        counts = [run[f"{kind}_evaluations"] for kind in ("free", "adjoint")]
+        rows.append(
+            [
+                name,
+                f"{run['steps']:,}".replace(",", " "),
+                f"{run['validation']:.3f}",
+                "–" if run["whole"] is None else f"{run['whole']:.3f}",
+                *("–" if c is None else f"{c[0]:.1f} / {c[1]:.0f}" for c in counts),
+                str(run["refused"]),
+                f"{costs[arm_of(name)]:.1f}",
+            ]
+        )
+    head = ["run", "steps", "validation", "whole part", "free, mean / worst"]
+    head += ["adjoint, mean / worst", "refused", "cost of a step"]
+    note = (
+        "Validation: cross-entropy in nats on 320 fixed windows, and on the whole part in windows "
+        "that do not overlap; evaluations per step; cost in steps of the ordinary model."
+    )
+    write(given.name, given.title, [markdown(head, rows), note], runs)
+    draw(runs, costs, RESULTS / f"{given.name}.png", given.title)
+
+
+if __name__ == "__main__":
+    main()
