@@ -82,6 +82,11 @@ def test_closed_form_products_are_those_of_autograd(this: Task) -> None:
     wanted = AutogradLinearisation(lambda s: this.dynamics(s, this.x), z)
     assert torch.allclose(closed.jvp(v), wanted.jvp(v), rtol=1e-10, atol=1e-12)
     assert torch.allclose(closed.vjp(v), wanted.vjp(v), rtol=1e-10, atol=1e-12)
+    for t in range(v.shape[1] if closed.tells_tokens else 0):
+        alone = torch.zeros_like(v)
+        alone[:, t] = v[:, t]
+        own = closed.own_vjp(v)[:, t]
+        assert torch.allclose(own, wanted.vjp(alone)[:, t], rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", CAUSAL)
@@ -92,7 +97,9 @@ def test_long_windows_have_the_same_products(
     """As above, where the attention matrix is not kept; the last slice of tokens is a short one."""
     monkeypatch.setattr(linearised, "_DENSE", 1)
     monkeypatch.setattr(linearised, "_LEAST", slices)
-    test_closed_form_products_are_those_of_autograd(TASKS[name]())
+    this = TASKS[name]()
+    assert this.dynamics.linearise(this.x, this.x).tells_tokens
+    test_closed_form_products_are_those_of_autograd(this)
 
 
 def test_a_sample_does_not_know_its_batch_mates(this: Task) -> None:

@@ -153,32 +153,32 @@ BUGS = [
     Bug(_EQ + "spectra.py", "        cache = extension.remember(own)\n", "", "test_spectra.py"),
     Bug(
         _EQ + "stability.py",
-        "2 * self.weight * self.every * (gains - target)",
-        "2 * self.weight * (gains - target)",
+        "2 * self.weight * self.every * (measured - margin)",
+        "2 * self.weight * (measured - margin)",
         _HINGE,
     ),
     Bug(
         _EQ + "stability.py",
-        "state.probes[path] = own.unit(pulled) + self.fresh * noise",
-        "state.probes[path] = v + self.fresh * noise",
+        "state.probes[name] = blocks.unit(pulled) + self.fresh * noise",
+        "state.probes[name] = v + self.fresh * noise",
         _HINGE,
     ),
     Bug(
         _EQ + "stability.py",
-        "own.unit(v + own.unit(remainder))",
-        "own.unit(v + remainder)",
+        "blocks.unit(v + blocks.unit(remainder))",
+        "blocks.unit(v + remainder)",
         "test_equilibrium_hinge.py",
     ),
     Bug(
         _EQ + "stability.py",
-        'cls(0 if per == "batch" else 1, products.vjp',
-        "cls(0, products.vjp",
+        '{"batch": 0, "sample": 1, "token": 2}[kind]',
+        '{"batch": 0, "sample": 0, "token": 2}[kind]',
         "test_equilibrium_hinge.py",
     ),
     Bug(
         _EQ + "stability.py",
-        "slope * own.unit(pulled), v * (slope > 0))",
-        "slope * v, v * (slope > 0))",
+        "slope * blocks.unit(pulled), v * (slope > 0)",
+        "slope * v, v * (slope > 0)",
         "test_equilibrium_hinge.py",
     ),
     Bug(
@@ -189,8 +189,8 @@ BUGS = [
     ),
     Bug(
         _EQ + "stability.py",
-        "slope * own.unit(pulled), v * (slope > 0))",
-        "slope * own.unit(pulled), v)",
+        "slope * blocks.unit(pulled), v * (slope > 0)",
+        "slope * blocks.unit(pulled), v",
         "test_equilibrium_hinge.py",
     ),
     Bug(

@@ -366,6 +366,8 @@ class GatedBlock(AbstractAttentive):
 class _DampedEvaluation(AbstractEvaluation):
     """`J = s A − (1 + sc) I` with the attention's Jacobian `A`."""
 
+    tells_tokens = True
+
     @torch.no_grad()
     def __init__(self, dynamics: DampedAttention, z: Tensor, x: Tensor) -> None:
         self._z, self._x = z, x.detach()
@@ -397,6 +399,8 @@ class _DampedEvaluation(AbstractEvaluation):
 
 class _GatedEvaluation(AbstractEvaluation):
     """`J = (I + E N₂) A N₁ diag(α) − I`, by the parts' own Jacobians."""
+
+    tells_tokens = True
 
     @torch.no_grad()
     def __init__(self, block: GatedBlock, z: Tensor, x: Tensor) -> None:

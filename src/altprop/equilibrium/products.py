@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -36,13 +36,16 @@ class AbstractLinearisation(ABC):
     def jvp(self, v: Tensor) -> Tensor:
         """Return `Jv`, detached."""
 
-    def own_vjp(self, a: Tensor) -> Tensor | None:
-        """Return what of `Jᵀa` goes from a token to the same token, or `None` if nobody tells.
+    tells_tokens: ClassVar[bool] = False
+    """Whether `own_vjp` is there."""
+
+    def own_vjp(self, a: Tensor) -> Tensor:
+        """Return what of `Jᵀa` goes from a token to the same token, `(B, T, C)`, detached.
 
         Of a causal dynamics these blocks on the diagonal, one per token, have all eigenvalues of
-        `J`. States are `(B, T, C)`.
+        `J`. Only what `tells_tokens` has it.
         """
-        return None
+        raise NotImplementedError
 
     def inverse(self, *, transposed: bool) -> Callable[[Tensor], Tensor] | None:
         """Return `r ↦ −J⁻¹ r` (or `−J⁻ᵀ r`) if that costs no more than a product, else `None`.

@@ -10,7 +10,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,7 @@ from altprop.equilibrium.solvers.solver import (
     per_sample,
     sample_norm,
 )
-from altprop.errors import ConfigError, RuleError
+from altprop.errors import ConfigError
 
 
 class AbstractStabiliser(ABC):
@@ -86,46 +86,48 @@ class HingeState:
 class JacobianHinge(AbstractStabiliser):
     """Push the Jacobian's gain back where it is past a margin: `w · mean_b max(0, ρ_b − τ)²`.
 
-    For `g(z) = z + εF(z)` at the free state, held constant, `ρ = ‖J_gᵀ v‖` with a unit `v` that
-    adds a power-iterated probe to the direction of the adjoint's remaining residual: the probe
-    finds the lasting hard modes, the residual those of this very batch. The force is that of the
-    last call, with its further arguments and its draws of dropout. The task pushes the feedback up
-    and the hinge only down, so together they hold the gain near the margin.
+    For `g(z) = z + εF(z)` at the free state, held constant, `ρ_b = ‖J_gᵀ v_b‖` of each sample with
+    a unit `v_b` that adds a power-iterated probe to the direction of the sample's adjoint's
+    remaining residual: the probe finds the lasting hard modes, the residual those of this very
+    batch. No sample hides among its batch-mates. The force is that of the last call, with its
+    further arguments and its draws of dropout. The task pushes the feedback up and the hinge only
+    down, so together they hold the gain near the margin.
 
     Of a causal dynamics the eigenvalues of `J_g` are those of the blocks on its diagonal, one per
-    token. So each token has a `v` of its own, iterated with its own block, which takes two or three
-    products to find the radius of all of them at once, and `ρ_b` is the worst of its sample. Where
-    a dynamics does not tell its tokens apart, each sample has a `v`, and none hides among others.
+    token, and a lost fixed point is mostly one token that excites itself, whose window as a whole
+    is quiet. Where the dynamics tells its tokens apart, each has a `v` of its own too, iterated
+    with its own block, which finds the radius of all of them in two or three products, and the
+    worst token of a sample has a margin of its own.
 
-    The gains cost an evaluation of the force and `power + 1` products per block on the steps where
-    it acts, and the push two evaluations with their gradients, of the samples past the margin
-    alone: with `u = J_gᵀ v / ρ` the derivative of `ρ` is that of `⟨v, J_g u⟩`, which is what
-    `⟨v, g⟩` changes by between two states that differ along `u`. Without a gate in the dynamics it
-    also shrinks what the block computes: use it with `GatedBlock`.
+    The gains cost an evaluation of the force and `power + 1` products of either kind per block on
+    the steps where it acts, and a push two evaluations with their gradients, of the samples past
+    the margin alone: with `u = J_gᵀ v / ρ` the derivative of `ρ` is that of `⟨v, J_g u⟩`, which is
+    what `⟨v, g⟩` changes by between two states that differ along `u`. Without a gate in the
+    dynamics it also shrinks what the block computes: use it with `GatedBlock`.
 
     **Arguments:** `target`, the margin `τ` (`None`: the dynamics' own `margin`, 0.3 for most);
-    `every`, act on every so many steps, with `every` times the weight; `weight`, `w` for `every=1`;
-    `fresh`, the size of the random part of the next probe relative to a unit vector; `power`, steps
-    of power iteration before the gain is measured; `final`, where the margin goes to in equal parts
-    over the first `over` steps (`None`: it stays); `per`, what has a `v` of its own: `"token"`,
-    `"sample"`, `"batch"` (all of it together, which sees the root of the samples' mean square), or
-    `None`, tokens where the dynamics tells them apart and samples elsewhere.
-
-    **Raises:** `RuleError` for `per="token"` and a dynamics without `own_vjp`.
+    `token_target`, that of the worst token's own block (`None`: tokens are not looked at); `every`,
+    act on every so many steps, with `every` times the weight; `weight`, `w` for `every=1`; `fresh`,
+    the size of the random part of the next probe relative to a unit vector; `power`, steps of power
+    iteration before a gain is measured; `final`, where `target` goes to in equal parts over the
+    first `over` steps (`None`: it stays); `per`, what has a `v` of its own: `"sample"`, or
+    `"batch"`, all of it together, which sees the root of the samples' mean square.
     """
 
     target: float | None = None
+    token_target: float | None = 0.4
     every: int = 2
     weight: float = 4.0
     fresh: float = 0.05
     power: int = 1
     final: float | None = None
     over: int | None = None
-    per: Literal["token", "sample", "batch"] | None = None
+    per: Literal["sample", "batch"] = "sample"
 
     def __post_init__(self) -> None:
-        if self.target is not None:
-            check_fields("JacobianHinge", target=self.target)
+        for name in ("target", "token_target"):
+            if getattr(self, name) is not None:
+                check_fields("JacobianHinge", **{name: getattr(self, name)})
         if (self.final is None) != (self.over is None):
             raise ConfigError(
                 f"JacobianHinge: final is {self.final!r} and over is {self.over!r}: a margin that "
@@ -142,10 +144,8 @@ class JacobianHinge(AbstractStabiliser):
             raise ConfigError(
                 f"JacobianHinge: power is {self.power!r}, expected a whole number, at least 0"
             )
-        if self.per not in ("token", "sample", "batch", None):
-            raise ConfigError(
-                f"JacobianHinge: per is {self.per!r}, expected 'token', 'sample', 'batch' or None"
-            )
+        if self.per not in ("sample", "batch"):
+            raise ConfigError(f"JacobianHinge: per is {self.per!r}, expected 'sample' or 'batch'")
 
     def init(self, generator: torch.Generator) -> HingeState:
         return HingeState(generator)
@@ -188,60 +188,63 @@ class JacobianHinge(AbstractStabiliser):
         target = dynamics.margin if self.target is None else self.target
         if self.final is not None and self.over is not None:
             target += (self.final - target) * min(1.0, step / self.over)
-        noise = torch.randn(z.shape, generator=state.generator, device="cpu").to(z)
         with torch.autocast(z.device.type, enabled=False):
-            own = _Blocks.of(self.per, system, z)
-            noise = own.unit(noise)
-            probe = state.probes.get(path)
-            v = noise if probe is None or probe.shape != z.shape else own.unit(probe.to(z))
-            remainder = seen.adjoint_remainder
-            if remainder is not None and bool(remainder.isfinite().all()):
-                v = own.unit(v + own.unit(remainder))
-            pulled = own.pull(v)
-            for _ in range(self.power):
-                v = own.unit(pulled)
-                pulled = own.pull(v)
-            gains = own.worst(own.norm(pulled))
-            worst = float(gains.max())
+            products = system.linearise(z)
+            kinds = [(path, target, _Blocks(self.per, products.vjp, system.step))]
+            if self.token_target is not None and products.tells_tokens:
+                own = _Blocks("token", products.own_vjp, system.step)
+                kinds.append((f"{path}.tokens", self.token_target, own))
+            gains = []
             push: Gradients = (None,) * len(parameters)
-            if math.isfinite(worst) and worst > target:
-                # d/dρ of the penalty, along the direction in which ρ is measured
-                slope = 2 * self.weight * self.every * (gains - target).clamp_min(0) / len(z)
-                push = _directional(
-                    parameters, system, z, slope * own.unit(pulled), v * (slope > 0)
-                )
+            for name, margin, blocks in kinds:
+                v, pulled = self._look(name, blocks, seen, state)
+                measured = blocks.worst(blocks.norm(pulled))
+                gains.append(float(measured.max()))
+                if not math.isfinite(gains[-1]):  # a lost state must not poison the probes to come
+                    state.probes.pop(name, None)
+                elif gains[-1] > margin:
+                    # d/dρ of the penalty, along the direction in which ρ is measured
+                    slope = 2 * self.weight * self.every * (measured - margin).clamp_min(0) / len(z)
+                    along, v = slope * blocks.unit(pulled), v * (slope > 0)
+                    more = _directional(parameters, system, z, along, v)
+                    push = tuple(map(_sum, push, more))
             accumulate(push, parameters, group)
-        if math.isfinite(worst):
-            state.probes[path] = own.unit(pulled) + self.fresh * noise
-        else:  # a lost state must not poison the probes of the steps to come
-            state.probes.pop(path, None)
-        return worst
+        return max(gains, key=_nan_is_worst)
+
+    def _look(
+        self, name: str, blocks: _Blocks, seen: Certificate, state: HingeState
+    ) -> tuple[Tensor, Tensor]:
+        """Return the directions in which gains are measured, and `J_gᵀ` of them, `(B, ...)`."""
+        z, remainder = seen.state, seen.adjoint_remainder
+        noise = torch.randn(z.shape, generator=state.generator, device="cpu").to(z)
+        noise = blocks.unit(noise)
+        probe = state.probes.get(name)
+        v = noise if probe is None or probe.shape != z.shape else blocks.unit(probe.to(z))
+        if remainder is not None and bool(remainder.isfinite().all()):
+            v = blocks.unit(v + blocks.unit(remainder))
+        pulled = blocks.pull(v)
+        for _ in range(self.power):
+            v = blocks.unit(pulled)
+            pulled = blocks.pull(v)
+        state.probes[name] = blocks.unit(pulled) + self.fresh * noise
+        return v, pulled
 
 
 class _Blocks:
     """The blocks of `J_gᵀ` that have a direction of their own: a batch's, samples' or tokens'.
 
-    **Arguments:** `first`, the first axis that lies inside a block; `product`, `v ↦ Jᵀv` block by
-    block; `step`, the dynamics' `ε`.
+    **Arguments:** `kind`, which of them; `product`, `v ↦ Jᵀv` block by block; `step`, the dynamics'
+    `ε`.
     """
 
-    def __init__(self, first: int, product: Callable[[Tensor], Tensor], step: float) -> None:
-        self._first, self._product, self._step = first, product, step
-
-    @classmethod
-    def of(cls, per: str | None, system: System, z: Tensor) -> _Blocks:
-        """Return the blocks at the state `z`, `(B, ...)`."""
-        products = system.linearise(z)
-        if per in ("token", None):
-            tells = z.dim() == 3 and products.own_vjp(torch.zeros_like(z)) is not None
-            if tells:
-                return cls(2, lambda v: cast(Tensor, products.own_vjp(v)), system.step)
-            if per is not None:
-                raise RuleError(
-                    "JacobianHinge(per='token') needs a causal dynamics whose linearisation has "
-                    "own_vjp, the part of Jᵀa from a token to itself: write per='sample'"
-                )
-        return cls(0 if per == "batch" else 1, products.vjp, system.step)
+    def __init__(
+        self,
+        kind: Literal["batch", "sample", "token"],
+        product: Callable[[Tensor], Tensor],
+        step: float,
+    ) -> None:
+        self._first = {"batch": 0, "sample": 1, "token": 2}[kind]  # axis that lies inside a block
+        self._product, self._step = product, step
 
     def pull(self, v: Tensor) -> Tensor:
         """Return `J_gᵀ v`, block by block."""
@@ -307,8 +310,11 @@ def called(model: nn.Module) -> Iterator[tuple[Equilibrium, str, Certificate]]:
 
 def worst_gain(gains: list[float]) -> dict[str, float]:
     """Return the largest of the blocks' gains by its name; NaN is the worst of all."""
-    worst = max(gains, key=lambda gain: math.inf if math.isnan(gain) else gain, default=None)
-    return {} if worst is None else {"jacobian_gain": worst}
+    return {"jacobian_gain": max(gains, key=_nan_is_worst)} if gains else {}
+
+
+def _nan_is_worst(gain: float) -> float:
+    return math.inf if math.isnan(gain) else gain
 
 
 def process_group(model: nn.Module) -> Any:

@@ -97,6 +97,8 @@ class ThickBlock(AbstractAttentive):
 class _ThickEvaluation(AbstractEvaluation):
     """`J = diag(s)(A N₁ + E N₂) − (1 + c) I`, by the parts' own Jacobians."""
 
+    tells_tokens = True
+
     @torch.no_grad()
     def __init__(self, block: ThickBlock, z: Tensor, x: Tensor) -> None:
         self._z, self._x, self._leak = z, x.detach(), 1 + block.damping
