@@ -24,7 +24,7 @@ from lm_runs import assert_equal_bits, curve, small, steps, tensors
 CPU = torch.device("cpu")
 MODELS: dict[str, dict[str, Any]] = {
     "equilibrium": {},
-    "thick": {"block": "thick"},
+    "thick": {"block": "thick", "solver": ap.Anderson()},
     "tied": {"model": "gpt", "layers": 1, "tie_head": True},
     "learned feedback": {"model": "gpt", "layers": 1, "rule": ap.KolenPollack()},
     "broadcast": {"model": "gpt", "layers": 1, "rule": ap.GrAPE(calibrate_every=4)},
