@@ -255,3 +255,18 @@ def test_resume_refuses_to_end_before_the_steps_that_were_made(here: Path) -> No
     with pytest.raises(CheckpointError, match="has made 2 steps, more than 1: write --steps 2"):
         train(run("runs/a", data="text.txt", steps=1, resume=True))
     assert tree(here) == before
+
+
+@pytest.mark.parametrize("model", ["gpt", "equilibrium"])
+def test_a_run_keeps_no_option_of_another_model(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its config reads back, whatever other models' defaults will be."""
+    monkeypatch.chdir(tmp_path)
+    Path("text.txt").write_text(sentences(), encoding="utf-8")
+    config = run("run", model=model)
+    train(config)
+    kept = yaml.safe_load(Path("run/config.yaml").read_text(encoding="utf-8"))
+    own = {"gpt": "rule", "equilibrium": "solver"}
+    assert {name for name in own.values() if name in kept} == {own[model]}
+    assert read_config(Path("run/config.yaml"), TrainConfig).model == model

@@ -16,7 +16,7 @@ import sys
 import types
 import typing
 from abc import ABC
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import NoneType
 from typing import Any, NoReturn, TypeVar, cast
@@ -82,9 +82,13 @@ def to_yaml(data: Mapping[str, Any]) -> str:
     return yaml.safe_dump(dict(data), sort_keys=False, allow_unicode=True)
 
 
-def write_config(path: Path, config: Any) -> None:
-    """Write a frozen dataclass as the YAML file that `--config` and `read_config` take."""
-    write_whole(path, to_yaml(config_dict(config)))
+def write_config(path: Path, config: Any, without: Iterable[str] = ()) -> None:
+    """Write a frozen dataclass as the YAML file that `--config` and `read_config` take.
+
+    **Arguments:** `without`, fields that are left out, which then have the defaults of the reader.
+    """
+    data = {k: v for k, v in config_dict(config).items() if k not in set(without)}
+    write_whole(path, to_yaml(data))
 
 
 def read_config(path: Path, cls: type[Config]) -> Config:

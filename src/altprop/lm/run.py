@@ -113,7 +113,7 @@ class Run:
                 for old in ("metrics.jsonl", "best.safetensors", "last.safetensors", "curves.png"):
                     (folder / old).unlink(missing_ok=True)
                 corpus.tokenizer.to_json(folder / "vocab.json")
-                write_config(folder / "config.yaml", _stored(config))
+                write_config(folder / "config.yaml", _stored(config), config.foreign)
         except OSError as error:
             where = config.out or "runs"
             raise CheckpointError(f"{where}: cannot be written ({error.strerror})") from None
@@ -184,7 +184,7 @@ class Run:
             )
         self._trim_metrics(state.progress.step)
         # steps and the like may have changed, and the next --resume must not take them back
-        write_config(self.folder / "config.yaml", _stored(self.config))
+        write_config(self.folder / "config.yaml", _stored(self.config), self.config.foreign)
 
     def _trim_metrics(self, step: int) -> None:
         """Drop the lines past `step`, the figure of the end, and a line that a crash cut off."""

@@ -155,6 +155,11 @@ class TrainConfig:
         return data
 
     @property
+    def foreign(self) -> tuple[str, ...]:
+        """The options that only other models have."""
+        return tuple(name for other, own in _OWN.items() if other != self.model for name in own)
+
+    @property
     def method(self) -> str:
         """What the run trains by, in a word."""
         if self.model == "equilibrium":
