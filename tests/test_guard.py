@@ -99,6 +99,8 @@ def test_a_tenth_of_the_steps_may_be_refused_for_ever_and_the_first_one_too(
     assert train(config).refused == 9
     saved = checkpoint.load(tmp_path / "run" / "last.safetensors").notes["progress"]
     assert saved["recently"] == [61, 71, 81]  # what no longer counts is not kept
+    shorter = replace(config, resume=True, refused_in_a_row=2, steps=92)  # a tenth of 20 steps
+    assert train(shorter).refused == 10
 
 
 def test_by_default_twenty_steps_in_a_row_are_too_many_and_nineteen_are_not(
@@ -171,6 +173,7 @@ def test_a_block_that_loses_its_fixed_point_for_want_of_a_stabiliser_ends_with_2
 ) -> None:
     config = small(tmp_path / "run", steps=2000, eval_every=50, lr=0.1, refused_in_a_row=4)
     line = [*words(config, "lr", "refused_in_a_row"), "--block", "thick", "--stabiliser", "null"]
+    line += ["--solver", "Anderson"]  # which finds the fixed point of the start
     assert main(["train", *line]) == 2
     assert "the run is lost" in capsys.readouterr().err
     made = steps(tmp_path / "run")
