@@ -57,7 +57,7 @@ def summary(records: list[dict[str, Any]]) -> dict[str, Any]:
     """Return the figures of a run."""
     steps = [r for r in records if "loss" in r]
     losses = {r["step"]: r["validation_loss"] for r in records if "validation_loss" in r}
-    whole = [r["whole_validation_loss"] for r in records if "whole_validation_loss" in r]
+    whole = [r["final_validation_loss"] for r in records if "final_validation_loss" in r]
     out: dict[str, Any] = {
         "steps": steps[-1]["step"],
         "validation": losses[max(losses)],

@@ -147,7 +147,7 @@ def test_the_command_of_a_lost_run_exits_with_2_and_its_line_goes_on(
     assert main(["train", *line]) == 2
     error = capsys.readouterr().err
     assert error.startswith("altprop: error: the run is lost: 3 steps in a row were refused")
-    assert "a lower lr or a stabiliser" in error and error.count("\n") == 1
+    assert "a lower lr, a stabiliser" in error and error.count("\n") == 1
     command = shlex.split(error.partition("all the same: ")[2])
     assert command[:2] == ["altprop", "train"] and main(command[1:]) == 0
     assert at(tmp_path / "a run") == 8

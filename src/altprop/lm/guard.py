@@ -100,9 +100,10 @@ class Guard:
     def _advice(self) -> str:
         if self._config.model != "equilibrium":
             return "a lower lr"
+        strict = "a stricter stabiliser (a smaller --stabiliser.target)"
         if self._config.stabiliser is None:
-            return "a lower lr or a stabiliser (--stabiliser JacobianHinge)"
-        return "a lower lr or a stricter stabiliser (a smaller --stabiliser.target)"
+            strict = "a stabiliser (--stabiliser JacobianHinge)"
+        return f"a lower lr, {strict} or another solver (--solver Anderson)"
 
     def _settled(self, seen: Certificate) -> bool:
         """Tell whether a state and its adjoint are within the limits."""

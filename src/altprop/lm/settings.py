@@ -35,7 +35,8 @@ class TrainConfig:
         resume: go on from the last checkpoint in the run's folder.
         overwrite: replace a run that is already in the folder.
         model: `equilibrium` (one block that is an equilibrium) or `gpt` (ordinary blocks).
-        block: of the equilibrium, its dynamics: `gated`, `damped` or `thick`.
+        block: of the equilibrium, its dynamics: `gated`, `damped`, or `thick`, which does not
+            contract at its start: write `--solver Anderson` with it.
         layers: of the gpt, the number of blocks.
         tie_head: of the gpt, whether the head is the token embedding.
         rule: of the gpt, the learning rule of every linear map or block; null for backprop.
