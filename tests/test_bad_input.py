@@ -247,7 +247,6 @@ def test_a_nudge_that_is_not_positive(
         ("device", "meta", "device 'meta' cannot be used here"),
         ("data", "", "no file or folder '': give the name of a corpus"),
         ("freeze", '["*"]', "freeze: '*' leaves no parameter to learn"),
-        ("estimator", "BPTT", "BPTT differentiates a stated relaxation, and Anderson is none"),
         ("solver", "{class_path: Anderson, init_args: {memory: 0}}", "memory is 0"),
     ],
 )
@@ -255,6 +254,11 @@ def test_a_value_that_no_run_can_have(
     option: str, value: object, said: str, here: Path, refused: Refused
 ) -> None:
     assert said in refused(*tiny(here, **{option: value}))
+
+
+def test_a_solver_that_an_estimator_cannot_use(here: Path, refused: Refused) -> None:
+    said = refused(*tiny(here, estimator="BPTT", solver="Anderson"))
+    assert "BPTT differentiates a stated relaxation, and Anderson is none" in said
 
 
 def test_a_command_that_is_not_there(refused: Refused) -> None:

@@ -1,4 +1,4 @@
-"""Backpropagation through time: record a stated Euler relaxation and differentiate it."""
+"""Backpropagation through time: record a stated relaxation and differentiate it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ class BPTT(AbstractEstimator):
     """Differentiate every step of the solver's relaxation: exact for that finite relaxation.
 
     Memory grows with the number of steps, so use it as a reference, not to train. It needs
-    `solver=Euler(...)`, whose `max_steps` steps it records without stopping early.
+    `solver=Euler(...)` or `FixedPoint(...)`, whose `max_steps` steps it records without stopping
+    early.
     """
 
     records: ClassVar[bool] = True
