@@ -27,6 +27,16 @@ def thick(**settings: object) -> Task:
     return task(block, 2, 3)
 
 
+def stacked(layers: int = 3) -> Task:
+    torch.manual_seed(1)
+    stack = ap.GatedStack(8, 2, layers, expansion=2, init_std=0.25)
+    with torch.no_grad():
+        for p in stack.parameters():
+            if p.dim() == 1:
+                p.add_(0.2 * torch.randn(p.shape))
+    return task(stack, 2, 3)
+
+
 def hopfield() -> Task:
     torch.manual_seed(0)
     return task(ap.HopfieldMemory(6, 6, scale=2.0), 2, 3)
@@ -41,12 +51,13 @@ def plain_function() -> Task:
 TASKS: dict[str, Callable[[], Task]] = {
     "damped": lambda: damped(2, 3, scale=0.5),
     "gated": lambda: gated(2, 3),
+    "stack": stacked,
     "thick": thick,
     "thick rms": lambda: thick(norm="rms", qk_norm=True, channel_gain=True),
     "hopfield": hopfield,
     "from_function": plain_function,
 }
-CAUSAL = ["damped", "gated", "thick", "thick rms"]
+CAUSAL = ["damped", "gated", "stack", "thick", "thick rms"]
 
 
 @pytest.fixture(params=TASKS)
@@ -244,3 +255,26 @@ def test_settings_that_no_dynamics_can_have_are_refused(
 ) -> None:
     with pytest.raises(ap.ConfigError, match=names):
         make()
+
+
+def test_a_stack_of_one_is_the_gated_block() -> None:
+    this = stacked(layers=1)
+    block = ap.GatedBlock(8, 2, expansion=2).double()
+    block.load_state_dict(
+        {k.removeprefix("first."): v for k, v in this.dynamics.state_dict().items()}
+    )
+    z = torch.randn_like(this.x)
+    assert torch.allclose(this.dynamics(z, this.x), block(z, this.x), rtol=1e-12, atol=1e-14)
+    with pytest.raises(ap.ConfigError, match="layers is 0, expected at least 1"):
+        ap.GatedStack(8, 2, layers=0)
+
+
+def test_with_a_closed_gate_a_stack_is_a_feed_forward_transformer() -> None:
+    this = stacked()
+    nn.init.zeros_(this.dynamics.gate)
+    h = this.dynamics.first(torch.zeros_like(this.x), this.x)
+    for block in this.dynamics.rest:
+        h = block(h)
+    z = torch.randn_like(this.x)  # whatever the state
+    assert torch.allclose(this.dynamics(z, this.x) + z, h, rtol=1e-12, atol=1e-13)
+    assert torch.allclose(this.block()(this.x), h, rtol=1e-12, atol=1e-12)

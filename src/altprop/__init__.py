@@ -25,13 +25,12 @@ if TYPE_CHECKING:  # what the table below means, for type checkers and editors
         finite_difference_errors as finite_difference_errors,
     )
     from altprop.converting import convert as convert, revert as revert, rules_off as rules_off
+    from altprop.equilibrium.attention import CausalAttention as CausalAttention
     from altprop.equilibrium.contraction import GateHinge as GateHinge
+    from altprop.equilibrium.damped import DampedAttention as DampedAttention
     from altprop.equilibrium.dynamics import (
         AbstractDynamics as AbstractDynamics,
-        CausalAttention as CausalAttention,
-        DampedAttention as DampedAttention,
         Extension as Extension,
-        GatedBlock as GatedBlock,
     )
     from altprop.equilibrium.estimators.aep import AEP as AEP
     from altprop.equilibrium.estimators.bptt import BPTT as BPTT
@@ -49,6 +48,8 @@ if TYPE_CHECKING:  # what the table below means, for type checkers and editors
         PublishedEP as PublishedEP,
     )
     from altprop.equilibrium.function import from_function as from_function
+    from altprop.equilibrium.gated import GatedBlock as GatedBlock
+    from altprop.equilibrium.gated_stack import GatedStack as GatedStack
     from altprop.equilibrium.hopfield import HopfieldMemory as HopfieldMemory
     from altprop.equilibrium.layered import Layered as Layered
     from altprop.equilibrium.module import (
@@ -135,10 +136,10 @@ _EXPORTS = {
         "AbstractArm Arm RuleArm Trial audit audit_trials finite_difference_errors"
     ),
     "altprop.converting": "convert revert rules_off",
+    "altprop.equilibrium.attention": "CausalAttention",
     "altprop.equilibrium.contraction": "GateHinge",
-    "altprop.equilibrium.dynamics": (
-        "AbstractDynamics CausalAttention DampedAttention Extension GatedBlock"
-    ),
+    "altprop.equilibrium.damped": "DampedAttention",
+    "altprop.equilibrium.dynamics": "AbstractDynamics Extension",
     "altprop.equilibrium.estimators.aep": "AEP",
     "altprop.equilibrium.estimators.bptt": "BPTT",
     "altprop.equilibrium.estimators.dyadic": "DyadicEP",
@@ -149,6 +150,8 @@ _EXPORTS = {
     "altprop.equilibrium.estimators.one_step": "OneStep",
     "altprop.equilibrium.estimators.published": "PublishedAEP PublishedEP",
     "altprop.equilibrium.function": "from_function",
+    "altprop.equilibrium.gated": "GatedBlock",
+    "altprop.equilibrium.gated_stack": "GatedStack",
     "altprop.equilibrium.hopfield": "HopfieldMemory",
     "altprop.equilibrium.layered": "Layered",
     "altprop.equilibrium.module": "Equilibrium equilibria using",

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from altprop.equilibrium import analytic
-from altprop.equilibrium.dynamics import (
+from altprop.equilibrium.attention import (
     PARTS,
     AbstractAttentive,
     CausalAttention,

@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
-from altprop.equilibrium.dynamics import DampedAttention, GatedBlock
+from altprop.equilibrium.damped import DampedAttention
 from altprop.equilibrium.estimators.estimator import AbstractEstimator, Cost
 from altprop.equilibrium.estimators.implicit import Implicit
+from altprop.equilibrium.gated import GatedBlock
 from altprop.equilibrium.module import Equilibrium
 from altprop.equilibrium.solvers.anderson import Anderson
 from altprop.equilibrium.solvers.solver import AbstractSolver, Result, with_limits
