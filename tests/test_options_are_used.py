@@ -52,7 +52,6 @@ def same(one: Any, other: Any) -> bool:
 # train: by model, the options with another value, and where it takes more to see one, what more
 
 
-MORE = {"resume", "overwrite", "on_failure", "refused_in_a_row"}
 BOTH: dict[str, Any] = {
     "data": "other.txt",
     "out": Path("elsewhere"),
@@ -72,6 +71,7 @@ BOTH: dict[str, Any] = {
     "beta2": 0.5,
     "clip": 1e-3,
     "ema": 0.5,
+    "dropout": 0.5,
     "seed": 1,
     "eval_every": 1,
     "eval_windows": 3,
@@ -83,6 +83,8 @@ EQUILIBRIUM: dict[str, Any] = {
     **BOTH,
     "model": "gpt",
     "block": "damped",
+    "layers": 2,
+    "stacking": ("separate", {"layers": 2}),
     "estimator": ap.EP(),
     "solver": ap.Anderson(tol=1e-2),
     "stabiliser": None,
@@ -91,7 +93,6 @@ EQUILIBRIUM: dict[str, Any] = {
     "on_failure": ("stop", {"free_limit": 1e-12}),
     "refused_in_a_row": (2, {"free_limit": 1e-12}),
     # of the other model
-    "layers": 2,
     "tie_head": True,
     "rule": ap.FeedbackAlignment(),
     "rules": {"*": ap.FeedbackAlignment()},
@@ -107,12 +108,21 @@ GPT: dict[str, Any] = {
     "refused_in_a_row": (2, {"lr": 1e30}),
     # of the other model
     **{name: EQUILIBRIUM[name] for name in ("block", "estimator", "solver", "stabiliser")},
+    "stacking": "separate",
     **{name: EQUILIBRIUM[name] for name in ("free_limit", "adjoint_limit")},
 }
 MODELS = {"equilibrium": (EQUILIBRIUM, {}), "gpt": (GPT, {"model": "gpt", "layers": 1})}
 FOREIGN = {
-    "equilibrium": {"layers", "tie_head", "rule", "rules"},
-    "gpt": {"block", "estimator", "solver", "stabiliser", "free_limit", "adjoint_limit"},
+    "equilibrium": {"tie_head", "rule", "rules"},
+    "gpt": {
+        "block",
+        "stacking",
+        "estimator",
+        "solver",
+        "stabiliser",
+        "free_limit",
+        "adjoint_limit",
+    },
 }
 WITHOUT: dict[str, Any] = {}  # what came out of a model with nothing changed
 
@@ -137,7 +147,8 @@ def trained(there: bool = False, **options: Any) -> Any:
 )
 def test_every_option_of_train_changes_the_run_or_is_refused(model: str, name: str) -> None:
     changes, base = MODELS[model]
-    value, more = changes[name] if name in MORE else (changes[name], {})
+    paired = isinstance(changes[name], tuple) and isinstance(changes[name][-1], dict)
+    value, more = changes[name] if paired else (changes[name], {})
     with_it = trained(**{**base, **more, name: value})
     if (key := f"{model} {more}") not in WITHOUT:
         WITHOUT[key] = trained(**base, **more)

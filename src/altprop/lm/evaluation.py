@@ -45,12 +45,15 @@ def evaluate(
     total, settled = 0.0, True
     residuals = [0.0]
     ids, targets = held_out
+    training = model.training
+    model.eval()
     for x, y in zip(ids.split(batch), targets.split(batch), strict=True):
         _, loss = model(x.to(device), y.to(device))
         total += float(loss) * len(x)
         for seen in certificates(model):
             residuals.append(float(seen.free_residual.max()))
             settled = settled and within(free_limit, seen.result, seen.free_residual)
+    model.train(training)
     worst = float(torch.tensor(residuals, dtype=torch.float64).max())  # which keeps NaN, unlike max
     return Evaluation(total / len(ids), worst, settled)
 

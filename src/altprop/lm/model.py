@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol, cast, runtime_checkable
 
@@ -16,79 +15,24 @@ import torch.nn.functional as nnf
 from torch import Tensor, nn
 
 from altprop import (
-    AEP,
-    AbstractDynamics,
     AbstractEstimator,
     AbstractSolver,
     ConfigError,
     ConvergenceError,
-    DampedAttention,
     DataError,
-    Equilibrium,
-    FixedPoint,
-    GatedBlock,
-    ThickBlock,
 )
-from altprop.errors import unknown
-
-BLOCKS: dict[str, Callable[[int, int], AbstractDynamics]] = {
-    "gated": GatedBlock,
-    "damped": DampedAttention,
-    "thick": ThickBlock,
-}
-
-# At these the gradient's cosine to the exact one is above 0.9999 on trained blocks, and the loss is
-# that of the exact state to 2e-4.
-SOLVER = FixedPoint(tol=1e-2, max_steps=20)
-ESTIMATOR = AEP(tol=6e-2)
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """The shape of a language model.
-
-    Args:
-        vocabulary: the number of tokens `V`.
-        context: the longest window `T`.
-        d_model: the width `C`.
-        heads: attention heads; must divide the width.
-        block: of an `EquilibriumLM`, the dynamics: `gated` (a pre-norm transformer block whose
-            feedback is gated), `damped` (damped attention), or `thick` (attention and feed-forward
-            part side by side; it needs a strong stabiliser).
-        layers: of a `GPT`, the number of blocks.
-        tie_head: of a `GPT`, whether the head is the token embedding.
-    """
-
-    vocabulary: int
-    context: int = 64
-    d_model: int = 128
-    heads: int = 4
-    block: str = "gated"
-    layers: int = 4
-    tie_head: bool = False
-
-    def __post_init__(self) -> None:
-        for name in ("vocabulary", "context", "d_model", "heads", "layers"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}, expected at least 1")
-        if self.d_model % self.heads:
-            raise ConfigError(
-                f"heads is {self.heads} and d_model is {self.d_model}: heads must divide d_model, "
-                "for example heads=4 with d_model=128"
-            )
-        if self.block not in BLOCKS:
-            raise unknown("block", self.block, BLOCKS)
+from altprop.lm.blocks import ModelConfig, make_block
 
 
 class EquilibriumLM(nn.Module):
-    """A causal language model whose transformer block is an equilibrium.
+    """A causal language model whose transformer block, or blocks, are an equilibrium.
 
     Token and position embeddings make the input `x`; the block relaxes to `z*`; logits are read
     from the normed equilibrium by a linear head without bias. Embeddings and head start at
-    `N(0, 0.02²)`.
+    `N(0, 0.02²)`. Dropout acts on `x`, once for the whole relaxation, and on `z*`.
 
     **Arguments:** `config`, the shape; `solver`, `estimator`, `on_failure`, of the `Equilibrium`
-    (`None`: plain iteration to 1e-2, and AEP to 6e-2).
+    (`None`: `SOLVER` and `ESTIMATOR` of `altprop.lm.blocks`).
     """
 
     def __init__(
@@ -103,12 +47,8 @@ class EquilibriumLM(nn.Module):
         C = config.d_model
         self.tokens = nn.Embedding(config.vocabulary, C)
         self.positions = nn.Embedding(config.context, C)
-        self.block = Equilibrium(
-            BLOCKS[config.block](C, config.heads),
-            solver or SOLVER,
-            estimator or ESTIMATOR,
-            on_failure,  # type: ignore[arg-type]  # checked by Equilibrium
-        )
+        self.block = make_block(config, solver, estimator, on_failure)
+        self.dropout = dropout(config)
         self.norm = nn.LayerNorm(C)
         self.head = nn.Linear(C, config.vocabulary, bias=False)
         for layer in (self.tokens, self.positions, self.head):
@@ -143,14 +83,15 @@ class EquilibriumLM(nn.Module):
         return self._read_out(z[:, -1]), (length + ids.shape[1], kept)
 
     def _read_out(self, z: Tensor) -> Tensor:
-        return self.head(self.norm(z))
+        return self.head(self.norm(self.dropout(z)))
 
 
 class GPT(nn.Module):
     """An ordinary causal transformer: the model that feedback rules train, and the control.
 
     Pre-norm blocks with a separate linear map for query, key, value, output and the feed-forward
-    part, so that each can have a feedback of its own; every weight starts at `N(0, 0.02²)`.
+    part, so that each can have a feedback of its own; every weight starts at `N(0, 0.02²)`. Dropout
+    acts on the embeddings and on what either part of a block adds.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -159,7 +100,9 @@ class GPT(nn.Module):
         C = config.d_model
         self.tokens = nn.Embedding(config.vocabulary, C)
         self.positions = nn.Embedding(config.context, C)
-        self.blocks = nn.ModuleList(Block(C, config.heads) for _ in range(config.layers))
+        layers = 4 if config.layers is None else config.layers
+        self.blocks = nn.ModuleList(Block(C, config.heads, config.dropout) for _ in range(layers))
+        self.dropout = dropout(config)
         self.norm = nn.LayerNorm(C)
         self.head = nn.Linear(C, config.vocabulary, bias=False)
         for module in self.modules():
@@ -199,10 +142,10 @@ class Block(nn.Module):
 
     sublayer_outputs = ("attn", "mlp")  # where the residual stream is a module's output
 
-    def __init__(self, d_model: int, heads: int) -> None:
+    def __init__(self, d_model: int, heads: int, p: float = 0.0) -> None:
         super().__init__()
-        self.attn = Attention(d_model, heads)
-        self.mlp = FeedForward(d_model)
+        self.attn = Attention(d_model, heads, p)
+        self.mlp = FeedForward(d_model, p)
 
     def forward(self, h: Tensor) -> Tensor:
         return self.mlp(self.attn(h))
@@ -218,9 +161,9 @@ class Block(nn.Module):
 class Attention(nn.Module):
     """`h + o_proj(attention(LN h))`, causal, without bias."""
 
-    def __init__(self, d_model: int, heads: int) -> None:
+    def __init__(self, d_model: int, heads: int, p: float = 0.0) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.p = heads, p
         self.norm = nn.LayerNorm(d_model)
         self.q_proj, self.k_proj, self.v_proj, self.o_proj = (
             nn.Linear(d_model, d_model, bias=False) for _ in range(4)
@@ -229,7 +172,10 @@ class Attention(nn.Module):
     def forward(self, h: Tensor) -> Tensor:
         q, k, v = self._project(h)
         mixed = nnf.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return h + self.o_proj(mixed.transpose(1, 2).reshape(h.shape))
+        return h + self._drop(self.o_proj(mixed.transpose(1, 2).reshape(h.shape)))
+
+    def _drop(self, y: Tensor) -> Tensor:
+        return nnf.dropout(y, self.p, self.training) if self.p else y
 
     def extend(
         self, h: Tensor, cache: tuple[Tensor, Tensor] | None
@@ -258,8 +204,9 @@ class Attention(nn.Module):
 class FeedForward(nn.Module):
     """`h + down_proj(gelu(up_proj(LN h)))`, four times as wide inside."""
 
-    def __init__(self, d_model: int) -> None:
+    def __init__(self, d_model: int, p: float = 0.0) -> None:
         super().__init__()
+        self.p = p
         self.norm = nn.LayerNorm(d_model)
         self.up_proj = nn.Linear(d_model, 4 * d_model)
         self.down_proj = nn.Linear(4 * d_model, d_model)
@@ -267,7 +214,8 @@ class FeedForward(nn.Module):
         nn.init.zeros_(self.down_proj.bias)
 
     def forward(self, h: Tensor) -> Tensor:
-        return h + self.down_proj(nnf.gelu(self.up_proj(self.norm(h))))
+        y = self.down_proj(nnf.gelu(self.up_proj(self.norm(h))))
+        return h + (nnf.dropout(y, self.p, self.training) if self.p else y)
 
 
 LanguageModel = EquilibriumLM | GPT
@@ -291,7 +239,13 @@ def embed(model: LanguageModel, ids: Tensor, start: int = 0) -> Tensor:
     end = start + ids.shape[1]
     if end > model.config.context:
         raise DataError(f"{end} tokens do not fit into a context of {model.config.context}")
-    return model.tokens(ids) + model.positions.weight[start:end]
+    x: Tensor = model.dropout(model.tokens(ids) + model.positions.weight[start:end])
+    return x
+
+
+def dropout(config: ModelConfig) -> nn.Module:
+    """Return the dropout of a model's embeddings; without any it draws nothing."""
+    return nn.Dropout(config.dropout) if config.dropout else nn.Identity()
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:

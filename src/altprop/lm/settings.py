@@ -16,7 +16,7 @@ from altprop import (
     JacobianHinge,
 )
 from altprop.errors import unknown
-from altprop.lm.model import ESTIMATOR, SOLVER, ModelConfig
+from altprop.lm.blocks import ESTIMATOR, SOLVER, ModelConfig
 
 
 def is_run(folder: Path) -> bool:
@@ -37,7 +37,11 @@ class TrainConfig:
         model: `equilibrium` (one block that is an equilibrium) or `gpt` (ordinary blocks).
         block: of the equilibrium, its dynamics: `gated`, `damped`, or `thick`, which does not
             contract at its start: write `--solver Anderson` with it.
-        layers: of the gpt, the number of blocks.
+        layers: the number of blocks; null for 4 of the gpt and 1 of the equilibrium.
+        stacking: of the equilibrium of several layers, `joint` (one equilibrium, with feedback from
+            the last block to the first) or `separate` (an equilibrium each).
+        dropout: the share of numbers that are dropped in training: of the embeddings, and of what a
+            gpt's blocks add or of an equilibrium's state.
         tie_head: of the gpt, whether the head is the token embedding.
         rule: of the gpt, the learning rule of every linear map or block; null for backprop.
         rules: of the gpt, rules by name pattern, such as `blocks.*.attn.*`, instead of `rule`.
@@ -82,7 +86,9 @@ class TrainConfig:
     overwrite: bool = False
     model: str = "equilibrium"
     block: str = "gated"
-    layers: int = 4
+    layers: int | None = None
+    stacking: str = "joint"
+    dropout: float = 0.0
     tie_head: bool = False
     rule: AbstractRule | None = None
     rules: dict[str, AbstractRule] = field(default_factory=dict)
@@ -177,6 +183,8 @@ class TrainConfig:
             self.block,
             self.layers,
             self.tie_head,
+            self.stacking,
+            self.dropout,
         )
 
 
@@ -184,13 +192,14 @@ class TrainConfig:
 _OWN = {
     "equilibrium": (
         "block",
+        "stacking",
         "estimator",
         "solver",
         "stabiliser",
         "free_limit",
         "adjoint_limit",
     ),
-    "gpt": ("layers", "tie_head", "rule", "rules"),
+    "gpt": ("tie_head", "rule", "rules"),
 }
 
 

@@ -89,8 +89,9 @@ def train(config: TrainConfig) -> TrainResult:
                 group["lr"] = rate
             ids, targets = (t.to(device) for t in batches.draw())
             optimiser.zero_grad(set_to_none=True)
-            _, loss = model(ids, targets)
-            loss.backward()
+            with dropping(config, progress.step):
+                _, loss = model(ids, targets)
+                loss.backward()
             measured = guard.check(model, optimiser, float(loss.detach()), progress)
             norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip)
             optimiser.step()
@@ -137,7 +138,7 @@ def train(config: TrainConfig) -> TrainResult:
     with run:
         coverage = {"final_windows": used, "validation_windows": there}
         run.log({"step": progress.step, **final.record("final_validation"), **coverage})
-    text = write_sample(state.judged, corpus, config, device, display)
+    text = write_sample(state.judged.eval(), corpus, config, device, display)
     display.sample(text)
     display.finish(progress, final, (used, there), run.folder)
     return TrainResult(
@@ -221,6 +222,17 @@ def learning_rate(config: TrainConfig, step: int) -> float:
     done = (step - config.warmup) / max(1, config.steps - config.warmup)
     cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
     return config.lr * (config.final_lr + (1 - config.final_lr) * cosine)
+
+
+@contextmanager
+def dropping(config: TrainConfig, step: int) -> Iterator[None]:
+    """Draw dropout from the seed and the step, so that a resumed run draws what it would have."""
+    if not config.dropout:
+        yield
+        return
+    with torch.random.fork_rng():
+        torch.manual_seed((config.seed + 1) * 1_000_003 + step)
+        yield
 
 
 def rehearse(model: LanguageModel, held_out: tuple[Tensor, Tensor], device: torch.device) -> None:

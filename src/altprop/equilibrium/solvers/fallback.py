@@ -61,6 +61,9 @@ class Fallback(AbstractSolver):
                 "Fallback(solvers=(Anderson(), NewtonKrylov()))"
             )
 
+    def stride(self, step: float) -> float:
+        return self.solvers[0].stride(step)  # what an easy sample is solved by
+
     @torch.no_grad()
     def solve(
         self,
