@@ -19,7 +19,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from altprop.lm.config import read_config
+from altprop.lm.evaluation import evaluate, tiles
 from altprop.lm.sample_command import load_run
 from altprop.lm.settings import TrainConfig
 from altprop.lm.text import load_corpus
@@ -94,6 +97,14 @@ def cost(folder: Path, data: str) -> tuple[float, float, float]:
     return quartiles(ratios)
 
 
+def whole(folder: Path, data: str) -> float:
+    """Return the last weights' cross-entropy over the whole validation part, without overlap."""
+    model, _ = load_run(folder, "last", "cpu")
+    corpus, context = load_corpus(data), model.config.context
+    parts = tiles(corpus.validation, len(corpus.validation), context)
+    return evaluate(model, parts, 16, torch.device("cpu")).loss
+
+
 def draw(runs: dict[str, dict[str, Any]], costs: dict[str, float], file: Path, title: str) -> None:
     """Draw validation loss against steps, and against cost in ordinary steps."""
     from matplotlib import pyplot as plt
@@ -142,6 +153,8 @@ def main() -> None:
     for name, folder in folders.items():
         records = read(folder)
         runs[name] = summary(records)
+        if runs[name]["whole"] is None:
+            runs[name]["whole"] = whole(folder, given.data)
         lines = (json.dumps(record) for record in thinned(records))
         (kept / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
         arm = arm_of(name)
@@ -155,7 +168,7 @@ def main() -> None:
                 name,
                 f"{run['steps']:,}".replace(",", " "),
                 f"{run['validation']:.3f}",
-                "–" if run["whole"] is None else f"{run['whole']:.3f}",
+                f"{run['whole']:.3f}",
                 *("–" if c is None else f"{c[0]:.1f} / {c[1]:.0f}" for c in counts),
                 str(run["refused"]),
                 f"{costs[arm_of(name)]:.1f}",
