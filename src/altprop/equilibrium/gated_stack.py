@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from altprop.equilibrium import analytic
 from altprop.equilibrium.attention import PARTS, CausalAttention, KeyValues, feed_forward
 from altprop.equilibrium.dynamics import AbstractDynamics, Extension
-from altprop.equilibrium.gated import GatedBlock
-from altprop.equilibrium.linearised import LinearisedFeedForward, linearise_norm
+from altprop.equilibrium.gated import GatedBlock, LinearisedBlock, feed_forward_maps
 from altprop.equilibrium.plain import consists_of
 from altprop.equilibrium.products import AbstractEvaluation, Gradients
 from altprop.errors import ConfigError
@@ -32,11 +31,7 @@ class PreNormBlock(nn.Module):
         self.norm1 = nn.LayerNorm(d_model)
         self.attention = CausalAttention(d_model, heads, init_std)
         self.norm2 = nn.LayerNorm(d_model)
-        self.up = nn.Linear(d_model, expansion * d_model)
-        self.down = nn.Linear(expansion * d_model, d_model)
-        for layer in (self.up, self.down):
-            nn.init.normal_(layer.weight, std=init_std)
-            nn.init.zeros_(layer.bias)
+        self.up, self.down = feed_forward_maps(d_model, expansion, init_std)
 
     def forward(self, h: Tensor, cache: KeyValues | None = None) -> Tensor:
         """Return the block's output, beside a cache of earlier tokens if there is one."""
@@ -116,40 +111,6 @@ class GatedStack(AbstractDynamics):
         return h - z
 
 
-class _LinearisedBlock:
-    """A `PreNormBlock` linearised at its input: `value`, products, and its sources' gradients."""
-
-    def __init__(self, block: PreNormBlock, h: Tensor) -> None:
-        self._norm1 = norm1 = linearise_norm(block.norm1, h)
-        self._attention = block.attention.linearise(lambda: norm1.value)
-        u = h + self._attention.value
-        self._norm2 = norm2 = linearise_norm(block.norm2, u)
-        self._feed_forward = LinearisedFeedForward(lambda: norm2.value, block.up, block.down)
-        self.value = u + self._feed_forward.value
-        parts = self._norm1, self._attention, self._norm2, self._feed_forward
-        self.sources = tuple(s for part in parts for s in part.sources)
-
-    def vjp(self, a: Tensor) -> Tensor:
-        du = a + self._norm2.vjp(self._feed_forward.vjp(a))
-        return du + self._norm1.vjp(self._attention.vjp(du))
-
-    def own_vjp(self, a: Tensor) -> Tensor:
-        du = a + self._norm2.vjp(self._feed_forward.vjp(a))
-        return du + self._norm1.vjp(self._attention.own_vjp(du))
-
-    def jvp(self, v: Tensor) -> Tensor:
-        du = v + self._attention.jvp(self._norm1.jvp(v))
-        return du + self._feed_forward.jvp(self._norm2.jvp(du))
-
-    def pull(self, a: Tensor) -> tuple[Tensor, Gradients]:
-        carried, feed_forward = self._feed_forward.pull(a)
-        carried, norm2 = self._norm2.pull(carried)
-        du = a + carried
-        carried, attention = self._attention.pull(du)
-        dh, norm1 = self._norm1.pull(carried)
-        return du + dh, (*norm1, *attention, *norm2, *feed_forward)
-
-
 class _StackEvaluation(AbstractEvaluation):
     """`J = J_L ⋯ J_2 (I + J₁) − I`, by the blocks' own Jacobians.
 
@@ -164,9 +125,9 @@ class _StackEvaluation(AbstractEvaluation):
         first = stack.first.evaluate(z, x)
         assert first is not None
         self._first, self._z = first, z
-        h, self._rest = first.force() + z, list[_LinearisedBlock]()
+        h, self._rest = first.force() + z, list[LinearisedBlock]()
         for block in stack.rest:
-            self._rest.append(_LinearisedBlock(cast(PreNormBlock, block), h))
+            self._rest.append(LinearisedBlock(block, h, h))
             h = self._rest[-1].value
         self._value = h
         self.sources = (*first.sources, *(s for part in self._rest for s in part.sources))
@@ -179,27 +140,28 @@ class _StackEvaluation(AbstractEvaluation):
     def vjp(self, a: Tensor) -> Tensor:
         carried = a
         for part in reversed(self._rest):
-            carried = part.vjp(carried)
+            carried = torch.add(*part.vjp(carried))
         return self._first.vjp(carried) + carried - a
 
     @torch.no_grad()
     def own_vjp(self, a: Tensor) -> Tensor:
         carried = a
         for part in reversed(self._rest):
-            carried = part.own_vjp(carried)
+            carried = torch.add(*part.own_vjp(carried))
         return self._first.own_vjp(carried) + carried - a
 
     @torch.no_grad()
     def jvp(self, v: Tensor) -> Tensor:
         pushed = self._first.jvp(v) + v
         for part in self._rest:
-            pushed = part.jvp(pushed)
+            pushed = part.jvp(pushed, pushed)
         return pushed - v
 
     def pull(self, a: Tensor) -> Gradients:
         carried, gradients = a, list[Gradients]()
         for part in reversed(self._rest):
-            carried, own = part.pull(carried)
+            du, dh, own = part.pull(carried)
+            carried = du + dh
             gradients.append(own)
         own = self._first.pull(carried)
         return (*own, *(g for each in reversed(gradients) for g in each))

@@ -43,9 +43,11 @@ class AbstractLinearisation(ABC):
         """Return what of `Jᵀa` goes from a token to the same token, `(B, T, C)`, detached.
 
         Of a causal dynamics these blocks on the diagonal, one per token, have all eigenvalues of
-        `J`. Only what `tells_tokens` has it.
+        `J`.
+
+        **Raises:** `RuleError` from what does not tell tokens apart.
         """
-        raise NotImplementedError
+        raise RuleError(f"{type(self).__name__} does not tell tokens apart: see tells_tokens")
 
     def inverse(self, *, transposed: bool) -> Callable[[Tensor], Tensor] | None:
         """Return `r ↦ −J⁻¹ r` (or `−J⁻ᵀ r`) if that costs no more than a product, else `None`.
