@@ -410,7 +410,8 @@ def rank_push(rank: int, store: str) -> None:
         hinge.apply(nn.parallel.DistributedDataParallel(block), fresh(hinge), step=0)
         for name, p in block.named_parameters():
             wanted = alone[name] / 2 if name in alone else torch.zeros_like(p)
-            assert p.grad is not None and torch.allclose(p.grad, wanted, rtol=1e-12, atol=0), name
+            # a difference over a step of 6e-6 magnifies what rounding differs by between processes
+            assert p.grad is not None and (p.grad - wanted).norm() <= 1e-8 * wanted.norm(), name
     finally:
         distributed.destroy_process_group()
 
