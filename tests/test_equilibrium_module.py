@@ -103,7 +103,7 @@ def test_batch_mates_change_nothing_beyond_rounding(
 
 
 def test_a_lost_sample_costs_its_batch_mates_nothing() -> None:
-    """Neither their state nor the second attempt that a slow one needs."""
+    """Neither their state nor the evaluations that a slow one needs."""
     this = wide_attention(0)
     for solver in (ap.Anderson(tol=1e-6, max_steps=12), ap.Euler(0.3, 20, 1e-6)):
         block = this.block(solver=solver, on_failure="accept")
@@ -113,7 +113,7 @@ def test_a_lost_sample_costs_its_batch_mates_nothing() -> None:
             whole = block(x)
             assert block.certificate.result is ap.Result.NON_FINITE
             spent, slowest = block.certificate.free_evaluations, 0
-            assert spent > solver.max_steps + 2  # two attempts
+            assert solver.max_steps <= spent <= solver.max_steps + 2
             for i in (0, 2):
                 assert token_change(block(x[i : i + 1]), whole[i : i + 1]) <= 1e-11
                 slowest = max(slowest, block.certificate.free_evaluations)
@@ -454,15 +454,15 @@ def test_a_state_that_is_lost_is_never_returned_silently(estimator: ap.AbstractE
         block(torch.ones(2, 4))
 
 
-def test_one_more_attempt_is_made_before_giving_up() -> None:
+def test_the_limit_of_evaluations_is_that_of_the_call() -> None:
     this = damped(scale=0.5)
     needed = this.block(solver=ap.Anderson(tol=1e-8, max_steps=60))
     with torch.no_grad():
         needed(this.x)
-        half = needed.certificate.free_evaluations - 5
-        this.block(solver=ap.Anderson(tol=1e-8, max_steps=half))(this.x)
+        enough = needed.certificate.free_evaluations
+        this.block(solver=ap.Anderson(tol=1e-8, max_steps=enough))(this.x)
         with pytest.raises(ap.ConvergenceError):
-            this.block(solver=ap.Anderson(tol=1e-8, max_steps=4))(this.x)
+            this.block(solver=ap.Anderson(tol=1e-8, max_steps=enough - 5))(this.x)
 
 
 def test_a_copy_carries_no_measurements() -> None:

@@ -114,6 +114,7 @@ class Land:
         lost: Callable[[Tensor], Tensor] = lambda z: z > 1e9,
         result: ap.Result = R.CONVERGED,
         again: float | None = None,
+        limit: int = 20,
     ) -> None:
         self.resumed: list[list[float]] = []
         self.evaluated = 0
@@ -130,7 +131,8 @@ class Land:
             self.evaluated += 1
             return torch.where(lost(z), NAN, self.root - z)
 
-        def resume(z: Tensor) -> ap.Solution:
+        def resume(own: ap.AbstractSolver, z: Tensor) -> ap.Solution:
+            assert own.max_steps == limit - 5 and own.tol == tol
             self.resumed.append(z.flatten().tolist())
             end = torch.full_like(z, self.root if again is None else again)
             residual = relative_residual(self.root - end, end, None)
@@ -138,7 +140,7 @@ class Land:
             return ap.Solution(end, self.root - end, residual, 3, told)
 
         ahead_ = tensor(*ahead).view(-1, 1).requires_grad_()
-        self.found: Landing = land((first, ahead_), force, resume, tol)
+        self.found: Landing = land((first, ahead_), force, resume, ap.FixedPoint(tol, limit))
         assert not self.found.state.requires_grad
 
 
@@ -189,6 +191,13 @@ def test_a_second_attempt_that_ran_away_is_told_though_its_best_state_is_not_los
     done = Land((1.5,), (1.4,), 1e-2, again=1.3)
     assert done.resumed == [[1.4]] and done.found.state.flatten().tolist() == [1.3]
     assert done.found.result is R.NON_FINITE and bool(done.found.residual.isfinite().all())
+
+
+def test_two_attempts_together_keep_to_the_limit() -> None:
+    assert Land((1.5,), (1.2,), 1e-2, limit=6).resumed == [[1.2]]
+    spent = Land((1.5,), (1.2,), 1e-2, limit=5)
+    assert not spent.resumed and spent.found.evaluations == 6
+    assert spent.found.result is R.MAX_STEPS and spent.found.state.flatten().tolist() == [1.2]
 
 
 def test_a_fixed_time_has_no_second_attempt() -> None:

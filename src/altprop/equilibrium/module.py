@@ -40,7 +40,7 @@ from altprop.equilibrium.solvers.solver import (
     relative_residual,
     with_limits,
 )
-from altprop.equilibrium.solving import approach_freely, join, persist, quiet, whole
+from altprop.equilibrium.solving import approach_freely, join, quiet, whole
 from altprop.errors import ConfigError, ConvergenceError, RuleError
 from altprop.transforms import refuse_vmap
 
@@ -57,8 +57,8 @@ class Equilibrium(nn.Module):
     nudge. Memory does not depend on the number of relaxation steps (except under `BPTT`).
 
     **Arguments:** `dynamics`; `solver`, of the free phase, whose kind also solves the estimator's
-    phases; `estimator`; `on_failure`, what to do when a solve misses its tolerance even after one
-    more attempt from where it stopped: `"raise"` a `ConvergenceError`, `"warn"`, or `"accept"`.
+    phases; `estimator`; `on_failure`, what to do when a solve misses its tolerance:
+    `"raise"` a `ConvergenceError`, `"warn"`, or `"accept"`.
     `certificate` holds what the last call measured.
 
     **Shapes:** `x` is `(B, ...)`, and so is the result; samples never interact.
@@ -144,8 +144,11 @@ class Equilibrium(nn.Module):
             step = self.dynamics.step
             tol = self.solver.tol
             near = self.solver.approach(force, self.dynamics.start(x), step=step)
-            again = partial(self.solver.solve, force, step=step)
-            found = land(near, force, again, tol)
+
+            def again(solver: AbstractSolver, z: Tensor) -> Solution:
+                return solver.solve(force, z, step=step)
+
+            found = land(near, force, again, self.solver)
             self.certificate = Certificate(
                 found.result, found.residual, found.evaluations, state=found.state, input=x
             )
@@ -205,10 +208,10 @@ class Equilibrium(nn.Module):
             result = conclude(residual, self.solver.tol or 1.0)
             return Solution(state, rest, residual, 0, result), state
 
-        def resume(z: Tensor) -> Solution:
+        def resume(solver: AbstractSolver, z: Tensor) -> Solution:
             return join(
                 [
-                    self.solver.solve(quiet(part), own, step=part.step)
+                    solver.solve(quiet(part), own, step=part.step)
                     for part, own in zip(parts, pieces(z), strict=True)
                 ]
             )
@@ -248,7 +251,7 @@ class Equilibrium(nn.Module):
 
             def attempt(force: Force, start: Tensor, inverse: Force | None) -> Solution:
                 if inverse is None:
-                    return persist(own, force, start, driven.step, scale)
+                    return own.solve(force, start, step=driven.step, scale=scale)
                 return defect_correction(
                     force, inverse, start, tol=tol, max_steps=max_steps, scale=scale
                 )

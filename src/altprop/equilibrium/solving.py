@@ -1,4 +1,4 @@
-"""How a call solves: once more where it fell short, first tokens first, a batch in parts."""
+"""How a call solves: first tokens first, a batch in parts."""
 
 from __future__ import annotations
 
@@ -22,19 +22,6 @@ def quiet(driven: Driven) -> Force:
     return force
 
 
-def persist(
-    solver: AbstractSolver, force: Force, start: Tensor, step: float, scale: Tensor | None
-) -> Solution:
-    """Solve, and once more from where the first attempt stopped if that was too early."""
-    first = solver.solve(force, start, step=step, scale=scale)
-    # one lost sample must not cost its batch-mates their second attempt
-    unfinished = torch.isfinite(first.residual) & (first.residual > solver.tol)
-    if solver.tol == 0 or not bool(unfinished.any()):
-        return first
-    second = solver.solve(force, first.value, step=step, scale=scale)
-    return replace(second, evaluations=first.evaluations + second.evaluations)
-
-
 def approach_freely(
     solver: AbstractSolver, driven: Driven, start: Tensor
 ) -> tuple[Solution, Tensor]:
@@ -47,7 +34,7 @@ def approach_freely(
     if first is None:
         return solver.approach(quiet(driven), start, step=driven.step)
     k, T = first.x.shape[1], start.shape[1]
-    head = persist(solver, quiet(first), start[:, :k], driven.step, None)
+    head = solver.solve(quiet(first), start[:, :k], step=driven.step)
     moved = (head.value - start[:, :k]).mean(1, keepdim=True)
     start = torch.cat([head.value, start[:, k:] + moved], 1)
     found, ahead = solver.approach(quiet(driven), start, step=driven.step)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -190,7 +189,7 @@ def _check_distance(
 
 def _land(solver: AbstractSolver, force: Force, start: Tensor, step: float) -> Landing:
     near = solver.approach(force, start, step=step)
-    return land(near, force, partial(solver.solve, force, step=step), solver.tol)
+    return land(near, force, lambda own, z: own.solve(force, z, step=step), solver)
 
 
 def _check_landing(solver: AbstractSolver, system: _System, tol: float) -> None:
@@ -200,8 +199,11 @@ def _check_landing(solver: AbstractSolver, system: _System, tol: float) -> None:
     where = f"after an approach on {system.name} in {system.start.dtype}"
     _check_honest(counted, near, system, None, where)
     require(ahead.shape == near.value.shape, f"the state to go on to is {ahead.shape} {where}")
-    resume = partial(solver.solve, counted, step=system.step)
-    found = land((near, ahead), system.force, resume, tol)
+
+    def resume(own: AbstractSolver, z: Tensor) -> Solution:
+        return own.solve(counted, z, step=system.step)
+
+    found = land((near, ahead), system.force, resume, solver)
     require(found.result is Result.CONVERGED, f"no convergence {where}: {found.result.value}")
     require(bool((found.reached <= tol).all()), f"converged above the tolerance {where}")
     expected = counted.calls + (2 if counted.calls > near.evaluations else 1)

@@ -160,8 +160,8 @@ class Site:
 
     `force`: `F(·; x)`, recorded wherever autograd is on. `record`: the same, keeping what the
     linearisation there can use. `free_phase()`: approach the free state, as a solver's `approach`
-    does; `resume(z)`: solve on from `z`. `problems(z, F(z))`: what is to be solved at `z`, some
-    samples after the other. `finish(certificate)`: hand over what was measured.
+    does; `resume(solver, z)`: solve on from `z`. `problems(z, F(z))`: what is to be solved at `z`,
+    some samples after the other. `finish(certificate)`: hand over what was measured.
     `settle(result, residual, tol, what)`: raise, warn or accept, as the module was told.
     """
 
@@ -172,7 +172,7 @@ class Site:
     record: Force
     solver: AbstractSolver
     free_phase: Callable[[], tuple[Solution, Tensor]]
-    resume: Callable[[Tensor], Solution]
+    resume: Callable[[AbstractSolver, Tensor], Solution]
     problems: Callable[[Tensor, Tensor], Iterator[Problem]]
     finish: Callable[[Certificate], None]
     settle: Callable[[Result, Tensor, float, str], None]
@@ -197,7 +197,7 @@ class AbstractEstimator(AbstractRule):
         """Return the equilibrium `(B, ...)`, differentiable in the way of this estimator."""
         tol = site.solver.tol
         # the solver's next state is free, and the evaluation that is recorded there certifies it
-        found = land(site.free_phase(), site.record, site.resume, tol)
+        found = land(site.free_phase(), site.record, site.resume, site.solver)
         z, force, still = found.state, found.force, found.force.detach()
         certificate = Certificate(
             result=found.result,

@@ -219,23 +219,28 @@ class Landing:
 def land(
     approached: tuple[Solution, Tensor],
     evaluate: Force,
-    resume: Callable[[Tensor], Solution],
-    tol: float,
+    resume: Callable[[AbstractSolver, Tensor], Solution],
+    solver: AbstractSolver,
 ) -> Landing:
     """Evaluate the force where a solver would go on to, and solve on if that falls short.
 
+    The two solves together evaluate the force no more often than the solver's limit allows.
+
     **Arguments:** `approached`, what `approach` returned; `evaluate`, the force, which may record;
-    `resume`, from a state to a solution; `tol`, of the solver.
+    `resume`, from the solver with what is left of its limit, and a state, to a solution; `solver`.
     """
     solution, state = approached
+    tol, left = solver.tol, solver.max_steps - solution.evaluations
     landing = _evaluate(solution, state, evaluate, tol)
-    # one lost sample must not cost its batch-mates their second attempt
+    # one lost sample must not cost its batch-mates what is left
     short = ~(landing.reached <= tol) & torch.isfinite(solution.residual)
-    if tol == 0 or not bool(short.any()):
+    if tol == 0 or left < 1 or not bool(short.any()):
         return landing
     landing = replace(landing, force=landing.force.detach())  # what was recorded there is over
     nearer = per_sample(landing.residual < solution.residual, state)
-    again = resume(torch.where(nearer, landing.state, solution.value))
+    again = resume(
+        with_limits(solver, tol, left), torch.where(nearer, landing.state, solution.value)
+    )
     # what had arrived stays, whatever its batch-mates need
     state = torch.where(per_sample(short, state), again.value, landing.state)
     second = _evaluate(again, state, evaluate, tol)
