@@ -230,6 +230,20 @@ def test_power_steps_turn_the_probe_before_it_is_measured() -> None:
         assert got == pytest.approx(float(wanted), rel=1e-9)
 
 
+def test_each_application_goes_on_with_the_direction_that_the_last_one_found() -> None:
+    block = prepared(gated(B=1, gate=0.9))
+    block.certificate = replace(block.certificate, adjoint_remainder=None)
+    hinge = ap.JacobianHinge(target=1e9, power=0, token_target=None, fresh=0.0, every=1)
+    state, m = fresh(hinge), mapped_jacobian(block)[0].mT
+    state.probes[""] = torch.randn_like(block.certificate.state)
+    v = state.probes[""].flatten()
+    for step in range(4):
+        wanted = (m @ v).norm() / v.norm()
+        got = hinge.apply(block, state, step=step)["jacobian_gain"]
+        assert got == pytest.approx(float(wanted), rel=1e-9)
+        v = m @ v
+
+
 def test_it_adds_to_the_gradients_that_are_there() -> None:
     hinge = ap.JacobianHinge(target=0.05)
     block = prepared(gated())

@@ -118,6 +118,17 @@ def test_cached_tokens_are_those_of_the_whole_window(stacking: str) -> None:
         assert torch.equal(logits.argmax(-1), out[:, t])
 
 
+@pytest.mark.parametrize("stacking", STACKS)
+def test_tokens_that_come_in_pieces_have_the_states_of_the_whole_window(stacking: str) -> None:
+    block = stacked(stacking).block
+    x, cache, pieces = torch.randn(2, 9, 8, dtype=torch.float64), None, []
+    for part in x.split([3, 1, 1, 4], dim=1):
+        z, cache = block.extend(part, cache)
+        pieces.append(z)
+    with torch.no_grad():
+        assert (torch.cat(pieces, 1) - block(x)).abs().max() < 1e-8
+
+
 def test_each_of_separate_equilibria_is_solved_under_the_one_before() -> None:
     model, ids = stacked("separate"), torch.randint(13, (2, 9))
     h = model.tokens(ids) + model.positions.weight

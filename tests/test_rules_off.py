@@ -220,6 +220,23 @@ def test_an_equilibrium_has_the_exact_adjoint_whatever_its_estimator(
     assert float(block.certificate.adjoint_residual.max()) <= 1e-10
 
 
+def test_a_long_adjoint_is_judged_by_its_own_length() -> None:
+    """Where `a` is much longer than `g`, rounding alone leaves more than any small part of `g`."""
+    torch.manual_seed(0)
+    q = torch.linalg.qr(torch.randn(32, 32)).Q
+    J = -(q * torch.logspace(-5, 0, 32)) @ q.T
+    dynamics = ap.from_function(lambda z, x: z @ J.T + x)
+    block = ap.Equilibrium(dynamics, ap.GMRES(tol=1e-4), ap.EP())
+    x = torch.randn(3, 32) @ J.T
+    leaf, g = x.clone().requires_grad_(), torch.randn(3, 32)
+    with ap.rules_off(block):
+        block(leaf).backward(g)
+    seen = block.certificate
+    size, left = leaf.grad.norm(dim=1) / g.norm(dim=1), seen.adjoint_remainder.norm(dim=1)
+    assert float(size.min()) > 100 and float(left.max()) > 1e-6
+    torch.testing.assert_close(seen.adjoint_residual, left / (1 + size), rtol=1e-3, atol=0)
+
+
 def test_bptt_stays_for_it_is_exact_for_its_own_relaxation() -> None:
     solver = ap.Euler(step=0.3, max_steps=4, tol=0)
     dynamics = ap.DampedAttention(4, heads=2).double()

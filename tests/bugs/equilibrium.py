@@ -116,7 +116,7 @@ BUGS = [
         _EQ + "gated_stack.py",
         "grown.append(block.remember(h, own))",
         "grown.append(block.remember(h, None))",
-        _DYNAMICS,
+        "test_layers.py",
     ),
     Bug(
         _EQ + "damped.py",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from bugs.bug import Bug
 
 _FORMULAS = "rules/test_formulas.py"
+_DRAWS = "rules/test_draws.py"
 _BROADCAST = "rules/test_broadcast_formulas.py"
 _GRAPE = "rules/test_grape_formulas.py"
 _OPTIONS = "rules/test_options.py"
@@ -18,8 +19,8 @@ BUGS = [
         "q[r.diagonal() < 0] *= 1",
         _FORMULAS,
     ),
-    Bug("feedback.py", "(math.sqrt(columns) * std)", "(math.sqrt(rows) * std)", _FORMULAS),
-    Bug("feedback.py", "math.sqrt(columns / count)", "math.sqrt(rows / count)", _FORMULAS),
+    Bug("feedback.py", "(math.sqrt(columns) * std)", "(math.sqrt(rows) * std)", _DRAWS),
+    Bug("feedback.py", "math.sqrt(columns / count)", "math.sqrt(rows / count)", _DRAWS),
     Bug("feedback.py", "B.shape[dim] ** 0.5", "B.shape[1 - dim] ** 0.5", _FORMULAS),
     Bug(
         "feedback.py",
@@ -72,7 +73,7 @@ BUGS = [
     Bug("rules/direct.py", 'return self.error == "head_input"', "return False", _BROADCAST),
     Bug("rules/direct.py", 'pass_through: str = "hybrid"', 'pass_through: str = "pure"', _OPTIONS),
     Bug("rules/feedback_alignment.py", "        return B\n", "        return W\n", _FORMULAS),
-    Bug("rules/feedback_alignment.py", "std=self.std, k=self.k)", "k=self.k)", _FORMULAS),
+    Bug("rules/feedback_alignment.py", "std=self.std, k=self.k)", "k=self.k)", _DRAWS),
     Bug("rules/grape.py", '"probe", step)', '"probe")', _GRAPE + " " + _BROADCAST),
     Bug(
         "rules/grape.py",

@@ -227,6 +227,16 @@ def test_scattered_starts_are_the_same_for_every_sample_and_every_run() -> None:
     assert other.result is ap.Result.CONVERGED
 
 
+def test_a_sample_that_is_done_is_not_scattered_for_the_sake_of_its_mates() -> None:
+    start = torch.tensor([[math.pi + 1e-5], [1.0]], dtype=torch.float64)
+
+    def force(z: Tensor) -> Tensor:  # the first has many roots, the second none
+        return torch.cat([z[:1].sin(), torch.ones_like(z[1:])])
+
+    found = ap.Scattered(tol=1e-4, starts=10).solve(force, start, step=1.0)
+    assert torch.equal(found.value[0], start[0]) and found.result is ap.Result.MAX_STEPS
+
+
 @pytest.mark.parametrize(
     ("make", "words"),
     [

@@ -152,3 +152,11 @@ def test_a_longer_phase_never_makes_a_gradient_worse(kind: str, estimator: objec
     reference = exact(s)
     errors = [error(gradient(s, estimator(max_steps=n))[0], reference) for n in (30, 100, 1000)]  # type: ignore[operator]
     assert errors[0] == errors[1] == errors[2] < 2e-3
+
+
+def test_what_the_free_phase_left_is_no_signal_of_one_sided_phases() -> None:
+    s = system("gated", seed=0)
+    free = ap.Anderson(tol=1e-3)
+    one, _ = gradient(s, ap.AEP(beta=1e-4, tol=1e-7, sides=1, solver=ap.Anderson()), free)
+    two, _ = gradient(s, ap.Implicit(tol=1e-8, solver=ap.Anderson()), free)
+    assert error(one, two) < 1e-3
