@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
+import torch
 from torch import Tensor
 
 import altprop as ap
@@ -96,7 +97,7 @@ def build(problem: Problem, exact: Gradients) -> dict[str, Arm]:
     arms["BPTT, 120 Euler steps"] = by_library(problem, ap.BPTT(), bptt)
     arms |= {name: by_library(problem, estimator) for name, estimator in LIBRARY.items()}
     for name in ("AEP", "Implicit"):
-        arms[name + CHUNKED] = by_library(problem, LIBRARY[name], chunk=CHUNK)
+        arms[name + CHUNKED] = by_library(problem, LIBRARY[name], part=CHUNK)
 
     def aep(free: float, tol: float) -> Arm:
         note = f"tol {free:g}, {tol:g}"
@@ -181,10 +182,13 @@ def by_library(
     estimator: ap.AbstractEstimator,
     solver: ap.AbstractSolver | None = None,
     note: str = "",
-    chunk: int | None = None,
+    part: int | None = None,
 ) -> Arm:
-    """Return the arm of an estimator, with its default solver unless one is given."""
-    block = problem.block(estimator, solver, chunk)
+    """Return the arm of an estimator, with its default solver unless one is given.
+
+    **Arguments:** `part`, how many samples are solved at a time (None: all).
+    """
+    block = problem.block(estimator, solver)
 
     def seen() -> Seen:
         certificate = block.certificate
@@ -194,7 +198,10 @@ def by_library(
         )
         return Seen(certificate.free_evaluations, certificate.adjoint_evaluations, settled)
 
-    return Arm(lambda: problem.differentiate(block, problem.dynamics), seen, note)
+    def forward(x: Tensor) -> Tensor:
+        return block(x) if part is None else torch.cat([block(own) for own in x.split(part)])
+
+    return Arm(lambda: problem.differentiate(forward, problem.dynamics), seen, note)
 
 
 def by_peer(

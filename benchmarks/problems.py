@@ -86,10 +86,9 @@ class Problem:
         self,
         estimator: ap.AbstractEstimator,
         solver: ap.AbstractSolver | None = None,
-        chunk: int | None = None,
     ) -> ap.Equilibrium:
         """Return the equilibrium; what misses its tolerance is measured just the same."""
-        return ap.Equilibrium(self.dynamics, solver, estimator, "accept", chunk)
+        return ap.Equilibrium(self.dynamics, solver, estimator, "accept")
 
     def differentiate(self, forward: Callable[[Tensor], Tensor], module: nn.Module) -> Gradients:
         """Run `x ↦ z` and the cost forward and backward: what every arm is timed on.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, replace
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import altprop as ap
-from altprop.equilibrium.estimators.estimator import Adjoint, Problem
+from altprop.equilibrium.estimators.problem import Adjoint, Problem
 from altprop.equilibrium.products import AutogradLinearisation
 from altprop.equilibrium.solvers.solver import Solution
 from helpers import (
@@ -171,7 +172,9 @@ class Corrupted(ap.AbstractEstimator):
             value = found.value + self.error * found.value.norm() / noise.norm() * noise
             return replace(found, value=value, force=force(value))
 
-        return self.inner.adjoint(replace(problem, solve=solve), cotangent)
+        spoilt = copy.copy(problem)
+        spoilt.solve = solve  # type: ignore[method-assign]
+        return self.inner.adjoint(spoilt, cotangent)
 
 
 @pytest.mark.parametrize("this", [damped(), gated()], ids=["damped", "gated"])

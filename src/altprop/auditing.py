@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from altprop.agreement import compare_all
 from altprop.audit_report import AuditReport, Cost, Measured, Outcome, Reference, Row, Words
 from altprop.converting import convert, revert
-from altprop.equilibrium.estimators.estimator import AbstractEstimator, Certificate
+from altprop.equilibrium.estimators.estimator import AbstractEstimator
+from altprop.equilibrium.estimators.problem import Certificate
 from altprop.equilibrium.module import equilibria, using
 from altprop.equilibrium.solvers.solver import AbstractSolver
 from altprop.errors import ConfigError, RuleError

@@ -18,9 +18,10 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from altprop.attention import swaps
 from altprop.channel import Channel
+from altprop.equilibrium.call import OnFailure
 from altprop.equilibrium.estimators.estimator import AbstractEstimator
 from altprop.equilibrium.exact import Exact
-from altprop.equilibrium.module import STACK, Equilibrium, OnFailure
+from altprop.equilibrium.module import STACK, Equilibrium
 from altprop.equilibrium.solvers.solver import AbstractSolver
 from altprop.equilibrium.stack import convert_stack, level_of, revert_block, revert_stack
 from altprop.errors import ConfigError, Problems, RuleError, RuleWarning, listed, told

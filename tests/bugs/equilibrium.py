@@ -19,12 +19,6 @@ BUGS = [
         "Driven(self._dynamics, self.x.detach())",
         _HINGE + " " + _NOISE,
     ),
-    Bug(
-        _EQ + "driven.py",
-        "return same and z._version == self.version",
-        "return same",
-        _EQ + "test_record.py",
-    ),
     Bug(_EQ + "driven.py", "(self._once() if self.fresh else self).force", "self.force", _NOISE),
     Bug(_EQ + "conduct.py", "            b.copy_(copy)\n", "            pass\n", _APART),
     Bug(
@@ -46,21 +40,21 @@ BUGS = [
         "test_generation.py",
     ),
     Bug(
-        _EQ + "module.py",
-        '        if result or self.on_failure == "accept":\n',
-        '        if result or self.on_failure != "raise":\n',
+        _EQ + "call.py",
+        '    if result or policy == "accept":\n',
+        '    if result or policy != "raise":\n',
         _MODULE,
     ),
     Bug(
-        _EQ + "module.py",
+        _EQ + "estimators/problem.py",
         "own = with_limits(solver or self.solver, tol, max_steps)",
         "own = with_limits(self.solver, tol, max_steps)",
         "equilibrium/test_contrasts_and_own_solvers.py",
     ),
     Bug(
-        _EQ + "module.py",
-        "return driven.linearise(z if at is None else at)",
-        "return driven.linearise(z)",
+        _EQ + "estimators/problem.py",
+        "return self._linearised() if at is None else self._system.linearise(at)",
+        "return self._linearised()",
         _EQ + "test_estimator_facts.py",
     ),
     Bug(
@@ -70,13 +64,7 @@ BUGS = [
         _MODULE,
     ),
     Bug(
-        _EQ + "solving.py",
-        "residual=torch.cat([part.residual for part in parts])",
-        "residual=parts[0].residual",
-        _EQ + "test_chunks.py",
-    ),
-    Bug(
-        _EQ + "solving.py",
+        _EQ + "first_tokens.py",
         "start[:, k:] + moved",
         "start[:, k:]",
         _EQ + "test_prefix.py",

@@ -207,16 +207,10 @@ def test_other_words_for_draws_are_refused(draws: Any) -> None:
         ap.Equilibrium(noisy(draws))(X)
 
 
-def test_samples_that_are_solved_in_parts_cannot_share_draws() -> None:
-    block = ap.Equilibrium(noisy("replayed").eval(), chunk=1)
-    with pytest.raises(ap.RuleError, match="chunk is 1, .*random draws"):
-        block(X)
-
-
 def test_a_force_that_draws_nothing_is_left_alone() -> None:
     inner = nn.Linear(4, 4).double()
     block = ap.Equilibrium(
-        ap.from_function(lambda z, x: x - z + torch.tanh(inner(z)) / 3, inner), TIGHT, NEAR, chunk=2
+        ap.from_function(lambda z, x: x - z + torch.tanh(inner(z)) / 3, inner), TIGHT, NEAR
     )
     drawn = torch.get_rng_state()
     with warnings.catch_warnings(record=True) as said:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -14,8 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import altprop as ap
 from altprop.equilibrium import linearised
-from altprop.equilibrium.driven import Driven
-from altprop.equilibrium.products import AbstractEvaluation
+from altprop.equilibrium.products import AbstractEvaluation, AbstractLinearisation
 
 KINDS = ["damped", "gated", "thick", "thick rms", "thick gains"]
 
@@ -38,9 +37,10 @@ def dense(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
     yield request.param
 
 
-def recorded(s: System) -> tuple[Driven, Tensor, Tensor]:
-    driven, z = s.dynamics.under(s.x), s.x + 0.1
-    return driven, z, driven.record(z)
+def recorded(s: System) -> tuple[Callable[[], AbstractLinearisation], Tensor, Tensor]:
+    z = s.x + 0.1
+    force, linearise = s.dynamics.under(s.x).record(z)
+    return linearise, z, force
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -90,8 +90,8 @@ def test_what_does_not_learn_gets_no_gradient(kind: str) -> None:
 @pytest.mark.usefixtures("dense")
 def test_it_is_the_linearisation_that_is_made_alone(kind: str) -> None:
     s = instance(kind)
-    driven, z, _force = recorded(s)
-    shared, alone = driven.linearise(z[:]), s.dynamics.linearise(z, s.x)
+    linearise, z, _force = recorded(s)
+    shared, alone = linearise(), s.dynamics.linearise(z, s.x)
     v = torch.randn_like(z)
     assert torch.allclose(shared.vjp(v), alone.vjp(v), rtol=1e-12, atol=1e-14)
     assert torch.allclose(shared.jvp(v), alone.jvp(v), rtol=1e-12, atol=1e-14)
@@ -104,42 +104,10 @@ def test_the_record_is_evaluated_once(kind: str, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(
         type(s.dynamics), "evaluate", lambda *a: made.append(0) or evaluate(*a), raising=True
     )
-    driven, z, force = recorded(s)
-    driven.linearise(z)
+    linearise, _, force = recorded(s)
+    linearise()
     force.sum().backward()
     assert len(made) == 1
-    driven.linearise(z.clone())  # another tensor may hold another state
-    assert len(made) == 2
-
-
-def test_it_serves_its_own_state_alone() -> None:
-    s = system("damped", seed=1)
-    driven, z, _force = recorded(s)
-    v = torch.randn_like(z)
-    for at in (z + 0.5, z[:, :2], z):
-        if at is z:
-            z.mul_(2)  # the same tensor, but no longer the state that was recorded
-        x = s.x[:, : at.shape[1]]
-        part = driven if at.shape == z.shape else s.dynamics.under(x)
-        found, wanted = part.linearise(at), s.dynamics.linearise(at, x)
-        u = v[:, : at.shape[1]]
-        assert torch.allclose(found.vjp(u), wanted.vjp(u), rtol=1e-12, atol=1e-14)
-
-
-def test_a_transposed_view_is_another_state() -> None:
-    s = system("gated", seed=1, tokens=4)  # as many tokens as channels: the shapes are the same
-    driven, z, _force = recorded(s)
-    v = torch.randn_like(z)
-    found, wanted = driven.linearise(z.mT), s.dynamics.linearise(z.mT, s.x)
-    assert torch.allclose(found.vjp(v), wanted.vjp(v), rtol=1e-12, atol=1e-14)
-
-
-def test_nothing_is_kept_without_a_record() -> None:
-    s = system("gated", seed=1)
-    driven = s.dynamics.under(s.x)
-    with torch.no_grad():
-        force = driven.record(s.x)
-    assert driven._recorded is None and not force.requires_grad
 
 
 def followed(s: System, monkeypatch: pytest.MonkeyPatch) -> list[weakref.ref[AbstractEvaluation]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -53,14 +53,13 @@ class Driven:
         self._kwargs: Mapping[str, Any] = kwargs or {}
         self._begun = False
         self._draws: Draws | None = None  # of the first evaluation, if it drew anything
-        self._recorded: _Recorded | None = None
 
     def start(self) -> Tensor:
         """Return the state that the free phase starts from."""
         return self._dynamics.start(self.x)
 
-    def settled(self) -> Tensor | None:
-        """Return the free state where it is known without a solver."""
+    def settled(self) -> tuple[Tensor, Tensor] | None:
+        """Return the free state and the recorded force there, where no solver has to find it."""
         return None
 
     def force(self, z: Tensor) -> Tensor:
@@ -92,22 +91,21 @@ class Driven:
         announce_draws(self._dynamics, drawn)
         return force
 
-    def record(self, z: Tensor) -> Tensor:
-        """Return the force at `z`, `(B, ...)`, and keep what its linearisation there can use.
+    def record(self, z: Tensor) -> tuple[Tensor, Callable[[], AbstractLinearisation]]:
+        """Return the force at `z`, `(B, ...)`, and what returns the Jacobian's products there.
 
         Whether autograd records or not, the force is the same to the last bit.
         """
-        if not self._separable():
-            return self.force(z)
-        force, linearise = self._dynamics.record(z, self.x)
-        if torch.is_grad_enabled():
-            self._recorded = _Recorded(z, z._version, linearise)
-        return force
+        if self._separable():
+            force, linearise = self._dynamics.record(z, self.x)
+        else:
+            force, linearise = self.force(z), partial(self.linearise, z)
+        if force.requires_grad and type(self) is Driven:
+            check_apart(self._dynamics, z, linearise)
+        return force, linearise
 
     def linearise(self, z: Tensor) -> AbstractLinearisation:
         """Return the Jacobian's products at `z`."""
-        if self._recorded is not None and self._recorded.at(z):
-            return self._recorded.linearise()
         if self._by_input_alone():
             return self._dynamics.linearise(z, self.x)
         return AutogradLinearisation((self._once() if self.fresh else self).force, z)
@@ -117,13 +115,6 @@ class Driven:
         once = Driven(self._dynamics, self.x, self._args, self._kwargs)
         once.fresh = False
         return once
-
-    def check_apart(self, z: Tensor) -> None:
-        """Refuse a force in which samples interact; `z` is where it was recorded, `(B, ...)`."""
-        if type(self) is Driven:
-            known = self._recorded
-            linearise = partial(self.linearise, z) if known is None else known.linearise
-            check_apart(self._dynamics, z, linearise)
 
     def kept(self) -> Driven:
         """Return the same without anything of autograd's: what may outlive the call."""
@@ -141,30 +132,12 @@ class Driven:
             )
         return self._dynamics.extend(cache, x)
 
-    def split(self, chunk: int | None) -> list[Driven]:
-        """Return what drives at most `chunk` samples at a time, in order; itself if that is all.
-
-        **Raises:** `RuleError` where samples cannot be told apart.
-        """
-        if chunk is None or chunk >= len(self.x):
-            return [self]
-        self.check_split(chunk, [self])
-        return [Driven(self._dynamics, x) for x in self.x.split(chunk)]
-
     def samples(self, rows: Tensor) -> Driven | None:
         """Return what drives some samples alone, where they can be told apart.
 
         **Arguments:** `rows`, which of them, `(B,)`.
         """
         return Driven(self._dynamics, self.x.detach()[rows]) if self._separable() else None
-
-    def check_split(self, chunk: int | None, parts: list[Driven]) -> None:
-        """Refuse parts, after their first evaluations or before, that belong to the whole batch."""
-        if chunk is not None and chunk < len(self.x) and not all(p._separable() for p in parts):
-            raise RuleError(
-                f"chunk is {chunk}, but layers, or a force with further arguments or random draws, "
-                "are solved for the whole batch: write chunk=None"
-            )
 
     def first(self) -> Driven | None:
         """Return what drives the first tokens alone, where they are to be solved first."""
@@ -197,20 +170,6 @@ class Driven:
     def read(self, z: Tensor) -> Tensor:
         """Return what the module gives out, from a state `(B, ...)`; differentiable."""
         return z
-
-
-class _Recorded(NamedTuple):
-    """Where a force was recorded, `(B, ...)`, in which version, and what linearises it there."""
-
-    state: Tensor
-    version: int
-    linearise: Callable[[], AbstractLinearisation]
-
-    def at(self, z: Tensor) -> bool:
-        """Tell whether `z` is that state, unchanged, or a view of the whole of it."""
-        at = self.state
-        same = z.data_ptr() == at.data_ptr() and z.shape == at.shape and z.stride() == at.stride()
-        return same and z._version == self.version
 
 
 def detached(given: tuple[Any, ...]) -> Any:

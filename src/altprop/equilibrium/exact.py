@@ -6,12 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from altprop.equilibrium.estimators.estimator import (
-    AbstractEstimator,
-    Adjoint,
-    Problem,
-    solve_adjoint,
-)
+from altprop.equilibrium.estimators.estimator import AbstractEstimator, solve_adjoint
+from altprop.equilibrium.estimators.problem import Adjoint, Problem
 from altprop.equilibrium.solvers.gmres import GMRES
 from altprop.equilibrium.solvers.solver import conclude, sample_norm
 

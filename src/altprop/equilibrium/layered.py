@@ -73,12 +73,12 @@ class Layered(AbstractDynamics):
         driven = self.under(x)
         with torch.no_grad():
             driven.settled()  # tells the levels' shapes
-        return driven.evaluate(z)
+        return driven.force(z)
 
     def start(self, x: Tensor) -> Tensor:
         """Return the free state itself, `(B, n)`."""
         with torch.no_grad():
-            return self.under(x).settled()
+            return self.under(x).start()
 
     def linearise(self, z: Tensor, x: Tensor) -> AbstractLinearisation:
         driven = self.under(x)
@@ -87,14 +87,14 @@ class Layered(AbstractDynamics):
         return driven.linearise(z)
 
     def under(self, x: Tensor, *args: Any, **kwargs: Any) -> DrivenLayers:
-        calls = [Call(block, args, kwargs) for block in self.blocks]
+        calls = [BlockCall(block, args, kwargs) for block in self.blocks]
         return DrivenLayers(x, calls, self.habits, self.phases)
 
     def extra_repr(self) -> str:
         return f"phases={self.phases!r}"
 
 
-class Call(NamedTuple):
+class BlockCall(NamedTuple):
     """How one level is called: `block(h, *args, **kwargs)`."""
 
     block: nn.Module
@@ -111,7 +111,7 @@ class DrivenLayers(Driven):
     step = 1.0
 
     def __init__(
-        self, x: Tensor, calls: Sequence[Call], habits: Habits, phases: Phases = "sweep"
+        self, x: Tensor, calls: Sequence[BlockCall], habits: Habits, phases: Phases = "sweep"
     ) -> None:
         self.x, self.phases, self._calls = x, phases, calls
         self._habits, self._layout = habits, Layout(0)
@@ -120,7 +120,7 @@ class DrivenLayers(Driven):
         self._shapes: list[torch.Size] = []
         self._known: tuple[Tensor, Tensor] | None = None
 
-    def push(self, h: Tensor, call: Call) -> Any:
+    def push(self, h: Tensor, call: BlockCall) -> Any:
         """Make the first evaluation of the next level at `h`, and return all that it gives out."""
         level = len(self._outs)
         h = self._spare(level, h)
@@ -152,25 +152,28 @@ class DrivenLayers(Driven):
     def kept(self) -> DrivenLayers:
         kept = copy.copy(self)
         kept.x, kept._known = self.x.detach(), None
-        kept._calls = [Call(c.block, *detached((c.args, c.kwargs))) for c in self._calls]
+        kept._calls = [BlockCall(c.block, *detached((c.args, c.kwargs))) for c in self._calls]
         return kept
 
     def start(self) -> Tensor:
-        return self.settled()
+        return self.settled()[0]
 
-    def settled(self) -> Tensor:
-        """Return the state that the ordinary forward pass leaves, `(B, n)`.
+    def settled(self) -> tuple[Tensor, Tensor]:
+        """Return the state that the ordinary forward pass leaves, `(B, n)`, and the force there.
 
-        Each level is recorded by itself, so this one pass is also the recorded force there.
+        Each level is recorded by itself, so this one pass is also the recorded force. It is handed
+        over and not kept, so that its memory is not held longer.
         """
-        if self._known is None and not self._shapes:
+        if self._known is None:
+            self._outs, self._draws_of = [], []
             h = self.x
             for call in self._calls:
                 self.push(h, call)
                 h = self._outs[-1].detach()
             self.close()
         assert self._known is not None
-        return self._known[0]
+        known, self._known = self._known, None
+        return known
 
     def close(self) -> None:
         """Make state and force of the levels that were pushed."""
@@ -208,14 +211,6 @@ class DrivenLayers(Driven):
         return torch.cat([self._layout.flat(h) for h in levels], 1)
 
     def force(self, z: Tensor) -> Tensor:
-        # the recorded pass is held until it is asked for, so that its memory is not held longer
-        if self._known is not None and torch.equal(z, self._known[0]):
-            force = self._known[1]
-            self._known = None
-            return force
-        return self.evaluate(z)
-
-    def evaluate(self, z: Tensor) -> Tensor:
         """Return the force at any state, `(B, n)`, evaluating every block once."""
         below = [self.x, *self._levels(z)[:-1]]
         outs = [self._block(level, h) for level, h in enumerate(below)]

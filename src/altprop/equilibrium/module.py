@@ -6,45 +6,25 @@ state and, in the backward pass, carries the estimator's adjoint to parameters a
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 
-from altprop.equilibrium.conduct import refuse_sharded, refuse_unrepeatable
+from altprop.equilibrium.call import Call, OnFailure, settle
+from altprop.equilibrium.conduct import refuse_unrepeatable
 from altprop.equilibrium.driven import Driven
 from altprop.equilibrium.dynamics import AbstractDynamics
 from altprop.equilibrium.estimators.aep import AEP
-from altprop.equilibrium.estimators.estimator import (
-    AbstractEstimator,
-    Certificate,
-    Cost,
-    Problem,
-    Site,
-)
-from altprop.equilibrium.levels import solve_by_levels
+from altprop.equilibrium.estimators.estimator import AbstractEstimator
+from altprop.equilibrium.estimators.problem import Certificate, Cost
 from altprop.equilibrium.solvers.anderson import Anderson
-from altprop.equilibrium.solvers.defect import defect_correction
-from altprop.equilibrium.solvers.solver import (
-    AbstractSolver,
-    Force,
-    Result,
-    Solution,
-    conclude,
-    is_count,
-    land,
-    relative_residual,
-    with_limits,
-)
-from altprop.equilibrium.solving import approach_freely, join, quiet, whole
-from altprop.errors import ConfigError, ConvergenceError, RuleError
+from altprop.equilibrium.solvers.solver import AbstractSolver, Solution, land
+from altprop.errors import ConfigError
 from altprop.transforms import refuse_vmap
 
-OnFailure = Literal["raise", "warn", "accept"]
 STACK = "_altprop_stack"  # where a module keeps the equilibrium that its blocks were made into
 
 
@@ -75,7 +55,6 @@ class Equilibrium(nn.Module):
         solver: AbstractSolver | None = None,
         estimator: AbstractEstimator | None = None,
         on_failure: OnFailure = "raise",
-        chunk: int | None = None,
     ) -> None:
         super().__init__()
         self.dynamics = _expect(dynamics, AbstractDynamics, "dynamics", "GatedBlock(128, heads=4)")
@@ -86,9 +65,6 @@ class Equilibrium(nn.Module):
             AEP() if estimator is None else estimator, AbstractEstimator, "estimator", "AEP()"
         )
         self.on_failure: OnFailure = _expect_policy(on_failure)
-        if not (chunk is None or is_count(chunk)):
-            raise ConfigError(f"chunk is {chunk!r}, expected a whole number of samples, or None")
-        self.chunk = chunk
         self.certificate = None
 
     def forward(self, x: Tensor, *args: Any, cost: Cost | None = None, **kwargs: Any) -> Tensor:
@@ -121,7 +97,8 @@ class Equilibrium(nn.Module):
         """
         if driven.fresh:
             refuse_unrepeatable(self.solver, getattr(self.estimator, "solver", None))
-        return driven.read(self.estimator.attach(self._site(driven, cost)))
+        call = Call(self.dynamics, driven, self.solver, self.on_failure, cost, self._keep)
+        return driven.read(self.estimator.attach(call))
 
     @torch.no_grad()
     def extend(self, x: Tensor, cache: Any = None) -> tuple[Tensor, Any]:
@@ -142,7 +119,6 @@ class Equilibrium(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             force, remember = self.dynamics.extend(cache, x)
             step = self.dynamics.step
-            tol = self.solver.tol
             near = self.solver.approach(force, self.dynamics.start(x), step=step)
 
             def again(solver: AbstractSolver, z: Tensor) -> Solution:
@@ -152,159 +128,19 @@ class Equilibrium(nn.Module):
             self.certificate = Certificate(
                 found.result, found.residual, found.evaluations, state=found.state, input=x
             )
-            self._settle(found.result, found.reached, tol, "free phase")
+            settle(self.on_failure, found.result, found.reached, self.solver.tol, "free phase")
             value = found.state + step * found.force
             return value, remember(value)
 
-    def _site(self, driven: Driven, cost: Cost | None) -> Site:
-        start, chunk = driven.start(), self.chunk
-        held = tuple(self.dynamics.parameters())
-        parts = [driven]  # as many as are solved one after the other
-
-        def pieces(z: Tensor) -> tuple[Tensor, ...]:
-            return (z,) if len(parts) == 1 else z.split([len(part.x) for part in parts])
-
-        def record(z: Tensor) -> Tensor:
-            force = whole([part.record(own) for part, own in zip(parts, pieces(z), strict=True)])
-            if force.requires_grad:
-                for part, own in zip(parts, pieces(z), strict=True):
-                    part.check_apart(own)
-            return force
-
-        def problems(z: Tensor, still: Tensor) -> Iterator[Problem]:
-            if any(p is not q for p, q in zip(held, self.dynamics.parameters(), strict=True)):
-                raise RuleError(
-                    "the dynamics' parameters are not those of the forward pass (functional_call "
-                    "puts its own in place only until the call returns), so the adjoint would be "
-                    "that of another system: load them with load_state_dict, or use BPTT()"
-                )
-            if driven.coarse:
-                still = quiet(driven)(z)
-            seen = _read_cost(cost, driven)
-            if len(parts) == 1:
-                driven.split(chunk)  # refuses what cannot be split
-            elif seen is not None:
-                raise RuleError(
-                    f"chunk is {chunk}, but a cost= is a function of the whole batch: write "
-                    "chunk=None"
-                )
-            for part, state, left in zip(parts, pieces(z), pieces(still), strict=True):
-                yield self._problem(part, state, left, seen)
-
-        def free_phase() -> tuple[Solution, Tensor]:
-            refuse_sharded(self.dynamics)
-            state = driven.settled()
-            if state is None:
-                parts[:] = driven.split(chunk)
-                begin = pieces(start.detach())
-                near = [
-                    approach_freely(self.solver, part, own)
-                    for part, own in zip(parts, begin, strict=True)
-                ]
-                driven.check_split(chunk, parts)
-                return join([found for found, _ in near]), whole([state for _, state in near])
-            rest = state - state  # zero, or NaN where the state is not finite
-            residual = relative_residual(rest, state, None)
-            result = conclude(residual, self.solver.tol or 1.0)
-            return Solution(state, rest, residual, 0, result), state
-
-        def resume(solver: AbstractSolver, z: Tensor) -> Solution:
-            return join(
-                [
-                    solver.solve(quiet(part), own, step=part.step)
-                    for part, own in zip(parts, pieces(z), strict=True)
-                ]
-            )
-
-        def finish(certificate: Certificate) -> None:
-            certificate.system = certificate.system or driven.kept()
-            self.certificate = certificate
-
-        return Site(
-            x=driven.x,
-            start=start,
-            step=driven.step,
-            force=driven.force,
-            record=record,
-            solver=self.solver,
-            free_phase=free_phase,
-            resume=resume,
-            problems=problems,
-            finish=finish,
-            settle=self._settle,
-        )
-
-    def _problem(self, driven: Driven, z: Tensor, still: Tensor, cost: Cost | None) -> Problem:
-        kind = driven.x.device.type
-
-        def solve(
-            force: Force,
-            start: Tensor,
-            *,
-            tol: float,
-            max_steps: int,
-            scale: Tensor,
-            solver: AbstractSolver | None = None,
-            inverse: Force | None = None,
-        ) -> Solution:
-            own = with_limits(solver or self.solver, tol, max_steps)
-
-            def attempt(force: Force, start: Tensor, inverse: Force | None) -> Solution:
-                if inverse is None:
-                    return own.solve(force, start, step=driven.step, scale=scale)
-                return defect_correction(
-                    force, inverse, start, tol=tol, max_steps=max_steps, scale=scale
-                )
-
-            given = inverse if solver is None else None
-            with torch.autocast(kind, enabled=False):
-                return solve_by_levels(attempt, force, start, given, tol, driven.widths)
-
-        def linearise(at: Tensor | None = None) -> Any:
-            with torch.autocast(kind, enabled=False):
-                return driven.linearise(z if at is None else at)
-
-        def analytic(at: Tensor) -> Tensor:
-            with torch.no_grad(), torch.autocast(kind, enabled=False):
-                return driven.analytic(at)
-
-        first = driven.first() if self.solver.piecewise else None
-        tokens = 0 if first is None else first.x.shape[1]
-        return Problem(
-            z,
-            still,
-            driven.step,
-            self.solver,
-            quiet(driven),
-            linearise,
-            solve,
-            cost,
-            analytic,
-            None if first is None else (tokens, partial(first.linearise, z[:, :tokens])),
-            driven.widths,
-        )
-
-    def _settle(self, result: Result, residual: Tensor, tol: float, what: str) -> None:
-        if result or self.on_failure == "accept":
-            return
-        text = (
-            f"{what}: {result.value} (worst residual {float(residual.max()):.2e}, tolerance "
-            f"{tol:.0e}); raise max_steps or tol, stabilise the dynamics (JacobianHinge), or pass "
-            "on_failure='accept' and check certificate"
-        )
-        if self.on_failure == "raise":
-            raise ConvergenceError(text)
-        warnings.warn(text, RuntimeWarning, stacklevel=2)
+    def _keep(self, certificate: Certificate) -> None:
+        self.certificate = certificate
 
     def __getstate__(self) -> dict[str, Any]:
         # what was measured in one process is no part of the module that is copied or pickled
         return {**super().__getstate__(), "certificate": None}
 
     def extra_repr(self) -> str:
-        return (
-            f"solver={self.solver}, estimator={self.estimator}, on_failure={self.on_failure!r}, "
-            f"chunk={self.chunk}"
-        )
+        return f"solver={self.solver}, estimator={self.estimator}, on_failure={self.on_failure!r}"
 
 
 def _exact_enough(x: Tensor) -> Tensor:
@@ -322,11 +158,6 @@ def _exact_enough(x: Tensor) -> Tensor:
             "round-off; keep the block in float32 and use torch.autocast around the model"
         )
     return x
-
-
-def _read_cost(cost: Cost | None, driven: Driven) -> Cost | None:
-    """Turn a cost of what the module gives out into a cost of the whole state."""
-    return None if cost is None else lambda z: cost(driven.read(z))
 
 
 def _outside_graph(

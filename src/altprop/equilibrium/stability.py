@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from altprop.equilibrium.conduct import refuse_shards
 from altprop.equilibrium.dynamics import AbstractDynamics
-from altprop.equilibrium.estimators.estimator import Certificate, System
+from altprop.equilibrium.estimators.problem import Certificate, System
 from altprop.equilibrium.module import Equilibrium, equilibria
 from altprop.equilibrium.products import Gradients
 from altprop.equilibrium.solvers.solver import (
@@ -288,7 +288,7 @@ def _directional(
     total: list[Tensor | None] = [None] * len(parameters)
     for sign in (1.0, -1.0):
         with torch.enable_grad():
-            force = system.record(z + sign * move)
+            force, _ = system.record(z + sign * move)
         if not (parameters and force.requires_grad):
             return tuple(total)
         own = torch.autograd.grad(force, parameters, sign * weight, allow_unused=True)

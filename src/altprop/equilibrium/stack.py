@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from altprop.assign import assign_adjoint
+from altprop.equilibrium.call import OnFailure
 from altprop.equilibrium.estimators.estimator import AbstractEstimator
-from altprop.equilibrium.layered import Call, DrivenLayers, Layered, first_of
-from altprop.equilibrium.module import STACK, Equilibrium, OnFailure
+from altprop.equilibrium.layered import BlockCall, DrivenLayers, Layered, first_of
+from altprop.equilibrium.module import STACK, Equilibrium
 from altprop.equilibrium.solvers.solver import AbstractSolver
 from altprop.errors import ConfigError, RuleError, suggest
 from altprop.transforms import refuse_vmap
@@ -211,7 +212,7 @@ class Stack:
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Call blocks as they are inside, for what is collected or solved already."""
+        """BlockCall blocks as they are inside, for what is collected or solved already."""
         before, self.busy = self.busy, True
         try:
             yield
@@ -235,7 +236,7 @@ class _Run:
                 "state of real numbers, (B, ...); leave embeddings out of the stack, "
                 f"as in stack='{stack.name + '.' if stack.name else ''}[1-9]*'"
             )
-        self.calls: list[Call] = []
+        self.calls: list[BlockCall] = []
         self.driven = _DrivenStack(x, self.calls, stack)
         self.last: Tensor = x
 
@@ -253,8 +254,10 @@ class _Run:
         block = stack.blocks[level]
         # what is called again must find the arguments as they were the first time
         again = partial(_again, stack.paths[level], level, self.driven.coarse)
-        call = Call(block, again(args), again(kwargs))
-        whole = self.driven.push(h if level == 0 else self.last.detach(), Call(block, args, kwargs))
+        call = BlockCall(block, again(args), again(kwargs))
+        whole = self.driven.push(
+            h if level == 0 else self.last.detach(), BlockCall(block, args, kwargs)
+        )
         self.calls.append(call)
         out = first_of(whole)
         if level + 1 < len(stack.blocks):
@@ -268,7 +271,7 @@ class _Run:
 class _DrivenStack(DrivenLayers):
     """The levels of one forward pass of the model itself."""
 
-    def __init__(self, x: Tensor, calls: Sequence[Call], stack: Stack) -> None:
+    def __init__(self, x: Tensor, calls: Sequence[BlockCall], stack: Stack) -> None:
         layered = cast(Layered, stack.equilibrium.dynamics)
         whole = x.float() if x.itemsize < 4 else x
         super().__init__(whole, calls, layered.habits, layered.phases)

@@ -21,8 +21,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from altprop.equilibrium.damped import DampedAttention
-from altprop.equilibrium.estimators.estimator import AbstractEstimator, Cost
+from altprop.equilibrium.estimators.estimator import AbstractEstimator
 from altprop.equilibrium.estimators.implicit import Implicit
+from altprop.equilibrium.estimators.problem import Cost
 from altprop.equilibrium.gated import GatedBlock
 from altprop.equilibrium.module import Equilibrium
 from altprop.equilibrium.solvers.anderson import Anderson

@@ -16,8 +16,6 @@ from altprop.equilibrium.estimators.confirm import confirm
 from altprop.equilibrium.estimators.correction import Antisymmetric
 from altprop.equilibrium.estimators.estimator import (
     AbstractEstimator,
-    Adjoint,
-    Problem,
     check_own_solver,
     solve_adjoint,
 )
@@ -31,6 +29,7 @@ from altprop.equilibrium.estimators.phases import (
     finest_response,
     response_beta,
 )
+from altprop.equilibrium.estimators.problem import Adjoint, Problem
 from altprop.equilibrium.solvers.solver import (
     AbstractSolver,
     Solution,

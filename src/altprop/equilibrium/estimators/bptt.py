@@ -8,13 +8,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from altprop.equilibrium.estimators.estimator import (
-    AbstractEstimator,
-    Adjoint,
-    Certificate,
-    Problem,
-    Site,
-)
+from altprop.equilibrium.call import Call
+from altprop.equilibrium.estimators.estimator import AbstractEstimator
+from altprop.equilibrium.estimators.problem import Adjoint, Certificate, Problem
 from altprop.equilibrium.solvers.solver import conclude, relative_residual
 from altprop.errors import RuleError
 
@@ -30,23 +26,24 @@ class BPTT(AbstractEstimator):
 
     records: ClassVar[bool] = True
 
-    def attach(self, site: Site) -> Tensor:
-        z = site.solver.unroll(site.force, site.start, step=site.step)
-        steps = int(getattr(site.solver, "max_steps", 0))
+    def attach(self, call: Call) -> Tensor:
+        system, solver = call.system, call.solver
+        z = solver.unroll(system.force, system.start(), step=system.step)
+        steps = int(getattr(solver, "max_steps", 0))
         with torch.no_grad():
-            residual = relative_residual(site.force(z), z, None)
+            residual = relative_residual(system.force(z), z, None)
         result = conclude(residual, 0)
-        site.finish(
+        call.report(
             Certificate(
                 result=result,
                 free_residual=residual,
                 free_evaluations=steps + 1,
                 state=z.detach(),
-                input=site.x.detach(),
+                input=system.x.detach(),
                 adjoint_evaluations=steps,
             )
         )
-        site.settle(result, residual, site.solver.tol, "free phase")
+        call.settle(result, residual)
         return z
 
     def adjoint(self, problem: Problem, cotangent: Tensor) -> Adjoint:

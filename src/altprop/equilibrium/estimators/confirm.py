@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from altprop.equilibrium.estimators.correction import Antisymmetric
-from altprop.equilibrium.estimators.estimator import Adjoint
 from altprop.equilibrium.estimators.phases import Phases, Sides, displacement, finest_response
+from altprop.equilibrium.estimators.problem import Adjoint
 from altprop.equilibrium.estimators.roundoff import ROUNDING, floor_of
 from altprop.equilibrium.levels import choose, level_norms, relative_to_levels, worst_level
 from altprop.equilibrium.solvers.solver import Solution, conclude, sample_norm

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from altprop.equilibrium.estimators.estimator import Products
+from altprop.equilibrium.estimators.problem import Products
 from altprop.equilibrium.solvers.solver import sample_norm
 
 

@@ -12,13 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from altprop.equilibrium.estimators.estimator import (
-    AbstractEstimator,
-    Adjoint,
-    Problem,
-    check_own_solver,
-)
+from altprop.equilibrium.estimators.estimator import AbstractEstimator, check_own_solver
 from altprop.equilibrium.estimators.nudge import Nudge, check_nudge, nudge_at
+from altprop.equilibrium.estimators.problem import Adjoint, Problem
 from altprop.equilibrium.solvers.solver import (
     AbstractSolver,
     check_counts,

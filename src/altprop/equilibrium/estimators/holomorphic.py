@@ -18,12 +18,11 @@ from torch import Tensor
 from altprop.equilibrium.estimators.correction import Antisymmetric
 from altprop.equilibrium.estimators.estimator import (
     AbstractEstimator,
-    Adjoint,
-    Problem,
     check_own_solver,
     solve_adjoint,
 )
 from altprop.equilibrium.estimators.phases import displacement, response_beta
+from altprop.equilibrium.estimators.problem import Adjoint, Problem
 from altprop.equilibrium.solvers.solver import (
     AbstractSolver,
     Solution,

@@ -11,11 +11,10 @@ from torch import Tensor
 
 from altprop.equilibrium.estimators.estimator import (
     AbstractEstimator,
-    Adjoint,
-    Problem,
     check_own_solver,
     solve_adjoint,
 )
+from altprop.equilibrium.estimators.problem import Adjoint, Problem
 from altprop.equilibrium.solvers.solver import AbstractSolver, check_counts, check_fields
 
 _WITHOUT = 0.4  # of the tolerance, where no step follows

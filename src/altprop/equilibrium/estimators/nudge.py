@@ -8,7 +8,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from altprop.equilibrium.estimators.estimator import Problem
+from altprop.equilibrium.estimators.problem import Problem
 from altprop.equilibrium.solvers.solver import per_sample, sample_norm
 from altprop.errors import ConfigError, RuleError
 

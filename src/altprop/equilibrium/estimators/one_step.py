@@ -11,11 +11,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from altprop.equilibrium.estimators.estimator import (
-    AbstractEstimator,
-    Adjoint,
-    Problem,
-)
+from altprop.equilibrium.estimators.estimator import AbstractEstimator
+from altprop.equilibrium.estimators.problem import Adjoint, Problem
 from altprop.equilibrium.levels import worst_level
 from altprop.equilibrium.solvers.solver import Result, check_counts
 from altprop.errors import ConfigError

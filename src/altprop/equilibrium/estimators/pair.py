@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from altprop.equilibrium.estimators.correction import Antisymmetric, antisymmetry
-from altprop.equilibrium.estimators.estimator import Adjoint
 from altprop.equilibrium.estimators.nudge import Map
 from altprop.equilibrium.estimators.phases import Phases, displacement
+from altprop.equilibrium.estimators.problem import Adjoint
 from altprop.equilibrium.estimators.roundoff import floor_of, loud
 from altprop.equilibrium.levels import choose, level_norms, relative_to_levels, worst_level
 from altprop.equilibrium.solvers.solver import (

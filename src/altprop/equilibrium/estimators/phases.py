@@ -16,8 +16,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from altprop.equilibrium.estimators.estimator import Adjoint, Problem
 from altprop.equilibrium.estimators.nudge import Map
+from altprop.equilibrium.estimators.problem import Adjoint, Problem
 from altprop.equilibrium.solvers.solver import (
     AbstractSolver,
     Solution,

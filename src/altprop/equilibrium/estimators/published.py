@@ -14,12 +14,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from altprop.equilibrium.estimators.estimator import (
-    AbstractEstimator,
-    Adjoint,
-    Problem,
-)
+from altprop.equilibrium.estimators.estimator import AbstractEstimator
 from altprop.equilibrium.estimators.nudge import Map, Nudge, check_nudge, cost_gradient
+from altprop.equilibrium.estimators.problem import Adjoint, Problem
 from altprop.equilibrium.levels import level_norms, relative_to_levels
 from altprop.equilibrium.solvers.solver import (
     check_counts,

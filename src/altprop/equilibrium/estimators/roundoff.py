@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from altprop.equilibrium.estimators.estimator import Problem
+from altprop.equilibrium.estimators.problem import Problem
 from altprop.equilibrium.levels import choose, level_norms
 
 # A contrast's rounding is 0.3 to 2.3 times eps ‖z*‖ / β (measured: stacks of tanh and ReLU layers

@@ -1,0 +1,128 @@
+"""One call of an `Equilibrium`: its free phase, the record, and what the backward pass may ask."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from functools import partial
+from typing import Literal
+
+from torch import Tensor
+
+from altprop.equilibrium.conduct import refuse_sharded
+from altprop.equilibrium.driven import Driven
+from altprop.equilibrium.dynamics import AbstractDynamics
+from altprop.equilibrium.estimators.problem import (
+    Adjoint,
+    Certificate,
+    Cost,
+    Problem,
+    Products,
+    quietly,
+)
+from altprop.equilibrium.first_tokens import approach
+from altprop.equilibrium.solvers.solver import (
+    AbstractSolver,
+    Landing,
+    Result,
+    Solution,
+    conclude,
+    land,
+    relative_residual,
+)
+from altprop.errors import ConvergenceError, RuleError
+
+OnFailure = Literal["raise", "warn", "accept"]
+
+
+class Call:
+    """One call of an `Equilibrium`, which its estimator's `attach` works on.
+
+    **Arguments:** `dynamics`; `system`, the same under this call's input; `solver`, of the free
+    phase; `policy`, what to do when a solve misses its tolerance; `cost`, `C` of what the module
+    gives out, where the caller gave it; `keep`, which takes the certificate of the call.
+    """
+
+    def __init__(
+        self,
+        dynamics: AbstractDynamics,
+        system: Driven,
+        solver: AbstractSolver,
+        policy: OnFailure,
+        cost: Cost | None,
+        keep: Callable[[Certificate], None],
+    ) -> None:
+        self.system, self.solver = system, solver
+        self._dynamics, self._held = dynamics, tuple(dynamics.parameters())
+        self._policy, self._cost, self._keep = policy, cost, keep
+        self._linearised: Callable[[], Products] | None = None
+
+    def free(self) -> Landing:
+        """Return the free state and the force there, recorded wherever autograd is on."""
+        refuse_sharded(self._dynamics)
+        settled = self.system.settled()
+        if settled is not None:
+            state, force = settled
+            self._linearised = partial(self.system.linearise, state)
+            residual = relative_residual(state - state, state, None)  # NaN where it is not finite
+            result = conclude(residual, self.solver.tol or 1.0)
+            return Landing(state, force, residual, residual, 1, result)
+        near = approach(self.solver, self.system, self.system.start().detach())
+        # the solver's next state is free, and the evaluation that is recorded there certifies it
+        return land(near, self._record, self._resume, self.solver)
+
+    def _record(self, z: Tensor) -> Tensor:
+        force, self._linearised = self.system.record(z)
+        return force
+
+    def _resume(self, solver: AbstractSolver, z: Tensor) -> Solution:
+        return solver.solve(partial(quietly, self.system.force), z, step=self.system.step)
+
+    def problem(self, free: Landing) -> Problem:
+        """Return the adjoint problem at the free state."""
+        if any(p is not q for p, q in zip(self._held, self._dynamics.parameters(), strict=True)):
+            raise RuleError(
+                "the dynamics' parameters are not those of the forward pass (functional_call "
+                "puts its own in place only until the call returns), so the adjoint would be "
+                "that of another system: load them with load_state_dict, or use BPTT()"
+            )
+        assert self._linearised is not None
+        z, still = free.state, free.force.detach()
+        if self.system.coarse:
+            still = quietly(self.system.force, z)
+        return Problem(self.system, self.solver, z, still, self._linearised, self._read_cost())
+
+    def _read_cost(self) -> Cost | None:
+        """Turn the cost of what the module gives out into one of the whole state."""
+        cost, read = self._cost, self.system.read
+        return None if cost is None else lambda z: cost(read(z))
+
+    def report(self, certificate: Certificate) -> None:
+        """Hand over what the free phase measured."""
+        certificate.system = self.system.kept()
+        self._keep(certificate)
+
+    def complete(self, certificate: Certificate, adjoint: Adjoint, tol: float) -> None:
+        """Hand over what the backward pass measured as well, and act as the policy says."""
+        certificate.complete(adjoint)
+        self._keep(certificate)  # a recomputation (checkpointing) has put its own in place
+        if adjoint.residual is not None:
+            settle(self._policy, adjoint.result, adjoint.residual, tol, "adjoint")
+
+    def settle(self, result: Result, residual: Tensor) -> None:
+        """Raise, warn or accept what the free phase ended with, as the policy says."""
+        settle(self._policy, result, residual, self.solver.tol, "free phase")
+
+
+def settle(policy: OnFailure, result: Result, residual: Tensor, tol: float, what: str) -> None:
+    """Raise, warn or accept where a solve missed its tolerance."""
+    if result or policy == "accept":
+        return
+    text = (
+        f"{what}: {result.value} (worst residual {float(residual.max()):.2e}, tolerance "
+        f"{tol:.0e}); raise max_steps or tol, stabilise the dynamics (JacobianHinge), or pass "
+        "on_failure='accept' and check certificate"
+    )
+    if policy == "raise":
+        raise ConvergenceError(text)
+    warnings.warn(text, RuntimeWarning, stacklevel=2)
