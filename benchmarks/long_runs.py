@@ -5,8 +5,9 @@
 
 Every folder below the given one is a run; `<arm>-<seed>` names it. Its metrics are thinned (every
 hundredth step, every evaluation, and every step that was refused or took unusually long) and kept
-with the table. The cost of an arm's step is measured in units of a step of an ordinary model of as
-many blocks: both are trained on from the runs' last checkpoints, in turn, in one process.
+with the table, and so are the runs of an earlier table whose folders are not there any more. The
+cost of an arm's step is measured in units of a step of an ordinary model of as many blocks: both
+are trained on from the runs' last checkpoints, in turn, in one process.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import argparse
 import json
 import random
 import statistics
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -132,6 +134,21 @@ def draw(runs: dict[str, dict[str, Any]], costs: dict[str, float], file: Path, t
     figure.savefig(file, dpi=120)
 
 
+def earlier(name: str, folders: Collection[str]) -> dict[str, dict[str, Any]]:
+    """Return the runs of the table that stands there already, but those that are measured anew."""
+    file = RESULTS / f"{name}.json"
+    if not file.exists():
+        return {}
+    known = json.loads(file.read_text(encoding="utf-8"))["results"]
+    arms = {arm_of(folder) for folder in folders}
+    runs = {run: figures for run, figures in known.items() if run not in folders}
+    for run, figures in runs.items():
+        figures["losses"] = {int(step): loss for step, loss in figures["losses"].items()}
+        if arm_of(run) in arms:  # its arm's cost is measured anew
+            figures.pop("cost", None)
+    return runs
+
+
 def arm_of(name: str) -> str:
     """Return the arm of a run `<arm>-<seed>`."""
     return name.rpartition("-")[0] or name
@@ -147,7 +164,8 @@ def main() -> None:
     folders = {f.parent.name: f.parent for f in sorted(given.folder.glob("*/metrics.jsonl"))}
     if not folders:
         raise SystemExit(f"{given.folder} holds no runs: give the folder that theirs lie in")
-    runs, costs, rows = {}, {}, []
+    runs, costs, rows = earlier(given.name, folders), {}, []
+    costs.update({arm_of(name): run["cost"][1] for name, run in runs.items() if "cost" in run})
     kept = RESULTS / given.name
     kept.mkdir(parents=True, exist_ok=True)
     for name, folder in folders.items():
@@ -161,6 +179,7 @@ def main() -> None:
         if arm not in costs:
             runs[name]["cost"] = cost(folder, given.data)
             costs[arm] = runs[name]["cost"][1]
+    runs = dict(sorted(runs.items()))
     for name, run in runs.items():
         counts = [run[f"{kind}_evaluations"] for kind in ("free", "adjoint")]
         rows.append(
