@@ -5,7 +5,9 @@ The command line turns any `AltpropError` into one line on standard error and ex
 
 from __future__ import annotations
 
+import abc
 import difflib
+import inspect
 from collections.abc import Iterable
 
 Problems = list[tuple[str, str]]
@@ -78,6 +80,27 @@ def told(problems: Problems) -> list[str]:
         together = [listed(names)] if len(names) > 3 else names
         lines += [f"{name}: {why}" if name else why for name in together]
     return lines
+
+
+def refuse_subclass(cls: type, root: type, instead: str) -> None:
+    """Refuse a class that derives from a concrete one of this library below `root`: they are final.
+
+    What a class claims about itself, a closed form say, would silently be claimed of another one.
+    (Classes that torch makes of a module's own, for parametrisations and shards, are no others.)
+
+    **Arguments:** `instead`, what to write, with the name of the concrete class as `{name}`.
+
+    **Raises:** `ConfigError`.
+    """
+    if cls.__module__ == abc.__name__:  # nobody has written it: type() has made it
+        return
+    for base in cls.__mro__[1:]:
+        ours = base.__module__.partition(".")[0] == "altprop" and issubclass(base, root)
+        if ours and not inspect.isabstract(base):
+            raise ConfigError(
+                f"{cls.__name__} derives from {base.__name__}, which is final: "
+                + instead.format(name=base.__name__)
+            )
 
 
 def unknown(what: str, name: str, known: Iterable[str]) -> ConfigError:

@@ -15,8 +15,14 @@ from altprop.equilibrium.solvers.solver import Force, land, with_limits
 
 
 @dataclass(frozen=True)
-class Hopeful(ap.Anderson):
+class Hopeful(ap.AbstractSolver):
     """A solver that expects far too much of its next step."""
+
+    tol: float = 1e-3
+    max_steps: int = 100
+
+    def solve(self, force: Force, start: Tensor, **how: Any) -> ap.Solution:
+        return ap.Anderson(tol=self.tol, max_steps=self.max_steps).solve(force, start, **how)
 
     def approach(self, force: Force, start: Tensor, **how: Any) -> tuple[ap.Solution, Tensor]:
         found = with_limits(self, 1e3 * self.tol, self.max_steps).solve(force, start, **how)

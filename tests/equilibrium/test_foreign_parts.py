@@ -52,27 +52,6 @@ class Adapted(nn.Module):
         return self.base(x) + x @ self.a.mT @ self.b.mT
 
 
-class Leaky(ap.GatedBlock):
-    """A force with a term more, and closed products that are the other force's and that term's."""
-
-    def forward(self, z: Tensor, x: Tensor) -> Tensor:
-        return super().forward(z, x) - 0.3 * z
-
-    def linearise(self, z: Tensor, x: Tensor) -> ap.AbstractLinearisation:
-        return _Leaking(super().linearise(z, x))
-
-
-class _Leaking(ap.AbstractLinearisation):
-    def __init__(self, inner: ap.AbstractLinearisation) -> None:
-        self.inner = inner
-
-    def vjp(self, a: Tensor) -> Tensor:
-        return self.inner.vjp(a) - 0.3 * a
-
-    def jvp(self, v: Tensor) -> Tensor:
-        return self.inner.jvp(v) - 0.3 * v
-
-
 def attention(d: ap.AbstractDynamics) -> CausalAttention:
     found = d.attention
     assert isinstance(found, CausalAttention)
@@ -164,12 +143,21 @@ def test_a_changed_part_changes_force_and_gradients_alike(
     compare(s.dynamics, s.x, estimator)
 
 
-@pytest.mark.parametrize("estimator", EXACT, ids=["AEP", "Implicit"])
-def test_a_subclass_may_add_to_the_products_of_its_base(estimator: ap.AbstractEstimator) -> None:
-    torch.manual_seed(0)
-    dynamics = Leaky(4, heads=2, init_std=0.25).double()
-    nn.init.normal_(dynamics.alpha, std=0.25)
-    compare(dynamics, torch.randn(2, 3, 4, dtype=torch.float64), estimator)
+def test_concrete_classes_are_final_and_say_what_to_write() -> None:
+    """A closed form of the base would be claimed of another force."""
+    for base, root, words in (
+        (ap.GatedBlock, "AbstractDynamics", "ap.from_function"),
+        (ap.Layered, "AbstractDynamics", "hold a Layered"),
+        (ap.Anderson, "AbstractSolver", "call its solve"),
+        (ap.AEP, "AbstractEstimator", "call its adjoint"),
+    ):
+        with pytest.raises(ap.ConfigError, match=f"{words}.*, or derive from {root}$"):
+            exec(f"class Own(ap.{base.__name__}): pass", {"ap": ap, "__name__": __name__})
+
+    inner = ap.GatedBlock(4, heads=2, init_std=0.25).double()
+    nn.init.normal_(inner.alpha, std=0.25)
+    held = ap.from_function(lambda z, x: inner(z, x) - 0.1 * z, inner)
+    compare(held, torch.randn(2, 3, 4, dtype=torch.float64), ap.AEP(tol=1e-9, response=1e-5))
 
 
 def test_a_hook_that_changes_an_output_changes_what_is_recorded() -> None:

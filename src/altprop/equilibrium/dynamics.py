@@ -14,21 +14,21 @@ from typing import Any, Literal, NamedTuple
 from torch import Tensor, nn
 
 from altprop.equilibrium.driven import Driven
-from altprop.equilibrium.plain import FORCE, evaluates, is_watched
+from altprop.equilibrium.plain import FORCE, is_overridden, is_watched
 from altprop.equilibrium.products import (
     AbstractEvaluation,
     AbstractLinearisation,
     AutogradLinearisation,
     record,
 )
-from altprop.errors import RuleError
+from altprop.errors import RuleError, refuse_subclass
 
 
 class AbstractDynamics(nn.Module, ABC):
     """Base of every dynamics: `dynamics(z, x)` is the force `F(z; x, θ)`.
 
-    The parameters are the module's. `step` is the `ε` for which `z + εF(z)` is the natural
-    fixed-point map, `g(z)` in the stabiliser's terms.
+    Those of this library are final. The parameters are the module's. `step` is the `ε` for which
+    `z + εF(z)` is the natural fixed-point map, `g(z)` in the stabiliser's terms.
     """
 
     step: float = 1.0
@@ -39,6 +39,15 @@ class AbstractDynamics(nn.Module, ABC):
     """Whether nothing feeds back, so that the fixed point cannot be lost."""
     margin: float = 0.3
     """How large the gain `‖J_gᵀv‖` may grow before a stabiliser pushes it back."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        refuse_subclass(
+            cls,
+            AbstractDynamics,
+            "hold a {name} and call it, as in ap.from_function(lambda z, x: inner(z, x) - 0.1 * z, "
+            "inner), or derive from AbstractDynamics",
+        )
 
     @property
     def gate(self) -> nn.Parameter | None:
@@ -84,23 +93,22 @@ class AbstractDynamics(nn.Module, ABC):
     def evaluate(self, z: Tensor, x: Tensor) -> AbstractEvaluation | None:
         """Return the force, its products and all its gradients at `z`; `None` for no closed form.
 
-        Override it where closed forms are cheaper than automatic differentiation. It counts for
-        the force of the class that defines it: a subclass with another one has none. Where there
-        are hooks or parametrisations, the recorded force is the ordinary one.
+        Override it where closed forms are cheaper than automatic differentiation. Where methods
+        were put on an instance, or there are hooks or parametrisations, it is not asked.
         """
         return None
 
     def linearise(self, z: Tensor, x: Tensor) -> AbstractLinearisation:
         """Return the Jacobian's products at `z`; override it for closed forms of these alone."""
         x = x.detach()
-        made = self.evaluate(z.detach(), x) if evaluates(self, FORCE) else None
+        made = None if is_overridden(self, FORCE) else self.evaluate(z.detach(), x)
         return AutogradLinearisation(lambda state: self(state, x), z) if made is None else made
 
     def record(self, z: Tensor, x: Tensor) -> tuple[Tensor, Callable[[], AbstractLinearisation]]:
         """Return the force at `z`, recorded for autograd, and what linearises it there."""
         z = z.detach()
-        closed = evaluates(self, FORCE | {"linearise"}) and not is_watched(self)
-        made = self.evaluate(z, x) if closed else None
+        changed = is_overridden(self, FORCE | {"linearise"}) or is_watched(self)
+        made = None if changed else self.evaluate(z, x)
         if made is None:
             return self(z, x), partial(self.linearise, z, x.detach())
         return record(made, partial(self.linearise, z, x))

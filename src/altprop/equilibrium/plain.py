@@ -19,18 +19,6 @@ def is_overridden(root: nn.Module, methods: frozenset[str]) -> bool:
     return not all(methods.isdisjoint(vars(m)) for m in root.modules())
 
 
-def evaluates(dynamics: nn.Module, methods: frozenset[str]) -> bool:
-    """Tell whether `evaluate` stands for these methods: nothing below it overrides them."""
-    if is_overridden(dynamics, methods):
-        return False
-    for kind in type(dynamics).__mro__:
-        if "evaluate" in vars(kind):
-            return True
-        if not methods.isdisjoint(vars(kind)):
-            return False
-    return False
-
-
 def is_watched(root: nn.Module) -> bool:
     """Tell whether something is to happen at the calls of any module, or at reads of its weights.
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from dataclasses import replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -25,12 +25,20 @@ from altprop.equilibrium.solvers.solver import (
     per_sample,
     sample_norm,
 )
-from altprop.errors import ConfigError
+from altprop.errors import ConfigError, refuse_subclass
 from altprop.rule import AbstractRule, Seam
 
 
 class AbstractEstimator(AbstractRule):
     """Base of every estimator: a frozen dataclass whose `adjoint` turns `g` into `a`."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        refuse_subclass(
+            cls,
+            AbstractEstimator,
+            "hold a {name} and call its adjoint, or derive from AbstractEstimator",
+        )
 
     seam: ClassVar[Seam] = "adjoint"
     records: ClassVar[bool] = False

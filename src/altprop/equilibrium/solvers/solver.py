@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from altprop.errors import ConfigError, RuleError
+from altprop.errors import ConfigError, RuleError, refuse_subclass
 
 Force = Callable[[Tensor], Tensor]
 
@@ -51,7 +51,9 @@ class Solution:
 
 
 class AbstractSolver(ABC):
-    """Base of every solver. A concrete solver is a frozen dataclass with `tol` and `max_steps`.
+    """Base of every solver. A concrete one is a frozen dataclass with `tol` and `max_steps`.
+
+    Those of this library are final.
 
     `tol`: the largest accepted residual per sample, relative to the scale of the solve; 0 asks for
     exactly `max_steps` steps, which then cannot fail to converge but only to stay finite.
@@ -60,6 +62,12 @@ class AbstractSolver(ABC):
     tokens may be solved before the others, which a relaxation in time would not do. `repeatable`:
     whether the force must be, since evaluations are compared with each other.
     """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        refuse_subclass(
+            cls, AbstractSolver, "hold a {name} and call its solve, or derive from AbstractSolver"
+        )
 
     linear: ClassVar[bool] = False
     repeatable: ClassVar[bool] = True
