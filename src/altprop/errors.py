@@ -5,7 +5,6 @@ The command line turns any `AltpropError` into one line on standard error and ex
 
 from __future__ import annotations
 
-import abc
 import difflib
 import inspect
 from collections.abc import Iterable
@@ -92,7 +91,7 @@ def refuse_subclass(cls: type, root: type, instead: str) -> None:
 
     **Raises:** `ConfigError`.
     """
-    if cls.__module__ == abc.__name__:  # nobody has written it: type() has made it
+    if cls.__module__ == "abc":  # nobody has written it: type() has made it
         return
     for base in cls.__mro__[1:]:
         ours = base.__module__.partition(".")[0] == "altprop" and issubclass(base, root)
