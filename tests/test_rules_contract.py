@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -117,3 +119,24 @@ def test_the_contract_of_rules_catches_a_map_that_is_off_its_closed_form(
     monkeypatch.setattr("altprop.testing.rules._check_gradients", lambda rule: None)
     with pytest.raises(AssertionError, match="off its closed form"):
         check_rule(Plain(), compiled=False, distributed=False)
+
+
+def test_without_assertions_a_broken_rule_is_still_found() -> None:
+    code = """
+import altprop as ap
+from altprop.testing import check_rule
+
+class Lost(ap.FeedbackAlignment):
+    def matrix(self, W, B, noise):
+        return W / 0
+
+assert False, "assertions are on"
+try:
+    check_rule(Lost())
+except AssertionError as error:
+    print("found:", error)
+"""
+    done = subprocess.run(
+        [sys.executable, "-O", "-c", code], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.startswith("found: ")

@@ -19,8 +19,8 @@ BUGS = [
     ),
     Bug(
         "testing/rules.py",
-        'assert error <= tolerance * scale, f"{what}',
-        'assert error <= scale, f"{what}',
+        'require(error <= tolerance * scale, f"{what}',
+        'require(error <= scale, f"{what}',
         _RULES,
     ),
     Bug(
@@ -33,8 +33,8 @@ BUGS = [
     Bug("testing/rules.py", "    _check_twice(rule)\n", "", _RULES),
     Bug(
         "testing/rules.py",
-        'assert error <= 0.15 * size + 1e-6, f"autocast',
-        'assert error <= 15 * size + 1e-6, f"autocast',
+        'error <= 0.15 * size + 1e-6, f"autocast: {told',
+        'error <= 15 * size + 1e-6, f"autocast: {told',
         _RULES,
     ),
     Bug("testing/rules.py", "    _check_seeds(rule)\n", "", _RULES),

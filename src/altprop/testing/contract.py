@@ -1,17 +1,29 @@
-"""What every contract is written in: requirements that say in words what is broken."""
+"""What every contract is written in: requirements that say in words what is broken.
+
+They are no `assert`s, which vanish under `python -O`.
+"""
 
 from __future__ import annotations
 
 import pickle
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 def require(holds: bool, text: str) -> None:
     if not holds:
         raise AssertionError(text)
+
+
+def present(value: T | None, text: str) -> T:
+    """Return the value, which is required to be there."""
+    if value is None:
+        raise AssertionError(text)
+    return value
 
 
 def close(got: Tensor, wanted: Tensor, rtol: float, text: str) -> None:

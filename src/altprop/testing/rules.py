@@ -27,6 +27,7 @@ from altprop.feedback import generator_for
 from altprop.learned import feedback_parameters
 from altprop.roles import Role
 from altprop.rule import AbstractBroadcast, AbstractRule, AbstractTransport, Site
+from altprop.testing.contract import present, require
 from altprop.testing.samples import check_samples
 
 N, T, C, V = 4, 3, 8, 7
@@ -111,14 +112,14 @@ def _grads(model: nn.Module, run: Callable[[Tensor], Tensor] | None = None) -> G
 
 
 def _assert_close(got: Grads, want: Grads, what: str, tolerance: float = 1e-10) -> None:
-    assert got.keys() == want.keys(), f"{what}: other parameters, {got.keys() ^ want.keys()}"
+    require(got.keys() == want.keys(), f"{what}: other parameters, {got.keys() ^ want.keys()}")
     for name, a in got.items():
         b = want[name]
-        assert (a is None) == (b is None), f"{what}: {name} has a gradient in one of the two"
+        require((a is None) == (b is None), f"{what}: {name} has a gradient in one of the two")
         if a is not None and b is not None:
             error = float((a - b).abs().max())
             scale = max(1.0, float(b.abs().max()))
-            assert error <= tolerance * scale, f"{what}: {name} is off by {error:.2e}"
+            require(error <= tolerance * scale, f"{what}: {name} is off by {error:.2e}")
 
 
 def _converted(rule: AbstractRule, seed: int = 0, **options: Any) -> TinyModel:
@@ -146,15 +147,15 @@ def _check_forward(rule: AbstractRule) -> None:
     before = model(tokens)
     names = {name for name, _ in model.named_parameters()}
     convert(model, rule, output="head")
-    assert torch.equal(before, model(tokens)), "convert changed the logits"
+    require(torch.equal(before, model(tokens)), "convert changed the logits")
     with torch.no_grad():
-        assert torch.equal(before, model(tokens)), "the logits differ without recording"
-    assert model.head.weight is model.embed.weight, "tied weights came apart"
+        require(torch.equal(before, model(tokens)), "the logits differ without recording")
+    require(model.head.weight is model.embed.weight, "tied weights came apart")
     feedback = copy.deepcopy(_feedback(model))
     model.load_state_dict(old)  # strict: only feedback may be missing
     for name, B in _feedback(model).items():
         if not name.endswith("B_step"):
-            assert torch.equal(B, feedback[name]), f"an old state dict changed {name}"
+            require(torch.equal(B, feedback[name]), f"an old state dict changed {name}")
     try:
         model.load_state_dict({k: v for k, v in old.items() if k != "norm.weight"})
     except RuntimeError:
@@ -164,8 +165,8 @@ def _check_forward(rule: AbstractRule) -> None:
     _loss(model, _data()).backward()
     optimizer.step()
     moved = {n for n, t in model.state_dict().items() if n in old and not torch.equal(t, old[n])}
-    assert moved >= {"embed.weight", "norm.weight"}, "an optimiser built before no longer steps"
-    assert names <= {name for name, _ in model.named_parameters()}, "a parameter was renamed"
+    require(moved >= {"embed.weight", "norm.weight"}, "an optimiser built before no longer steps")
+    require(names <= {name for name, _ in model.named_parameters()}, "a parameter was renamed")
 
 
 def _check_gradients(rule: AbstractRule) -> None:
@@ -177,10 +178,10 @@ def _check_gradients(rule: AbstractRule) -> None:
         parameter = model.get_parameter(name)
         if parameter.requires_grad:
             kind = "feedback" if id(parameter) in learned else "parameter"
-            assert grad is not None, f"the {kind} {name} got no gradient"
-            assert bool(grad.isfinite().all()), f"{name} got a gradient that is not finite"
+            grad = present(grad, f"the {kind} {name} got no gradient")
+            require(bool(grad.isfinite().all()), f"{name} got a gradient that is not finite")
         else:
-            assert grad is None, f"{name} is frozen but got a gradient"
+            require(grad is None, f"{name} is frozen but got a gradient")
     # two backward passes add up
     model, twin = _converted(rule), _converted(rule)
     first, second = _grads(twin), _grads(twin)
@@ -219,10 +220,12 @@ def _check_precision(rule: AbstractRule) -> None:
     loss.backward()
     for name, grad in _take(twin).items():
         want = cast(Tensor, plain[name])
-        assert grad is not None and grad.dtype == torch.float32, f"autocast: {name} has {grad}"
+        grad = present(grad, f"autocast: {name} has no gradient")
+        require(grad.dtype == torch.float32, f"autocast: {name} has {grad}")
         size = float(torch.linalg.vector_norm(want))
         error = float(torch.linalg.vector_norm(grad - want))
-        assert error <= 0.15 * size + 1e-6, f"autocast: {name} is off by {error:.1e} of {size:.1e}"
+        told = f"{name} is off by {error:.1e} of {size:.1e}"
+        require(error <= 0.15 * size + 1e-6, f"autocast: {told}")
 
 
 def _check_checkpointing(rule: AbstractRule) -> None:
@@ -240,19 +243,20 @@ def _check_checkpointing(rule: AbstractRule) -> None:
 def _check_seeds(rule: AbstractRule) -> None:
     one, same, other = (_converted(rule, seed=seed) for seed in (3, 3, 4))
     for name, B in _feedback(one).items():
-        assert torch.equal(B, _feedback(same)[name]), f"one seed gave two feedbacks {name}"
+        require(torch.equal(B, _feedback(same)[name]), f"one seed gave two feedbacks {name}")
         if not name.endswith("B_step"):
-            assert not torch.equal(B, _feedback(other)[name]), f"{name} does not depend on the seed"
+            same_draw = torch.equal(B, _feedback(other)[name])
+            require(not same_draw, f"{name} does not depend on the seed")
     _grads(one)
     other.load_state_dict(one.state_dict())
     for name, B in _feedback(one).items():
-        assert torch.equal(B, _feedback(other)[name]), f"{name} did not survive its state dict"
+        require(torch.equal(B, _feedback(other)[name]), f"{name} did not survive its state dict")
     if _deterministic(rule):
         _assert_close(_grads(one), _grads(other), "gradients after load_state_dict")
 
 
 def _check_copies(rule: AbstractRule) -> None:
-    assert pickle.loads(pickle.dumps(rule)) == rule, "the rule is no value: its pickle differs"
+    require(pickle.loads(pickle.dumps(rule)) == rule, "the rule is no value: its pickle differs")
     hash(rule)
     model = _converted(rule)
     twin, loaded = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
@@ -261,10 +265,11 @@ def _check_copies(rule: AbstractRule) -> None:
     _assert_close(_grads(loaded), wanted, "pickle")
     revert(model)
     plain = _model()
-    assert [type(m) for m in model.modules()] == [type(m) for m in plain.modules()], "revert: types"
-    assert model.state_dict().keys() == plain.state_dict().keys(), "revert: state-dict keys"
+    types, wanted_types = (list(map(type, m.modules())) for m in (model, plain))
+    require(types == wanted_types, "revert: types")
+    require(model.state_dict().keys() == plain.state_dict().keys(), "revert: state-dict keys")
     for module, original in zip(model.modules(), plain.modules(), strict=True):
-        assert module.__dict__.keys() == original.__dict__.keys(), "revert left an attribute"
+        require(module.__dict__.keys() == original.__dict__.keys(), "revert left an attribute")
     _assert_close(_grads(model), _grads(plain), "revert", 0.0)
 
 
@@ -301,12 +306,12 @@ def _check_transport(rule: AbstractTransport, matrix: Matrix | None) -> None:
             "bias": (layer.bias.grad, g.sum((0, 1))),
         }
         if rule.learned:
-            assert B is not None
+            B = present(B, "a rule that learns its feedback has none")
             flow = rule.feedback_gradient(W, B, wanted["weight"][1], noise)
             wanted["feedback"] = (B.grad, flow)
         for name, (got, want) in wanted.items():
             error = float((got - want).abs().max())
-            assert error <= 1e-12, f"the gradient of {name} is off its closed form by {error:.1e}"
+            require(error <= 1e-12, f"the gradient of {name} is off its closed form by {error:.1e}")
     if B is None or rule.noisy or not torch.equal(rule.matrix(W, W, None), W):
         return
     model = _converted(rule)
@@ -392,7 +397,7 @@ def _compare_ranks(rule: AbstractRule, rank: int) -> None:
         what = f"{rule} in two processes"
         _assert_close(got, joint, what)
         for name, value in {**got, **_feedback(local)}.items():
-            assert value is not None, f"{what}: {name} has no gradient"
+            value = present(value, f"{what}: {name} has no gradient")
             pair = [torch.empty_like(value) for _ in range(2)]
             torch.distributed.all_gather(pair, value.contiguous())
-            assert torch.equal(*pair), f"{what}: {name} differs between the ranks"
+            require(torch.equal(*pair), f"{what}: {name} differs between the ranks")
