@@ -204,7 +204,10 @@ def test_an_unknown_name_is_met_with_the_nearest_known_one(
     ("content", "said"),
     [
         ("stepz: 3\n", "did you mean steps?"),
-        ("estimator:\n  class_path: AEP\n  init_args:\n    bta: 0.1\n", "beta"),
+        (
+            "estimator: AEP(bta=0.1)\n",
+            "unknown option estimator.bta of AEP: did you mean estimator.beta?",
+        ),
         ("steps: many\n", "steps"),
         ("steps: [\n", "not valid YAML"),
         ("just words\n", "expected lines such as 'steps: 1000'"),
@@ -247,7 +250,12 @@ def test_a_nudge_that_is_not_positive(
         ("device", "meta", "device 'meta' cannot be used here"),
         ("data", "", "no file or folder '': give the name of a corpus"),
         ("freeze", '["*"]', "freeze: '*' leaves no parameter to learn"),
-        ("solver", "{class_path: Anderson, init_args: {memory: 0}}", "memory is 0"),
+        ("solver", "Anderson(memory=0)", "memory is 0"),
+        (
+            "solver",
+            "Anderson(memory='five')",
+            "--solver.memory: expected a whole number, got 'five'",
+        ),
     ],
 )
 def test_a_value_that_no_run_can_have(

@@ -80,7 +80,7 @@ def test_rules_by_pattern_come_from_the_yaml_file(
     file.write_text(
         "rules:\n"
         "  blocks.*.attn.*: SignSymmetry\n"
-        "  blocks.*.mlp.*: {class_path: FeedbackAlignment, init_args: {init: orthogonal}}\n"
+        "  blocks.*.mlp.*: FeedbackAlignment(init='orthogonal')\n"
     )
     words = ["explain", "--config", str(file), "--data", str(text), *SMALL]
     assert main(words) == 0

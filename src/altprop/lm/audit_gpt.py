@@ -29,13 +29,13 @@ from altprop import (
     feedback_parameters,
     rules_off,
 )
-from altprop.lm.config import plain
 from altprop.lm.evaluation import evaluate
 from altprop.lm.files import replacing, write_whole
 from altprop.lm.model import LanguageModel
 from altprop.lm.settings import TrainConfig
 from altprop.lm.text import Batches, load_corpus, windows
 from altprop.lm.train import build_model, learning_rate, make_optimiser
+from altprop.lm.values import plain
 
 CPU = torch.device("cpu")
 FIGURES = ("cosine", "norm_ratio", "sign_agreement")

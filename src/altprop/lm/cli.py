@@ -11,17 +11,17 @@ import errno
 import importlib
 import inspect
 import os
+import re
 import sys
+import textwrap
 import typing
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import altprop
 from altprop.errors import AltpropError, ConfigError, unknown
-
-if TYPE_CHECKING:
-    from altprop.lm.config import Parser
 
 Commands = Mapping[str, tuple[str, str]]
 
@@ -115,73 +115,156 @@ def _call(prog: str, function: Callable[..., Any], argv: Sequence[str]) -> None:
     The keyword-only parameters of the function are options; the others may also be written without
     their name. If its only parameter is a dataclass, the fields of that are the options.
     """
-    from altprop.lm.config import Parser
+    from altprop.lm.config import read_values, to_yaml
+    from altprop.lm.values import changed, defaults_of, fit, no_option, types_of
 
     parameters = list(inspect.signature(function).parameters.values())
     target: Any = function
     if len(parameters) == 1:
         hint = typing.get_type_hints(function)[parameters[0].name]
         target = hint if isinstance(hint, type) and dataclasses.is_dataclass(hint) else function
-    parser = Parser(prog=prog)
-    parser.add_argument(
-        "--config",
-        action="config",
-        metavar="FILE",
-        help="Take options from a YAML file; those written here win.",
-    )
-    if target is function:
-        parser.add_function_arguments(function)
-        places = [p for p in parameters if p.kind is not p.KEYWORD_ONLY]
-    else:
-        parser.description = (inspect.getdoc(function) or "").partition("\n\n")[0]
-        parser.add_class_arguments(target)
-        places = []
-    parser.places = [p.name for p in places]
-    shown = [p.name.upper() if p.default is p.empty else f"[{p.name.upper()}]" for p in places]
-    parser.usage = " ".join([prog, *shown, "[--option VALUE ...]"])
-    try:
-        values = parser.built(parser.parse_args(_one_word_each(argv, parser)))
-    except SystemExit:  # after help or --print_config
+    places = [p.name for p in parameters if p.kind is not p.KEYWORD_ONLY and target is function]
+    types, values = types_of(target), defaults_of(target)
+    option = {name: name.upper() if name in places else f"--{name}" for name in types}
+    pairs = _pairs(prog, argv, [name for name, hint in types.items() if hint is bool], places)
+    for name, text in pairs:
+        if name not in _EVERYWHERE and name.partition(".")[0] not in types:
+            parts = (f"{n}.{p}" for n, v in values.items() for p in getattr(v, "__dict__", ()))
+            raise no_option("--", name, [*types, *_EVERYWHERE, *parts])
+        if text is None and not name.endswith("help"):
+            raise ConfigError(f"--{name}: expected a value, such as --{name} VALUE")
+    asked = {name: text or "" for name, text in pairs}
+    for name, text in pairs:
+        if name == "import":
+            _import(str(text))
+    if helped := [name for name in asked if name.rpartition(".")[2] == "help"]:
+        name, _, _ = helped[0].rpartition(".")
+        if name:
+            _help_on_class(name, types.get(name), asked[helped[0]], values.get(name))
+        else:
+            shown = [f"[{p.upper()}]" if p in values else p.upper() for p in places]
+            print("usage:", *[prog, *shown, "[--option VALUE ...]"], end="\n\n")
+            _help(function, target, _EVERYWHERE)
         return
-    if target is function:
-        function(*[values.pop(p.name) for p in places], **values)
+    for name, text in pairs:
+        if name == "config":
+            values |= read_values(Path(str(text)), target)
+    said: dict[str, Any] = {}
+    for name, text in pairs:
+        top, *path = name.split(".")
+        if top in types:
+            before = said.get(top, values.get(top))
+            said[top] = changed(types[top], before, path, str(text), option[top])
+    values |= {name: fit(types[name], value, option[name]) for name, value in said.items()}
+    values = {name: values[name] for name in types if name in values}
+    if "print_config" in asked:
+        print(to_yaml(values), end="")
+    elif missing := [option[name] for name in types if name not in values]:
+        raise ConfigError(f"{', '.join(missing)} is missing")
+    elif target is function:
+        function(*[values.pop(name) for name in places], **values)
     else:
         function(target(**values))
 
 
-def _one_word_each(argv: Sequence[str], parser: Parser) -> list[str]:
-    """Write each option as one word `--name=value`, and files first so that the others win."""
-    words, places, result, options = deque(argv), deque(parser.places), [], True
+# what every command takes besides its own
+_EVERYWHERE = {
+    "config": "take options from a YAML file; those written here win.",
+    "import": "import a Python module first, so that its classes are known.",
+    "print_config": "print the options as --config takes them, and run nothing.",
+    "help": "print this; --OPTION.help CLASS prints what a class takes.",
+}
+
+
+def _pairs(
+    prog: str, argv: Sequence[str], switches: Sequence[str], places: Sequence[str]
+) -> list[tuple[str, str | None]]:
+    """Return the name of each option that is written, in order, and what is written for it."""
+    words, free, options = deque(argv), deque(places), True
+    pairs: list[tuple[str, str | None]] = []
     while words:
         word = words.popleft()
-        name, given, value = word.partition("=")
+        name, equals, value = word.partition("=")
         key = name.removeprefix("--").replace("-", "_")
         if options and word == "--":
             options = False
         elif not (options and _is_option(word)):
-            if not places:
-                raise ConfigError(
-                    f"unexpected argument {word!r}: {parser.prog} --help lists the options"
-                )
-            result.append(f"--{places.popleft()}={word}")
+            if not free:
+                raise ConfigError(f"unexpected argument {word!r}: {prog} --help lists the options")
+            pairs.append((free.popleft(), word))
         elif word == "-h":
-            result.append("--help")
+            pairs.append(("help", None))
         elif not name.startswith("--"):
-            raise ConfigError(f"unknown option {name}: {parser.prog} --help lists the options")
-        elif given:
-            result.append(f"--{key}={value}")
-        elif parser.hints.get(key) is bool and not (words and words[0] in ("true", "false")):
-            result.append(f"--{key}=true")
-        elif key in ("help", "print_config") or not words or _is_option(words[0]):
-            result.append(f"--{key}")
+            raise ConfigError(f"unknown option {name}: {prog} --help lists the options")
+        elif equals:
+            pairs.append((key, value))
+        elif key in ("help", "print_config"):
+            pairs.append((key, ""))
+        elif key in switches and not (words and words[0] in ("true", "false")):
+            pairs.append((key, "true"))
         else:
-            result.append(f"--{key}={words.popleft()}")
-    for place in parser.places[: len(parser.places) - len(places)]:
-        if sum(word.startswith(f"--{place}=") for word in result) > 1:
+            pairs.append((key, words.popleft() if words and not _is_option(words[0]) else None))
+    for place in places[: len(places) - len(free)]:
+        if sum(name == place for name, _ in pairs) > 1:
             raise ConfigError(
                 f"{place.upper()} is given twice, by its place and as --{place}: give it once"
             )
-    return sorted(result, key=lambda word: not word.startswith("--config="))
+    return pairs
+
+
+def _import(module: str) -> None:
+    """Import what the command line names, also from the working folder."""
+    if not all(part.isidentifier() for part in module.split(".")):
+        raise ConfigError(f"--import {module}: expected the name of a module, such as my_rules")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    try:
+        importlib.import_module(module)
+    except ImportError as error:
+        raise ConfigError(f"--import {module}: {error}") from error
+
+
+def _help_on_class(option: str, hint: Any, name: str, default: object) -> None:
+    """Print what the class `name` takes that an option of this type may be, or the default's."""
+    from altprop.lm.values import Call, base_of, choices, looked_up
+
+    if (base := base_of(hint)) is None:
+        raise ConfigError(f"unknown option --{option}.help: --{option} takes no class")
+    if not name and default is None:
+        raise ConfigError(
+            f"--{option}.help: name a class after it, one of {', '.join(choices(base))}"
+        )
+    cls, _ = looked_up(base, Call(name or type(default).__name__), f"--{option}")
+    _help(cls, cls, {}, f"{option}.")
+
+
+def _help(said: Any, target: Any, more: Mapping[str, str], before: str = "") -> None:
+    """Print what the docstring of `said` is about, and what `target` takes."""
+    from altprop.lm.values import defaults_of, described, plain, types_of
+
+    print((inspect.getdoc(said) or "").partition("\n\n")[0] + "\n\noptions:")
+    lines, words, defaults = {}, _words_on(target), defaults_of(target)
+    for name, hint in types_of(target).items():
+        value = plain(defaults.get(name))
+        default = f"default: {'null' if value is None else value}"
+        default = default if name in defaults else "required"
+        lines[f"{before}{name}"] = f"{words.get(name, '')} ({described(hint)}; {default})".strip()
+    for name, text in {**lines, **more}.items():
+        start = f"  --{name:17} "
+        print(textwrap.fill(text, 100, initial_indent=start, subsequent_indent=" " * 22))
+
+
+def _words_on(target: Any) -> dict[str, str]:
+    """Return what the section `Args:` of a docstring says of each argument."""
+    found: dict[str, str] = {}
+    for line in (inspect.getdoc(target) or "").partition("Args:\n")[2].splitlines():
+        if line[:1].strip():
+            break  # the next section
+        if start := re.match(r" {4}(\w+): (.*)", line):
+            found[name := start[1]] = start[2]
+        elif found and line.strip():
+            found[name] += f" {line.strip()}"
+    return found
 
 
 def _is_option(word: str) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import MISSING, Field, dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +17,7 @@ from altprop import (
 )
 from altprop.errors import unknown
 from altprop.lm.blocks import ESTIMATOR, SOLVER, ModelConfig
+from altprop.lm.values import defaults_of
 
 
 def is_run(folder: Path) -> bool:
@@ -141,8 +142,8 @@ class TrainConfig:
                 raise ConfigError(f"{name} needs the run's folder: write --out FOLDER --{name}")
         if self.model not in _OWN:
             raise unknown("model", self.model, _OWN)
+        default = defaults_of(type(self))
         for other, names in _OWN.items():
-            default = {f.name: _default(f) for f in fields(self) if f.name in names}
             given = [name for name in names if getattr(self, name) != default[name]]
             if other != self.model and given:
                 raise ConfigError(
@@ -201,10 +202,6 @@ _OWN = {
     ),
     "gpt": ("tie_head", "rule", "rules"),
 }
-
-
-def _default(f: Field[Any]) -> Any:
-    return f.default if f.default_factory is MISSING else f.default_factory()
 
 
 def _require(name: str, value: object, holds: bool, expected: str) -> None:
