@@ -23,9 +23,9 @@ import torch
 import altprop as ap
 import floors
 import gpu
-from altprop.lm.reference import Sizes
-from altprop.lm.train import pick_device
-from altprop.memory import peak_live_bytes
+from altprop.auditing.memory import peak_live_bytes
+from altprop.lab.reference import Sizes
+from altprop.lab.train import pick_device
 from arms import (
     CHUNKED,
     LOOSEST,

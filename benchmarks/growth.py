@@ -21,8 +21,8 @@ from typing import Any
 import torch
 
 import altprop as ap
-from altprop.lm.train import pick_device
-from altprop.memory import peak_live_bytes
+from altprop.auditing.memory import peak_live_bytes
+from altprop.lab.train import pick_device
 from arms import UNIT, Arm, by_library, ordinary
 from common import markdown, write
 from problems import Head, Problem

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 import altprop as ap
+from altprop.auditing.memory import peak_live_bytes
 from altprop.lm.model import GPT, ModelConfig
-from altprop.memory import peak_live_bytes
 from common import markdown, write
 from timing import paired, ratio
 

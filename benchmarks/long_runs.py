@@ -23,12 +23,12 @@ from typing import Any
 
 import torch
 
-from altprop.lm.config import read_config
-from altprop.lm.evaluation import evaluate, tiles
-from altprop.lm.sample_command import load_run
-from altprop.lm.settings import TrainConfig
+from altprop.lab.config import read_config
+from altprop.lab.evaluation import evaluate, tiles
+from altprop.lab.sample_command import load_run
+from altprop.lab.settings import TrainConfig
+from altprop.lab.train import build_model
 from altprop.lm.text import load_corpus
-from altprop.lm.train import build_model
 from common import RESULTS, markdown, write
 from throughput import Loop, quartiles, seconds
 

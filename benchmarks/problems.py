@@ -19,12 +19,12 @@ import torch.nn.functional as nnf
 from torch import Tensor, nn
 
 import altprop as ap
-from altprop.lm import checkpoint
+from altprop.lab import checkpoint
+from altprop.lab.reference import Sizes, reference_trial
+from altprop.lab.settings import TrainConfig
+from altprop.lab.train import train
 from altprop.lm.model import EquilibriumLM, embed
-from altprop.lm.reference import Sizes, reference_trial
-from altprop.lm.settings import TrainConfig
 from altprop.lm.text import Corpus, load_corpus, windows
-from altprop.lm.train import train
 
 CACHE = Path("runs/benchmark")
 HEADS = 4

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 
 import altprop as ap
-from altprop.lm.settings import TrainConfig
-from altprop.lm.train import train
+from altprop.lab.settings import TrainConfig
+from altprop.lab.train import train
 
 ARMS: dict[str, dict[str, Any]] = {
     "backprop": {},

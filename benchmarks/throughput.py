@@ -34,12 +34,12 @@ import torch
 from torch import nn
 
 import altprop as ap
+from altprop.lab.run import Run
+from altprop.lab.sample_command import load_run
+from altprop.lab.settings import TrainConfig
+from altprop.lab.train import build_model, learning_rate, make_optimiser, train
 from altprop.lm.model import LanguageModel, generate
-from altprop.lm.run import Run
-from altprop.lm.sample_command import load_run
-from altprop.lm.settings import TrainConfig
 from altprop.lm.text import Batches, Corpus, load_corpus
-from altprop.lm.train import build_model, learning_rate, make_optimiser, train
 from common import markdown, write
 from timing import now
 

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from altprop.lm import checkpoint
-from altprop.lm.report import read_metrics
-from altprop.lm.settings import TrainConfig
+from altprop.lab import checkpoint
+from altprop.lab.report import read_metrics
+from altprop.lab.settings import TrainConfig
 
 SMALL: dict[str, Any] = {
     "d_model": 16,

@@ -19,10 +19,10 @@ SRC = ROOT / "src"
 # The first pattern that fits a module says what of altprop it may import. `.*` is one level or
 # more. What is not listed under a concrete rule, estimator or solver it receives as an argument.
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
-    "altprop": ("altprop.*", "!altprop.lm.*", "!altprop.testing.*"),
-    "altprop.__main__": ("altprop.lm.cli",),
+    "altprop": ("altprop.*", "!altprop.lm.*", "!altprop.lab.*", "!altprop.testing.*"),
+    "altprop.__main__": ("altprop.lab.cli",),
     "altprop.errors": (),
-    "altprop.memory": (),
+    "altprop.auditing.memory": (),
     "altprop.transforms": ("altprop.errors",),
     "altprop.layouts": ("altprop.errors",),
     "altprop.assign": ("altprop.errors", "altprop.transforms"),
@@ -76,10 +76,18 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "altprop.equilibrium.*",
     ),
     "altprop.testing": ("altprop.testing.*",),
-    "altprop.testing.*": ("altprop", "altprop.*", "!altprop.lm.*"),
+    "altprop.testing.*": ("altprop", "altprop.*", "!altprop.lm.*", "!altprop.lab.*"),
     "altprop.lm": ("altprop.lm.*",),
-    "altprop.lm.*": ("altprop", "altprop.errors", "altprop.lm", "altprop.lm.*"),
-    "altprop.*": ("altprop.*", "!altprop.lm.*", "!altprop.testing.*"),
+    "altprop.lm.*": ("altprop", "altprop.errors", "altprop.files", "altprop.lm.*"),
+    "altprop.lab": ("altprop.lab.*",),
+    "altprop.lab.*": (
+        "altprop",
+        "altprop.errors",
+        "altprop.files",
+        "altprop.lm.*",
+        "altprop.lab.*",
+    ),
+    "altprop.*": ("altprop.*", "!altprop.lm.*", "!altprop.lab.*", "!altprop.testing.*"),
 }
 
 
@@ -135,8 +143,8 @@ def test_imports_point_one_way(module: str) -> None:
         ("altprop.errors", "import altprop.rule"),
         ("altprop.assign", "from altprop.rule import AbstractRule"),
         ("altprop.rule", "from altprop.equilibrium.module import Equilibrium"),
-        ("altprop.equilibrium.dynamics", "from altprop import GatedBlock"),
-        ("altprop.equilibrium.module", "from altprop.memory import peak_live_bytes"),
+        ("altprop.equilibrium.dynamics.dynamics", "from altprop import GatedBlock"),
+        ("altprop.equilibrium.module", "from altprop.auditing.memory import peak_live_bytes"),
         (
             "altprop.equilibrium.estimators.aep",
             "from altprop.equilibrium.estimators.ep import EP",
@@ -150,11 +158,11 @@ def test_imports_point_one_way(module: str) -> None:
             "def f():\n    from altprop.equilibrium.solvers.anderson import Anderson",
         ),
         ("altprop.rules.direct", "from altprop.rules.backprop import Backprop"),
-        ("altprop.memory", "from altprop.lm.text import Corpus"),
+        ("altprop.auditing.memory", "from altprop.lm.text import Corpus"),
         ("altprop.audit", "import altprop.lm.text"),
         ("altprop.testing.equilibrium", "from altprop.lm import text"),
-        ("altprop.lm.train", "from altprop.equilibrium.module import Equilibrium"),
-        ("altprop", "from altprop.lm.cli import main"),
+        ("altprop.lab.train", "from altprop.equilibrium.module import Equilibrium"),
+        ("altprop", "from altprop.lab.cli import main"),
     ],
 )
 def test_an_import_against_the_direction_is_found(module: str, line: str) -> None:

@@ -40,9 +40,9 @@ from altprop import (
     audit_trials,
     finite_difference_errors,
 )
-from altprop.agreement import Agreements, Flag, compare, compare_all, summarise, t_quantile
-from altprop.audit_report import Words
-from altprop.auditing import _trainable
+from altprop.auditing.agreement import Agreements, Flag, compare, compare_all, summarise, t_quantile
+from altprop.auditing.audit import _trainable
+from altprop.auditing.report import Words
 
 EXACT = Arm(BPTT(), Euler(0.3, 50))
 

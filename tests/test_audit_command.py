@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from altprop import AuditReport, ConfigError, DampedAttention, DataError
-from altprop.lm.audit_command import audit
-from altprop.lm.cli import main
-from altprop.lm.reference import (
+from altprop.lab.audit_command import audit
+from altprop.lab.cli import main
+from altprop.lab.reference import (
     REFERENCE,
     Rest,
     Sizes,
@@ -199,7 +199,7 @@ def test_bad_input_is_refused_before_anything_is_computed(
     def computed(*_: object) -> None:
         raise AssertionError("computed before the input was checked")
 
-    monkeypatch.setattr("altprop.lm.audit_command.relax", computed)
+    monkeypatch.setattr("altprop.lab.audit_command.relax", computed)
     with pytest.raises((ConfigError, DataError), match=message) as caught:
         audit(**{"data": text, **SMALL, **arguments})
     assert "\n" not in str(caught.value)

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 import altprop as ap
 from altprop import AbstractArm
-from altprop.agreement import Agreement, Flag, compare, compare_all, summarise
-from altprop.audit_report import Cost, Measured, Outcome, Reference, Row, Words
+from altprop.auditing.agreement import Agreement, Flag, compare, compare_all, summarise
+from altprop.auditing.report import Cost, Measured, Outcome, Reference, Row, Words
 
 Gradients = dict[str, Tensor]
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 import altprop as ap
-from altprop.lm.audit_gpt import audit_gpt
-from altprop.lm.settings import TrainConfig
+from altprop.lab.audit_gpt import audit_gpt
+from altprop.lab.settings import TrainConfig
 from lm_runs import SMALL, sentences
 
 

@@ -11,14 +11,14 @@ import torch
 from torch.optim.swa_utils import AveragedModel
 
 import altprop as ap
-from altprop.lm import checkpoint
-from altprop.lm.cli import main
-from altprop.lm.evaluation import evaluate
-from altprop.lm.guard import Guard
-from altprop.lm.run import Run
-from altprop.lm.sample_command import load_run
+from altprop.lab import checkpoint
+from altprop.lab.cli import main
+from altprop.lab.evaluation import evaluate
+from altprop.lab.guard import Guard
+from altprop.lab.run import Run
+from altprop.lab.sample_command import load_run
+from altprop.lab.train import averaged, build_model, train
 from altprop.lm.text import load_corpus, windows
-from altprop.lm.train import averaged, build_model, train
 from lm_runs import assert_equal_bits, curve, small, steps, tensors
 
 CPU = torch.device("cpu")
@@ -36,7 +36,7 @@ every_model = pytest.mark.parametrize("changes", MODELS.values(), ids=MODELS)
 @pytest.fixture(autouse=True)
 def no_curves(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing takes longer than everything else in a tiny run; tests/test_report.py draws."""
-    monkeypatch.setattr("altprop.lm.train.plot_run", lambda folder: folder)
+    monkeypatch.setattr("altprop.lab.train.plot_run", lambda folder: folder)
 
 
 def trajectory(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, torch.Tensor]]:

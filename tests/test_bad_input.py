@@ -15,8 +15,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from altprop.lm.cli import main
-from altprop.lm.train import train
+from altprop.lab.cli import main
+from altprop.lab.train import train
 from lm_runs import sentences, small, tree, words
 
 
@@ -25,7 +25,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a text, `text.txt`, and of a run on it, `run`."""
     folder = tmp_path_factory.mktemp("trained")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("altprop.lm.train.plot_run", lambda folder: folder)
+        patch.setattr("altprop.lab.train.plot_run", lambda folder: folder)
         train(small(folder / "run", steps=2))
     return folder
 
@@ -67,7 +67,7 @@ def tiny(here: Path, **changes: object) -> list[str]:
 
 
 def test_without_a_fault_the_same_words_train(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("altprop.lm.train.plot_run", lambda folder: folder)
+    monkeypatch.setattr("altprop.lab.train.plot_run", lambda folder: folder)
     assert main(tiny(here)) == 0
     assert (here / "new" / "last.safetensors").exists()
 

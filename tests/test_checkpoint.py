@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from altprop import CheckpointError
-from altprop.lm import checkpoint
+from altprop.lab import checkpoint
 from lm_runs import assert_equal_bits, tree
 
 

@@ -17,7 +17,7 @@ import pytest
 
 import altprop
 from altprop.errors import DataError
-from altprop.lm.cli import COMMANDS, Commands, main
+from altprop.lab.cli import COMMANDS, Commands, main
 
 
 class AbstractSolver(ABC):
@@ -143,7 +143,7 @@ def call(*argv: str) -> Any:
 
 SCRIPT = """
 import sys
-from altprop.lm.cli import main
+from altprop.lab.cli import main
 status = main(sys.argv[1:])
 heavy = {"torch", "numpy", "jsonargparse", "yaml", "docstring_parser", "rich"} & set(sys.modules)
 assert not heavy, heavy

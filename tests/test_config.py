@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from altprop.errors import ConfigError
-from altprop.lm.config import read_config, read_values, to_yaml, write_config
-from altprop.lm.values import changed, fit
+from altprop.lab.config import read_config, read_values, to_yaml, write_config
+from altprop.lab.values import changed, fit
 
 
 class AbstractShape(ABC):

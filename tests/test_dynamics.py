@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import altprop as ap
-from altprop.equilibrium import linearised
-from altprop.equilibrium.products import AutogradLinearisation
+from altprop.equilibrium.dynamics import linearised
+from altprop.equilibrium.dynamics.products import AutogradLinearisation
 from altprop.testing import check_dynamics
 from helpers import TIGHT, Task, damped, gated, jacobian, task, worst
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 import altprop as ap
+from altprop.equilibrium.dynamics.products import AutogradLinearisation
 from altprop.equilibrium.estimators.problem import Adjoint, Problem
-from altprop.equilibrium.products import AutogradLinearisation
 from altprop.equilibrium.solvers.solver import Force, check_solver_fields, relative_residual
 from altprop.testing import check_dynamics, check_estimator, check_solver
 from helpers import SymmetricMemory, damped, gated

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import altprop as ap
+from altprop.equilibrium.dynamics.products import AutogradLinearisation
 from altprop.equilibrium.estimators.problem import Adjoint, Problem
-from altprop.equilibrium.products import AutogradLinearisation
 from altprop.equilibrium.solvers.solver import Solution
 from helpers import (
     EXACT,

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import altprop as ap
+from altprop.auditing.memory import peak_live_bytes
 from altprop.equilibrium.estimators.problem import Adjoint, Problem
-from altprop.memory import peak_live_bytes
 from helpers import Task, damped, gated, gradients, open_gate, reference_problem, task
 
 

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from altprop import CheckpointError
-from altprop.lm import checkpoint
-from altprop.lm.config import write_config
-from altprop.lm.files import replacing, write_whole
-from altprop.lm.report import plot_run
-from altprop.lm.settings import TrainConfig
+from altprop.files import replacing, write_whole
+from altprop.lab import checkpoint
+from altprop.lab.config import write_config
+from altprop.lab.report import plot_run
+from altprop.lab.settings import TrainConfig
 from altprop.lm.text import CharTokenizer
 from lm_runs import tree
 

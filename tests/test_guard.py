@@ -16,15 +16,15 @@ import torch
 import torch.nn.functional as nnf
 
 from altprop import Anderson, CheckpointError, ConvergenceError, Euler, equilibria
-from altprop.lm import checkpoint
-from altprop.lm.cli import main
-from altprop.lm.evaluation import Evaluation, count_tiles, evaluate, tiles
-from altprop.lm.guard import Guard
+from altprop.lab import checkpoint
+from altprop.lab.cli import main
+from altprop.lab.evaluation import Evaluation, count_tiles, evaluate, tiles
+from altprop.lab.guard import Guard
+from altprop.lab.run import Run
+from altprop.lab.sample_command import load_run, sample
+from altprop.lab.train import train
 from altprop.lm.model import EquilibriumLM, ModelConfig
-from altprop.lm.run import Run
-from altprop.lm.sample_command import load_run, sample
 from altprop.lm.text import load_corpus
-from altprop.lm.train import train
 from lm_runs import assert_equal_bits, curve, small, steps, tensors, words
 
 CPU = torch.device("cpu")
@@ -34,7 +34,7 @@ GPT: dict[str, Any] = {"model": "gpt", "layers": 1}
 @pytest.fixture(autouse=True)
 def no_curves(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing takes longer than everything else in a tiny run; tests/test_report.py draws."""
-    monkeypatch.setattr("altprop.lm.train.plot_run", lambda folder: folder)
+    monkeypatch.setattr("altprop.lab.train.plot_run", lambda folder: folder)
 
 
 def refuse(monkeypatch: pytest.MonkeyPatch, when: Callable[[int], bool]) -> None:
@@ -230,7 +230,7 @@ def test_an_evaluation_at_no_fixed_point_never_becomes_the_best(
         loss, settled = next(given)
         return Evaluation(loss, 0.1, settled)
 
-    monkeypatch.setattr("altprop.lm.train.evaluate", judge)
+    monkeypatch.setattr("altprop.lab.train.evaluate", judge)
     result = train(small(tmp_path / "run", **GPT, eval_every=2))
     assert (result.best_loss, result.settled) == (1.5, False)
     assert at(tmp_path / "run", "best") == 6

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 import altprop as ap
+from altprop.lab.cli import main
+from altprop.lab.run import Run
+from altprop.lab.train import train
 from altprop.lm.blocks import ModelConfig
-from altprop.lm.cli import main
 from altprop.lm.model import GPT, EquilibriumLM, generate
-from altprop.lm.run import Run
-from altprop.lm.train import train
 from lm_runs import assert_equal_bits, small, tensors, words
 
 TIGHT = ap.Anderson(tol=1e-11, max_steps=300)
@@ -25,7 +25,7 @@ STACKS = ["joint", "separate"]
 @pytest.fixture(autouse=True)
 def no_curves(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing takes longer than everything else in a tiny run; tests/test_report.py draws."""
-    monkeypatch.setattr("altprop.lm.train.plot_run", lambda folder: folder)
+    monkeypatch.setattr("altprop.lab.train.plot_run", lambda folder: folder)
 
 
 def shape(**changes: Any) -> ModelConfig:

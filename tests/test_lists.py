@@ -17,10 +17,10 @@ import yaml
 
 from altprop import Backprop, SignSymmetry
 from altprop.errors import ConfigError
-from altprop.lm.cli import COMMANDS, main
-from altprop.lm.config import read_config
-from altprop.lm.settings import TrainConfig
-from altprop.lm.values import Call, choices, parse, word
+from altprop.lab.cli import COMMANDS, main
+from altprop.lab.config import read_config
+from altprop.lab.settings import TrainConfig
+from altprop.lab.values import Call, choices, parse, word
 
 
 @dataclass(frozen=True)

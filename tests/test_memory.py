@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from altprop.memory import peak_live_bytes
+from altprop.auditing.memory import peak_live_bytes
 
 KIB = torch.zeros(256)  # one KiB of float32
 

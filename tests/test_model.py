@@ -23,11 +23,11 @@ from altprop import (
     equilibria,
     using,
 )
-from altprop.lm.evaluation import evaluate
+from altprop.lab.evaluation import evaluate
+from altprop.lab.sample_command import load_run
+from altprop.lab.train import train
 from altprop.lm.model import GPT, EquilibriumLM, ModelConfig, cross_entropy, generate
-from altprop.lm.sample_command import load_run
 from altprop.lm.text import load_corpus, windows
-from altprop.lm.train import train
 from lm_runs import small
 
 SHAPE = ModelConfig(vocabulary=21, context=16, d_model=16, heads=2)
@@ -38,7 +38,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that has learned something, its feedback included."""
     folder = tmp_path_factory.mktemp("trained") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("altprop.lm.train.plot_run", lambda folder: folder)
+        patch.setattr("altprop.lab.train.plot_run", lambda folder: folder)
         train(small(folder, steps=150, eval_every=150, lr=1e-2))
     return folder
 

@@ -14,19 +14,19 @@ import torch
 
 import altprop as ap
 from altprop.errors import AltpropError
-from altprop.lm.audit_command import audit
-from altprop.lm.data_command import data
-from altprop.lm.reference import Rest
-from altprop.lm.sample_command import sample
-from altprop.lm.settings import TrainConfig
-from altprop.lm.train import train
+from altprop.lab.audit_command import audit
+from altprop.lab.data_command import data
+from altprop.lab.reference import Rest
+from altprop.lab.sample_command import sample
+from altprop.lab.settings import TrainConfig
+from altprop.lab.train import train
 from lm_runs import SMALL, curve, sentences, small, tensors, tree
 
 
 @pytest.fixture(autouse=True)
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The working folder: it holds two texts. Drawing would take the longest."""
-    monkeypatch.setattr("altprop.lm.train.plot_run", lambda folder: folder)
+    monkeypatch.setattr("altprop.lab.train.plot_run", lambda folder: folder)
     monkeypatch.chdir(tmp_path)
     for name, text in (("text.txt", sentences()), ("other.txt", sentences(300))):
         Path(name).write_text(text, encoding="utf-8")
@@ -231,13 +231,13 @@ def test_every_option_of_audit_changes_the_figures_or_is_refused(
 ) -> None:
     assert AUDIT.keys() == inspect.signature(audit).parameters.keys()
     # none of them is a figure that is looked at here, and all take long
-    monkeypatch.setattr("altprop.auditing.peak_live_bytes", lambda *_: 0)
-    monkeypatch.setattr("altprop.lm.audit_command.relax", lambda trial: Rest(0.0, 0.0, -1.0))
+    monkeypatch.setattr("altprop.auditing.audit.peak_live_bytes", lambda *_: 0)
+    monkeypatch.setattr("altprop.lab.audit_command.relax", lambda trial: Rest(0.0, 0.0, -1.0))
     checked = {
         "relative_error": 0.0,
         "instance": {"batch": 1, "context": 1, "d_model": 1, "heads": 1},
     }
-    monkeypatch.setattr("altprop.lm.audit_command.check_reference", lambda *_: checked)
+    monkeypatch.setattr("altprop.lab.audit_command.check_reference", lambda *_: checked)
     sizes = {"data": "text.txt", "batch": 2, "context": 8, "d_model": 8, "heads": 1}
 
     def call(**options: Any) -> Any:

@@ -19,7 +19,7 @@ PUBLIC = {
     *(f"altprop.testing.{name}" for name in altprop.testing.__all__),
 }
 # Imported from where they are: the application, and one module that is public as a whole.
-BY_MODULE = ("altprop.lm.", "altprop.equilibrium.analytic")
+BY_MODULE = ("altprop.lm.", "altprop.lab.", "altprop.equilibrium.dynamics.analytic")
 
 
 def directives() -> list[str]:
@@ -50,7 +50,7 @@ def test_what_the_reference_shows_by_its_module_exists_and_is_not_private() -> N
     shown = [name for name in directives() if name.startswith(BY_MODULE)]
     assert shown and [name for name, count in Counter(shown).items() if count > 1] == []
     assert [name for name in shown if not exists(name) or "._" in name] == []
-    assert not exists("altprop.lm.train.no_such_name")
+    assert not exists("altprop.lab.train.no_such_name")
 
 
 def test_the_first_page_of_the_reference_links_every_public_name_to_its_place() -> None:

@@ -15,12 +15,12 @@ import pytest
 from rich.console import Console
 
 from altprop import CheckpointError, ConfigError
-from altprop.lm import checkpoint, report
-from altprop.lm.display import Display
-from altprop.lm.evaluation import Evaluation
-from altprop.lm.report import plot_run, read_metrics
-from altprop.lm.run import Progress
-from altprop.lm.train import train
+from altprop.lab import checkpoint, report
+from altprop.lab.display import Display
+from altprop.lab.evaluation import Evaluation
+from altprop.lab.report import plot_run, read_metrics
+from altprop.lab.run import Progress
+from altprop.lab.train import train
 from lm_runs import small
 
 
@@ -202,7 +202,7 @@ def test_the_live_lines_fit_into_80_columns() -> None:
 
 def test_a_plain_line_says_how_much_time_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([100.0, 200.0, 200.0, 200.0])
-    monkeypatch.setattr("altprop.lm.display.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("altprop.lab.display.time.monotonic", lambda: next(clock))
     stream = io.StringIO()
     display = Display(100, done=50, console=Console(file=stream, width=200))
     display.step(record(60))  # 10 steps in 100 s, so 400 s for the other 40

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 import altprop as ap
-from altprop.lm.cli import main
-from altprop.lm.config import read_config
-from altprop.lm.run import Run, State
-from altprop.lm.settings import TrainConfig
-from altprop.lm.train import build_model, train
+from altprop.lab.cli import main
+from altprop.lab.config import read_config
+from altprop.lab.run import Run, State
+from altprop.lab.settings import TrainConfig
+from altprop.lab.train import build_model, train
 
 RULES = {
     "FeedbackAlignment": ap.FeedbackAlignment(),

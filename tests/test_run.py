@@ -16,21 +16,21 @@ from typing import Any
 import pytest
 
 from altprop import AEP, Anderson, CheckpointError, Implicit
-from altprop.lm import checkpoint
-from altprop.lm.cli import main
-from altprop.lm.config import read_config
-from altprop.lm.evaluation import Evaluation
-from altprop.lm.run import Run
-from altprop.lm.settings import TrainConfig
+from altprop.lab import checkpoint
+from altprop.lab.cli import main
+from altprop.lab.config import read_config
+from altprop.lab.evaluation import Evaluation
+from altprop.lab.run import Run
+from altprop.lab.settings import TrainConfig
+from altprop.lab.train import train
 from altprop.lm.text import CharTokenizer
-from altprop.lm.train import train
 from lm_runs import assert_equal_bits, curve, sentences, small, steps, tensors, tree, words
 
 
 @pytest.fixture(autouse=True)
 def no_curves(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing takes longer than everything else in a tiny run; tests/test_report.py draws."""
-    monkeypatch.setattr("altprop.lm.train.plot_run", lambda folder: folder)
+    monkeypatch.setattr("altprop.lab.train.plot_run", lambda folder: folder)
 
 
 def when_logged(
@@ -299,7 +299,7 @@ def test_the_best_checkpoint_is_that_of_the_lowest_validation_loss(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given = iter([2.0, 1.0, 3.0, 1.5, 1.75])
-    monkeypatch.setattr("altprop.lm.train.evaluate", lambda *_: Evaluation(next(given), 0.0, True))
+    monkeypatch.setattr("altprop.lab.train.evaluate", lambda *_: Evaluation(next(given), 0.0, True))
     result = train(small(tmp_path / "run", eval_every=2))
     assert (result.loss, result.best_loss, result.final_loss) == (1.5, 1.0, 1.75)
     notes = [

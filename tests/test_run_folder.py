@@ -12,17 +12,17 @@ import pytest
 import yaml
 
 from altprop import CheckpointError, ConfigError, FeedbackAlignment
-from altprop.lm.cli import main
-from altprop.lm.config import read_config
-from altprop.lm.settings import TrainConfig
-from altprop.lm.train import train
+from altprop.lab.cli import main
+from altprop.lab.config import read_config
+from altprop.lab.settings import TrainConfig
+from altprop.lab.train import train
 from lm_runs import SMALL, assert_equal_bits, curve, sentences, steps, tensors, tree
 
 
 @pytest.fixture(autouse=True)
 def no_curves(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing takes longer than everything else in a tiny run; tests/test_report.py draws."""
-    monkeypatch.setattr("altprop.lm.train.plot_run", lambda folder: folder)
+    monkeypatch.setattr("altprop.lab.train.plot_run", lambda folder: folder)
 
 
 def run(out: str | None, **changes: Any) -> TrainConfig:
@@ -38,7 +38,7 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     here = tmp_path_factory.mktemp("template")
     (here / "text.txt").write_text(sentences(), encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("altprop.lm.train.plot_run", lambda folder: folder)
+        patch.setattr("altprop.lab.train.plot_run", lambda folder: folder)
         patch.chdir(here)
         for name, count in (("a", 2), ("longer", 4)):
             train(run(f"runs/{name}", steps=count))

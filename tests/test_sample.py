@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from altprop import Anderson, CheckpointError, ConfigError, DataError
-from altprop.lm import checkpoint
-from altprop.lm.cli import main
-from altprop.lm.config import read_config, write_config
-from altprop.lm.sample_command import load_run, sample
-from altprop.lm.settings import TrainConfig
+from altprop.lab import checkpoint
+from altprop.lab.cli import main
+from altprop.lab.config import read_config, write_config
+from altprop.lab.sample_command import load_run, sample
+from altprop.lab.settings import TrainConfig
+from altprop.lab.train import train
 from altprop.lm.text import CharTokenizer
-from altprop.lm.train import train
 from lm_runs import small
 
 
@@ -24,7 +24,7 @@ from lm_runs import small
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("trained") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("altprop.lm.train.plot_run", lambda folder: folder)
+        patch.setattr("altprop.lab.train.plot_run", lambda folder: folder)
         train(small(folder, steps=120, eval_every=60, lr=1e-2))
     return folder
 
@@ -103,7 +103,7 @@ def test_best_and_last_are_the_two_checkpoints(run: Path, tmp_path: Path) -> Non
 def test_text_with_brackets_and_colons_is_printed_as_it_is(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("altprop.lm.train.plot_run", lambda folder: folder)
+    monkeypatch.setattr("altprop.lab.train.plot_run", lambda folder: folder)
     (tmp_path / "text.txt").write_text("[b]:smile: \\[x] œ\n" * 30, encoding="utf-8")
     train(small(tmp_path / "run", steps=1))
     capsys.readouterr()
@@ -141,7 +141,7 @@ def test_without_a_prompt_the_text_starts_where_its_vocabulary_lets_it(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("altprop.lm.train.plot_run", lambda folder: folder)
+    monkeypatch.setattr("altprop.lab.train.plot_run", lambda folder: folder)
     (tmp_path / "text.txt").write_text(text, encoding="utf-8")
     train(small(tmp_path / "run", steps=1))
     capsys.readouterr()

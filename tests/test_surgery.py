@@ -18,7 +18,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.utils import parametrizations, parametrize, prune
 
 import altprop as ap
-from altprop.roles import Role
+from altprop.conversion.roles import Role
 from conversions import TOKENS, assert_equal, assert_same_model, gradients, mlp, one_line, tiny
 
 FA = ap.FeedbackAlignment(std=0.5)

@@ -29,8 +29,8 @@ from altprop import (
     PublishedAEP,
     RuleError,
 )
-from altprop.lm.settings import TrainConfig
-from altprop.lm.train import build_model, learning_rate, make_optimiser, train
+from altprop.lab.settings import TrainConfig
+from altprop.lab.train import build_model, learning_rate, make_optimiser, train
 from lm_runs import assert_equal_bits, curve, sentences, small, steps, tensors, tree
 
 HOPELESS = Anderson(max_steps=1, tol=1e-9)  # on damped attention: far from any equilibrium
@@ -39,7 +39,7 @@ HOPELESS = Anderson(max_steps=1, tol=1e-9)  # on damped attention: far from any 
 @pytest.fixture(autouse=True)
 def no_curves(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing takes longer than everything else in a tiny run; tests/test_report.py draws."""
-    monkeypatch.setattr("altprop.lm.train.plot_run", lambda folder: folder)
+    monkeypatch.setattr("altprop.lab.train.plot_run", lambda folder: folder)
 
 
 # Seeds
@@ -212,7 +212,7 @@ def test_a_refused_step_between_others_is_left_out_of_the_learning(
         return build
 
     for name, factor in (("a", math.inf), ("b", math.nan), ("c", 1.0)):
-        monkeypatch.setattr("altprop.lm.train.build_model", spoiled(factor))
+        monkeypatch.setattr("altprop.lab.train.build_model", spoiled(factor))
         result = train(small(tmp_path / name))
         assert result.refused == (name != "c")
     assert [record["refused"] for record in steps(tmp_path / "a")] == [0, 0, 1, 1, 1, 1, 1, 1]

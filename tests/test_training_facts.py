@@ -11,12 +11,12 @@ import torch.nn.functional as nnf
 from torch import Tensor
 
 import altprop as ap
-from altprop.lm import checkpoint
-from altprop.lm.evaluation import Evaluation, evaluate
+from altprop.lab import checkpoint
+from altprop.lab.evaluation import Evaluation, evaluate
+from altprop.lab.settings import TrainConfig
+from altprop.lab.train import build_model, make_optimiser, train
 from altprop.lm.model import GPT, EquilibriumLM, ModelConfig
-from altprop.lm.settings import TrainConfig
 from altprop.lm.text import Batches
-from altprop.lm.train import build_model, make_optimiser, train
 from lm_runs import small, steps
 
 CPU = torch.device("cpu")
@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(autouse=True)
 def no_curves(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing takes longer than everything else in a tiny run; tests/test_report.py draws."""
-    monkeypatch.setattr("altprop.lm.train.plot_run", lambda folder: folder)
+    monkeypatch.setattr("altprop.lab.train.plot_run", lambda folder: folder)
 
 
 # Clipping
@@ -46,7 +46,7 @@ def gradients(monkeypatch: pytest.MonkeyPatch, config: TrainConfig) -> list[Tens
         return optimiser
 
     with monkeypatch.context() as patch:
-        patch.setattr("altprop.lm.train.make_optimiser", watched)
+        patch.setattr("altprop.lab.train.make_optimiser", watched)
         train(config)
     return seen
 
@@ -89,7 +89,7 @@ def test_evaluation_windows_are_the_same_for_every_seed_and_training_batches_are
         evaluated.append(torch.stack(held_out))
         return evaluate(model, held_out, *rest)
 
-    monkeypatch.setattr("altprop.lm.train.evaluate", look)
+    monkeypatch.setattr("altprop.lab.train.evaluate", look)
     for seed in (0, 1, 2):
         torch.manual_seed(seed)  # nor does what was drawn before matter
         config = small(tmp_path / str(seed), seed=seed, steps=2, eval_every=1, eval_windows=5)

@@ -18,10 +18,10 @@ from hypothesis import strategies as st
 
 import altprop as ap
 from altprop.errors import ConfigError
-from altprop.lm.cli import main
-from altprop.lm.config import read_config, write_config
-from altprop.lm.settings import TrainConfig
-from altprop.lm.values import DEEPEST, LONGEST, Call, choices, fit, parse, plain, types_of
+from altprop.lab.cli import main
+from altprop.lab.config import read_config, write_config
+from altprop.lab.settings import TrainConfig
+from altprop.lab.values import DEEPEST, LONGEST, Call, choices, fit, parse, plain, types_of
 
 BASES = (ap.AbstractRule, ap.AbstractEstimator, ap.AbstractSolver, ap.AbstractStabiliser)
 ALL = [(base, name) for base in BASES for name in choices(base)]

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0.dev0"
 
 if TYPE_CHECKING:  # what the table below means, for type checkers and editors
-    from altprop.agreement import Agreement as Agreement, compare as compare
-    from altprop.audit_report import AuditReport as AuditReport
-    from altprop.auditing import (
+    from altprop.auditing.agreement import Agreement as Agreement, compare as compare
+    from altprop.auditing.report import AuditReport as AuditReport
+    from altprop.auditing.audit import (
         AbstractArm as AbstractArm,
         Arm as Arm,
         RuleArm as RuleArm,
@@ -24,11 +24,15 @@ if TYPE_CHECKING:  # what the table below means, for type checkers and editors
         audit_trials as audit_trials,
         finite_difference_errors as finite_difference_errors,
     )
-    from altprop.converting import convert as convert, revert as revert, rules_off as rules_off
-    from altprop.equilibrium.attention import CausalAttention as CausalAttention
+    from altprop.conversion.convert import (
+        convert as convert,
+        revert as revert,
+        rules_off as rules_off,
+    )
+    from altprop.equilibrium.dynamics.attention import CausalAttention as CausalAttention
     from altprop.equilibrium.contraction import GateHinge as GateHinge
-    from altprop.equilibrium.damped import DampedAttention as DampedAttention
-    from altprop.equilibrium.dynamics import (
+    from altprop.equilibrium.dynamics.damped import DampedAttention as DampedAttention
+    from altprop.equilibrium.dynamics.dynamics import (
         AbstractDynamics as AbstractDynamics,
         Extension as Extension,
     )
@@ -45,17 +49,17 @@ if TYPE_CHECKING:  # what the table below means, for type checkers and editors
         PublishedAEP as PublishedAEP,
         PublishedEP as PublishedEP,
     )
-    from altprop.equilibrium.function import from_function as from_function
-    from altprop.equilibrium.gated import GatedBlock as GatedBlock
-    from altprop.equilibrium.gated_stack import GatedStack as GatedStack
-    from altprop.equilibrium.hopfield import HopfieldMemory as HopfieldMemory
-    from altprop.equilibrium.layered import Layered as Layered
+    from altprop.equilibrium.dynamics.function import from_function as from_function
+    from altprop.equilibrium.dynamics.gated import GatedBlock as GatedBlock
+    from altprop.equilibrium.dynamics.gated_stack import GatedStack as GatedStack
+    from altprop.equilibrium.dynamics.hopfield import HopfieldMemory as HopfieldMemory
+    from altprop.equilibrium.dynamics.layered import Layered as Layered
     from altprop.equilibrium.module import (
         Equilibrium as Equilibrium,
         equilibria as equilibria,
         using as using,
     )
-    from altprop.equilibrium.products import (
+    from altprop.equilibrium.dynamics.products import (
         AbstractEvaluation as AbstractEvaluation,
         AbstractLinearisation as AbstractLinearisation,
     )
@@ -82,12 +86,12 @@ if TYPE_CHECKING:  # what the table below means, for type checkers and editors
         AbstractStabiliser as AbstractStabiliser,
         JacobianHinge as JacobianHinge,
     )
-    from altprop.equilibrium.stack import (
+    from altprop.conversion.stack import (
         convert_stack as convert_stack,
         explain_stack as explain_stack,
         revert_stack as revert_stack,
     )
-    from altprop.equilibrium.thick import ThickBlock as ThickBlock
+    from altprop.equilibrium.dynamics.thick import ThickBlock as ThickBlock
     from altprop.errors import (
         AltpropError as AltpropError,
         CheckpointError as CheckpointError,
@@ -97,8 +101,8 @@ if TYPE_CHECKING:  # what the table below means, for type checkers and editors
         RuleError as RuleError,
         RuleWarning as RuleWarning,
     )
-    from altprop.explaining import explain as explain
-    from altprop.learned import (
+    from altprop.conversion.explain import explain as explain
+    from altprop.conversion.learned import (
         add_feedback as add_feedback,
         feedback_parameters as feedback_parameters,
     )
@@ -128,16 +132,16 @@ if TYPE_CHECKING:  # what the table below means, for type checkers and editors
     from altprop.rules.weight_mirror import WeightMirror as WeightMirror
 
 _EXPORTS = {
-    "altprop.agreement": "Agreement compare",
-    "altprop.audit_report": "AuditReport",
-    "altprop.auditing": (
+    "altprop.auditing.agreement": "Agreement compare",
+    "altprop.auditing.report": "AuditReport",
+    "altprop.auditing.audit": (
         "AbstractArm Arm RuleArm Trial audit audit_trials finite_difference_errors"
     ),
-    "altprop.converting": "convert revert rules_off",
-    "altprop.equilibrium.attention": "CausalAttention",
+    "altprop.conversion.convert": "convert revert rules_off",
+    "altprop.equilibrium.dynamics.attention": "CausalAttention",
     "altprop.equilibrium.contraction": "GateHinge",
-    "altprop.equilibrium.damped": "DampedAttention",
-    "altprop.equilibrium.dynamics": "AbstractDynamics Extension",
+    "altprop.equilibrium.dynamics.damped": "DampedAttention",
+    "altprop.equilibrium.dynamics.dynamics": "AbstractDynamics Extension",
     "altprop.equilibrium.estimators.aep": "AEP",
     "altprop.equilibrium.estimators.bptt": "BPTT",
     "altprop.equilibrium.estimators.dyadic": "DyadicEP",
@@ -148,13 +152,13 @@ _EXPORTS = {
     "altprop.equilibrium.estimators.implicit": "Implicit",
     "altprop.equilibrium.estimators.one_step": "OneStep",
     "altprop.equilibrium.estimators.published": "PublishedAEP PublishedEP",
-    "altprop.equilibrium.function": "from_function",
-    "altprop.equilibrium.gated": "GatedBlock",
-    "altprop.equilibrium.gated_stack": "GatedStack",
-    "altprop.equilibrium.hopfield": "HopfieldMemory",
-    "altprop.equilibrium.layered": "Layered",
+    "altprop.equilibrium.dynamics.function": "from_function",
+    "altprop.equilibrium.dynamics.gated": "GatedBlock",
+    "altprop.equilibrium.dynamics.gated_stack": "GatedStack",
+    "altprop.equilibrium.dynamics.hopfield": "HopfieldMemory",
+    "altprop.equilibrium.dynamics.layered": "Layered",
     "altprop.equilibrium.module": "Equilibrium equilibria using",
-    "altprop.equilibrium.products": "AbstractEvaluation AbstractLinearisation",
+    "altprop.equilibrium.dynamics.products": "AbstractEvaluation AbstractLinearisation",
     "altprop.equilibrium.solvers.adaptive": "Adaptive Moment",
     "altprop.equilibrium.solvers.anderson": "Anderson",
     "altprop.equilibrium.solvers.euler": "Euler",
@@ -166,13 +170,13 @@ _EXPORTS = {
     "altprop.equilibrium.solvers.solver": "AbstractSolver Result Solution",
     "altprop.equilibrium.spectra": "Spectrum numerical_abscissa spectrum token_spectrum",
     "altprop.equilibrium.stability": "AbstractStabiliser JacobianHinge",
-    "altprop.equilibrium.stack": "convert_stack explain_stack revert_stack",
-    "altprop.equilibrium.thick": "ThickBlock",
+    "altprop.conversion.stack": "convert_stack explain_stack revert_stack",
+    "altprop.equilibrium.dynamics.thick": "ThickBlock",
     "altprop.errors": (
         "AltpropError CheckpointError ConfigError ConvergenceError DataError RuleError RuleWarning"
     ),
-    "altprop.explaining": "explain",
-    "altprop.learned": "add_feedback feedback_parameters",
+    "altprop.conversion.explain": "explain",
+    "altprop.conversion.learned": "add_feedback feedback_parameters",
     "altprop.linear": (
         "LinearFA LinearSignSym LocalLinear apply_dfa_block_update apply_dfa_update "
         "initialize_dfa_block_targets initialize_dfa_targets"

@@ -1,6 +1,6 @@
 """`python -m altprop` is `altprop`."""
 
-from altprop.lm.cli import main
+from altprop.lab.cli import main
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -13,13 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from altprop.assign import assign_transport
+from altprop.conversion.sites import TransportSite
 from altprop.errors import ConfigError, RuleError, unknown
 from altprop.feedback import cosine_gradient, draw, generator_for, randn
 from altprop.layouts import spread_given
 from altprop.rule import AbstractTransport, Site
 from altprop.rules.feedback_alignment import FeedbackAlignment
 from altprop.rules.sign_symmetry import SignSymmetry
-from altprop.sites import TransportSite
 
 _METHODS = ("bp", "fa", "sign_sym", "dfa", "dfa_block")
 _FEEDBACK = ("B", "B_dfa", "B_dfa_block")

@@ -37,55 +37,67 @@ BUGS = [
         "tap if error_axis == tap_axis else tap.movedim(error_axis, tap_axis)",
         _LAYOUTS,
     ),
-    # channel.py
-    Bug("channel.py", "self.known_layouts.clear()", "pass", "test_layouts_measured.py"),
-    Bug("channel.py", "key = index if B is not None else -count", "key = -count", _BROADCAST),
+    # conversion/channel.py
+    Bug("conversion/channel.py", "self.known_layouts.clear()", "pass", "test_layouts_measured.py"),
     Bug(
-        "channel.py",
+        "conversion/channel.py",
+        "key = index if B is not None else -count",
+        "key = -count",
+        _BROADCAST,
+    ),
+    Bug(
+        "conversion/channel.py",
         "self.feedback.append(B[:count] if rows is None else B[rows])",
         "self.feedback.append(B[:count])",
         "test_layouts.py test_convert.py test_surgery.py",
     ),
     Bug(
-        "channel.py",
+        "conversion/channel.py",
         'if self.mode != "idle" and any(weight.requires_grad for weight in weights):',
         "if False:",
         "test_attention_arguments.py test_transformers.py",
     ),
-    Bug("channel.py", 'self.mode = "exact" if exact else "rule"', 'self.mode = "rule"', _BROADCAST),
-    # probes.py
     Bug(
-        "probes.py",
+        "conversion/channel.py",
+        'self.mode = "exact" if exact else "rule"',
+        'self.mode = "rule"',
+        _BROADCAST,
+    ),
+    # conversion/probes.py
+    Bug(
+        "conversion/probes.py",
         "            place.on = True\n",
         "            pass\n",
         "rules/test_grape_formulas.py " + _BROADCAST,
     ),
     Bug(
-        "probes.py",
+        "conversion/probes.py",
         "            module.training = True\n",
         "            pass\n",
         "rules/test_grape_formulas.py " + _BROADCAST,
     ),
     Bug(
-        "probes.py",
+        "conversion/probes.py",
         "with torch.random.fork_rng(devices):",
         "with contextlib.nullcontext():",
         "test_layouts_measured.py",
     ),
     Bug(
-        "probes.py",
+        "conversion/probes.py",
         "if along.nonzero().flatten().tolist() != [i]:",
         "if i not in along.nonzero().flatten().tolist():",
         _LAYOUTS,
     ),
-    # sites.py
+    # conversion/sites.py
     Bug(
-        "sites.py",
+        "conversion/sites.py",
         "        return int(step) - 1\n",
         "        return int(step)\n",
         "test_surgery.py test_rules_broadcast.py test_rules.py",
     ),
-    Bug("sites.py", "        return B.detach()\n", "        return B\n", "test_frozen.py"),
+    Bug(
+        "conversion/sites.py", "        return B.detach()\n", "        return B\n", "test_frozen.py"
+    ),
     Bug(
         "assign.py",
         "(0, 0, rows.start, len(W) - rows.stop)",
@@ -93,78 +105,90 @@ BUGS = [
         _ATTENTION + " test_convert.py test_surgery.py",
     ),
     Bug(
-        "sites.py",
+        "conversion/sites.py",
         'cut = hidden if channel.mode == "exact" else hidden.detach()',
         "cut = hidden",
         _BROADCAST,
     ),
-    Bug("roles.py", "step % period == period - 1", "step % period == 0", _BROADCAST),
-    Bug("sites.py", "return y.transpose(0, 1) if self.swapped else y", "return y", _LAYOUTS),
-    Bug("roles.py", "m.weight.t(), m.bias)", "m.weight, m.bias)", "test_transformers.py"),
-    # converting.py, places.py, learned.py, unfit.py
-    Bug("converting.py", "            module.__class__ = kind\n", "", _REFUSALS),
+    Bug("conversion/roles.py", "step % period == period - 1", "step % period == 0", _BROADCAST),
     Bug(
-        "converting.py",
+        "conversion/sites.py",
+        "return y.transpose(0, 1) if self.swapped else y",
+        "return y",
+        _LAYOUTS,
+    ),
+    Bug(
+        "conversion/roles.py", "m.weight.t(), m.bias)", "m.weight, m.bias)", "test_transformers.py"
+    ),
+    # conversion/convert.py, conversion/places.py, conversion/learned.py, conversion/unfit.py
+    Bug("conversion/convert.py", "            module.__class__ = kind\n", "", _REFUSALS),
+    Bug(
+        "conversion/convert.py",
         "nn.Parameter(value, requires_grad=not frozen)",
         "nn.Parameter(value)",
         "test_frozen.py",
     ),
     Bug(
-        "converting.py",
+        "conversion/convert.py",
         "generator_for(changes.seed, place.path))\n    if B is not None:",
         "generator_for(0, place.path))\n    if B is not None:",
         "test_convert.py test_rules.py",
     ),
-    Bug("converting.py", "layouts = allowed_layouts(layouts[0][1])", "pass", _LAYOUTS),
+    Bug("conversion/convert.py", "layouts = allowed_layouts(layouts[0][1])", "pass", _LAYOUTS),
     Bug(
-        "converting.py",
+        "conversion/convert.py",
         'place.path, "tap")',
         '"tap")',
         _BROADCAST + " test_convert.py",
     ),
     Bug(
-        "converting.py",
+        "conversion/convert.py",
         "            site.channel.forget(site)\n",
         "            pass\n",
         "test_revert.py",
     ),
     Bug(
-        "places.py",
+        "conversion/places.py",
         "rows, columns = reversed(shape) if is_conv1d(module) else shape",
         "rows, columns = shape",
         "test_transformers.py",
     ),
     Bug(
-        "places.py",
+        "conversion/places.py",
         'p.path.startswith(path + ".")',
         "p.path.startswith(path)",
         "test_convert.py test_rules_broadcast.py",
     ),
     Bug(
-        "places.py",
+        "conversion/places.py",
         "for n in range(len(parts), 0, -1))",
         "for n in range(len(parts), 1, -1))",
         "test_convert.py",
     ),
     Bug(
-        "places.py",
+        "conversion/places.py",
         "kind in rule.takes and matches(p, path)",
         "matches(p, path)",
         "test_convert.py test_rules_broadcast.py",
     ),
     Bug(
-        "learned.py",
+        "conversion/learned.py",
         "key=lambda p: (not p.requires_grad, p.dim() < 2)",
         "key=lambda p: not p.requires_grad",
         "test_feedback_optimisers.py",
     ),
     Bug(
-        "learned.py",
+        "conversion/learned.py",
         "if any(w.requires_grad for w in found[2])",
         "if True",
         "test_frozen.py test_feedback_optimisers.py",
     ),
-    Bug("unfit.py", "if any(weight.is_meta for weight in weights):", "if False:", _REFUSALS),
+    Bug(
+        "conversion/unfit.py",
+        "if any(weight.is_meta for weight in weights):",
+        "if False:",
+        _REFUSALS,
+    ),
     # assign.py, transforms.py
     Bug(
         "assign.py",
@@ -197,23 +221,23 @@ BUGS = [
         "x, W, b, _ = _autocast(x, W, b, B)",
         "test_convert.py test_rules_contract.py",
     ),
-    # attention.py, linear.py
-    Bug("attention.py", "mask + padding", "mask", _ATTENTION),
+    # conversion/attention.py, linear.py
+    Bug("conversion/attention.py", "mask + padding", "mask", _ATTENTION),
     Bug(
-        "attention.py",
+        "conversion/attention.py",
         "q * math.sqrt(1.0 / float(D))",
         "q * math.sqrt(1.0 / float(H * D))",
         _ATTENTION,
     ),
     Bug(
-        "attention.py",
+        "conversion/attention.py",
         "dropout = m.dropout if m.training else 0.0",
         "dropout = m.dropout",
         _ATTENTION,
     ),
-    Bug("attention.py", "None if b is None else b[rows], rows)", "b, rows)", _ATTENTION),
+    Bug("conversion/attention.py", "None if b is None else b[rows], rows)", "b, rows)", _ATTENTION),
     Bug(
-        "attention.py",
+        "conversion/attention.py",
         "return any(isinstance(m, nn.MultiheadAttention) and m.batch_first for m",
         "return any(isinstance(m, nn.MultiheadAttention) for m",
         _LAYOUTS,
@@ -226,15 +250,15 @@ BUGS = [
         "self.B.add_(cosine_gradient(self.B, estimate), alpha=lr_b)",
         "test_linear.py",
     ),
-    # explaining.py
+    # conversion/explain.py
     Bug(
-        "explaining.py",
+        "conversion/explain.py",
         "signals = {text for at, text in self.senders if index < at <= cut}",
         "signals = {text for at, text in self.senders if index <= at <= cut}",
         "test_explain.py",
     ),
     Bug(
-        "explaining.py",
+        "conversion/explain.py",
         "transports=old.transports or new.transports",
         "transports=new.transports",
         "test_explain.py",

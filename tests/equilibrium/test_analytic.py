@@ -8,7 +8,7 @@ import torch
 from instances import system
 from torch import Tensor
 
-from altprop.equilibrium import analytic
+from altprop.equilibrium.dynamics import analytic
 
 KINDS = ["damped", "gated", "thick", "thick, rms and qk-norm"]
 

@@ -13,7 +13,7 @@ from dense import B, Case, N, randn, size
 from torch import Tensor
 
 import altprop as ap
-from altprop.equilibrium.products import AutogradLinearisation
+from altprop.equilibrium.dynamics.products import AutogradLinearisation
 
 # ------------------------------------------------------------------------------------------- EP
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
 import altprop as ap
-from altprop.equilibrium.attention import CausalAttention
+from altprop.equilibrium.dynamics.attention import CausalAttention
 
 EXACT = [ap.AEP(beta=1e-4, tol=1e-9), ap.Implicit(tol=1e-10)]
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import altprop as ap
-from altprop.equilibrium import linearised
-from altprop.equilibrium.products import AbstractEvaluation, AbstractLinearisation
+from altprop.equilibrium.dynamics import linearised
+from altprop.equilibrium.dynamics.products import AbstractEvaluation, AbstractLinearisation
 
 KINDS = ["damped", "gated", "thick", "thick rms", "thick gains"]
 

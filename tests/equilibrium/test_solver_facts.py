@@ -10,8 +10,8 @@ from forces import Force, contraction, randn, size, watched
 from torch import Tensor
 
 import altprop as ap
+from altprop.auditing.memory import peak_live_bytes
 from altprop.equilibrium.solvers.defect import defect_correction
-from altprop.memory import peak_live_bytes
 
 
 def linear(B: int = 2, n: int = 12, shift: float = -1.2) -> tuple[Force, Tensor, Tensor]:

@@ -11,7 +11,7 @@ from instances import TIGHT, system
 from torch import Tensor
 
 import altprop as ap
-from altprop.equilibrium.analytic import erf
+from altprop.equilibrium.dynamics.analytic import erf
 
 WIDE = ap.HolomorphicEP(tol=1e-8, max_steps=300)
 GIVEN = ap.HolomorphicEP(radius=0.02, tol=1e-8, max_steps=300)

@@ -9,9 +9,9 @@ from typing import Literal
 
 from torch import Tensor
 
-from altprop.equilibrium.conduct import refuse_sharded
-from altprop.equilibrium.driven import Driven
-from altprop.equilibrium.dynamics import AbstractDynamics
+from altprop.equilibrium.dynamics.conduct import refuse_sharded
+from altprop.equilibrium.dynamics.driven import Driven
+from altprop.equilibrium.dynamics.dynamics import AbstractDynamics
 from altprop.equilibrium.estimators.problem import (
     Adjoint,
     Certificate,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from altprop.equilibrium.conduct import refuse_shards
+from altprop.equilibrium.dynamics.conduct import refuse_shards
 from altprop.equilibrium.estimators.problem import Certificate
 from altprop.equilibrium.solvers.solver import check_counts, check_fields, sample_norm
 from altprop.equilibrium.stability import (

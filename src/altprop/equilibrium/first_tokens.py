@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from altprop.equilibrium.driven import Driven
+from altprop.equilibrium.dynamics.driven import Driven
 from altprop.equilibrium.estimators.problem import Problem, Products, quietly
 from altprop.equilibrium.solvers.solver import (
     AbstractSolver,

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from altprop.equilibrium.call import Call, OnFailure, settle
-from altprop.equilibrium.conduct import refuse_unrepeatable
-from altprop.equilibrium.driven import Driven
-from altprop.equilibrium.dynamics import AbstractDynamics
+from altprop.equilibrium.dynamics.conduct import refuse_unrepeatable
+from altprop.equilibrium.dynamics.driven import Driven
+from altprop.equilibrium.dynamics.dynamics import AbstractDynamics
 from altprop.equilibrium.estimators.aep import AEP
 from altprop.equilibrium.estimators.estimator import AbstractEstimator
 from altprop.equilibrium.estimators.problem import Certificate, Cost

@@ -15,11 +15,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from altprop.equilibrium.conduct import refuse_shards
-from altprop.equilibrium.dynamics import AbstractDynamics
+from altprop.equilibrium.dynamics.conduct import refuse_shards
+from altprop.equilibrium.dynamics.dynamics import AbstractDynamics
+from altprop.equilibrium.dynamics.products import Gradients
 from altprop.equilibrium.estimators.problem import Certificate, System
 from altprop.equilibrium.module import Equilibrium, equilibria
-from altprop.equilibrium.products import Gradients
 from altprop.equilibrium.solvers.solver import (
     check_counts,
     check_fields,

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import numpy as np
 
 from altprop.errors import CheckpointError, ConfigError, DataError
+from altprop.files import write_whole
 from altprop.lm.corpora import (
     CorpusInfo,
     list_corpora,
@@ -28,7 +29,6 @@ from altprop.lm.corpora import (
     read_characters,
     read_source,
 )
-from altprop.lm.files import write_whole
 
 if TYPE_CHECKING:  # torch is imported where batches are made: encoding text does not need it
     import torch

@@ -11,8 +11,8 @@ import math
 import torch
 from torch import Tensor
 
-from altprop.equilibrium.dynamics import AbstractDynamics
-from altprop.equilibrium.products import AutogradLinearisation
+from altprop.equilibrium.dynamics.dynamics import AbstractDynamics
+from altprop.equilibrium.dynamics.products import AutogradLinearisation
 from altprop.testing.contract import close, randn, require
 
 

@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
-from altprop.equilibrium.damped import DampedAttention
+from altprop.equilibrium.dynamics.damped import DampedAttention
+from altprop.equilibrium.dynamics.gated import GatedBlock
 from altprop.equilibrium.estimators.estimator import AbstractEstimator
 from altprop.equilibrium.estimators.implicit import Implicit
 from altprop.equilibrium.estimators.problem import Cost
-from altprop.equilibrium.gated import GatedBlock
 from altprop.equilibrium.module import Equilibrium
 from altprop.equilibrium.solvers.anderson import Anderson
 from altprop.equilibrium.solvers.solver import AbstractSolver, Result, with_limits

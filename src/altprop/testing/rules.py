@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from torch.multiprocessing.spawn import spawn
 from torch.utils.checkpoint import checkpoint
 
-from altprop.converting import convert, revert, rules_off
+from altprop.conversion.convert import convert, revert, rules_off
+from altprop.conversion.learned import feedback_parameters
+from altprop.conversion.roles import Role
 from altprop.errors import RuleError
 from altprop.feedback import generator_for
-from altprop.learned import feedback_parameters
-from altprop.roles import Role
 from altprop.rule import AbstractBroadcast, AbstractRule, AbstractTransport, Site
 from altprop.testing.contract import present, require
 from altprop.testing.samples import check_samples

@@ -15,9 +15,9 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from altprop.converting import convert
+from altprop.conversion.convert import convert
+from altprop.conversion.learned import feedback_parameters
 from altprop.feedback import generator_for
-from altprop.learned import feedback_parameters
 from altprop.rule import AbstractRule
 from altprop.testing.contract import require
 

@@ -1,0 +1,304 @@
+"""What is measured of a model by running its forward pass once more, all rules off.
+
+`JacobianProbe` gives learned feedback its derivatives; `LayoutProbe` finds out which axis of a tap
+counts the samples. Both see the taps and the error of one channel.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import math
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from altprop.errors import AltpropError, RuleError
+from altprop.feedback import randn
+from altprop.layouts import MIXED, SEVERAL, Fit, Layout, fits, undecided
+from altprop.rule import Site
+
+if TYPE_CHECKING:
+    from altprop.conversion.channel import Channel
+
+
+def in_backward() -> bool:
+    """Say whether autograd is running a backward pass in this thread, as a recomputation does."""
+    if torch.compiler.is_compiling():
+        return False
+    return bool(torch._C._current_graph_task_id() != -1)
+
+
+@functools.cache
+def _load_forward_mode() -> None:
+    """Load torch's forward-mode formulas, whose import warns of torch's own deprecations."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        importlib.import_module("torch._decomp.decompositions_for_jvp")
+
+
+def _process_group() -> Any:
+    """Return the group over which the running pass averages its gradients, or `None`.
+
+    Only a model that `DistributedDataParallel` runs is asked about: an initialised group alone does
+    not say that every rank makes this pass.
+    """
+    parallel = nn.parallel.DistributedDataParallel._get_active_ddp_module()
+    if parallel is None:
+        return None
+    if parallel._join_config.enable:
+        raise RuleError(
+            "learned feedback is measured by all ranks together in every pass, and under join() a "
+            "rank may have run out of batches: give every rank as many, and drop join()"
+        )
+    return parallel.process_group
+
+
+def _in_force(root: nn.Module) -> Iterator[Any]:
+    """Yield the places in `root` whose rules are in force."""
+    for module in root.modules():
+        own = module.__dict__
+        held = (*own.get("_altprop_maps", {}).values(), own.get("_altprop_tap"), own.get("_site"))
+        yield from (place for place in held if getattr(place, "on", False) is True)
+
+
+@contextlib.contextmanager
+def _shown(probe: JacobianProbe | LayoutProbe, channel: Channel, root: nn.Module) -> Iterator[None]:
+    """Show `probe` the passes of `root` in here: all rules off, evaluation mode, no fused layers.
+
+    Neither the random numbers nor the running statistics of the pass around it are touched.
+    """
+    training = [module for module in root.modules() if module.training]
+    devices = list({t.device for t in root.parameters() if t.device.type == "cuda"})
+    fast, places = torch.backends.mha.get_fastpath_enabled(), list(_in_force(root))
+    channel.probe = probe
+    for place in places:
+        place.on = False
+    try:
+        torch.backends.mha.set_fastpath_enabled(False)  # it calls no part, and no tap
+        for module in training:
+            module.training = False
+        with torch.random.fork_rng(devices):
+            yield
+    finally:
+        channel.probe = None
+        for place in places:
+            place.on = True
+        torch.backends.mha.set_fastpath_enabled(fast)
+        for module in training:
+            module.training = True
+
+
+class JacobianProbe:
+    """Forward-mode derivatives of the error's place with respect to each tap, all rules off.
+
+    In a data-parallel pass the tangents are the joint batch's: every rank draws them all from one
+    generator and takes its own part, the ranks' batches lying one after the other along the axis
+    that the user's `batch_axis` names, or the first.
+    """
+
+    def __init__(self, channel: Channel, root: nn.Module, args: Any, kwargs: Any) -> None:
+        self.taps: Sequence[Site] = channel.sites
+        self._group = _process_group()
+        self._share = 1.0
+        self._channel = channel
+        channel.call = root, args, kwargs
+
+    def push(self, tap: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Draw `p ~ N(0, I)` at a tap and return it with `J p`, detached.
+
+        Shapes: (..., features) and (..., k), the leading axes of both in the order of the error's.
+        Runs in evaluation mode under math attention.
+        """
+        from torch.autograd import forward_ad
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+
+        self._index, self._generator = tap, generator
+        self._tangent: Tensor | None = None
+        self._response: Tensor | None = None
+        _load_forward_mode()
+        assert self._channel.call is not None
+        root, args, kwargs = self._channel.call
+        try:
+            with (
+                _shown(self, self._channel, root),
+                torch.no_grad(),
+                sdpa_kernel(SDPBackend.MATH),
+                forward_ad.dual_level(),
+            ):
+                root.forward(*args, **kwargs)
+        except NotImplementedError as error:
+            raise RuleError(
+                f"an operation above {self.taps[tap].path} has no forward-mode derivative; under "
+                f"activation checkpointing write use_reentrant=False ({error})"
+            ) from error
+        if self._tangent is None or self._response is None:
+            raise RuleError(
+                f"no derivative from {self.taps[tap].path} reached the output in forward mode: "
+                "one of the two did not run, or some operation between them dropped the tangent "
+                "(if one was replaced: write revert(model) and convert again)"
+            )
+        p, Jp = self._tangent, self._response
+        return self._channel.lay(tap, Jp.shape, p.shape).turn(p), Jp
+
+    def drop(self, hidden: Tensor, index: int) -> Tensor:
+        """Give the tapped tensor its tangent, if this is the tap that is probed."""
+        from torch.autograd import forward_ad
+
+        if index != self._index or self._tangent is not None:
+            return hidden
+        self._tangent = p = self._draw(hidden)
+        dual: Tensor = forward_ad.make_dual(hidden, p)
+        return dual
+
+    def _draw(self, hidden: Tensor) -> Tensor:
+        size, before, total = hidden.numel(), 0, hidden.numel()
+        if self._group is not None:
+            mine = torch.tensor(size, device=hidden.device)
+            found = [torch.empty_like(mine) for _ in range(self._group.size())]
+            torch.distributed.all_gather(found, mine, group=self._group)
+            sizes = torch.stack(found).tolist()
+            before, total = sum(sizes[: self._group.rank()]), sum(sizes)
+            self._share = size / total
+        drawn = randn(self._generator, total)[before : before + size]
+        samples = self._channel.layouts[0][1] if self._channel.layouts else 0
+        return drawn.view(hidden.movedim(samples, 0).shape).movedim(0, samples).to(hidden)
+
+    def average(self, estimate: Tensor) -> Tensor:
+        """Return the mean over the joint batch of a mean over this rank's part at the last tap."""
+        if self._group is None:
+            return estimate
+        estimate = estimate * self._share
+        torch.distributed.all_reduce(estimate, group=self._group)
+        return estimate
+
+    def catch(self, error: Tensor) -> None:
+        """Keep the tangent that arrived at the error's place."""
+        from torch.autograd import forward_ad
+
+        self._response = forward_ad.unpack_dual(error).tangent
+
+
+def _stateful(value: Any) -> Any:
+    """Return the first thing in a call's arguments that a second call might find changed."""
+    if isinstance(value, dict):
+        value = tuple(value.values())
+    if isinstance(value, tuple | list):
+        return next((found for v in value if (found := _stateful(v)) is not None), None)
+    plain = isinstance(value, Tensor | bool | int | float | str | torch.dtype | torch.device)
+    return None if plain or value is None or callable(value) else value
+
+
+class LayoutProbe:
+    """Which axis of each tap counts the samples, read off what the error depends on.
+
+    A cotangent that is NaN at one index of an axis of the error, and zero elsewhere, makes NaN of
+    every position of a tap that leads there, whatever the weights are (a head of zeros as well).
+    The axis of which each index hears itself alone is that of the samples.
+    """
+
+    def __init__(self, channel: Channel, root: nn.Module, args: Any, kwargs: Any) -> None:
+        self._channel = channel
+        self._call = root, args, kwargs
+        self._sites: list[int] = []
+        self._taps: list[Tensor] = []
+        self._error: Tensor | None = None
+        self._reached: dict[Any, Sequence[Tensor | None]] = {}
+
+    def drop(self, hidden: Tensor, index: int) -> Tensor:
+        """Keep a tapped tensor, with its way to the error."""
+        if not hidden.requires_grad:
+            hidden = hidden.detach().requires_grad_()
+        if not in_backward():  # else it is a checkpoint's recomputation
+            self._sites.append(index)
+            self._taps.append(hidden)
+        return hidden.clone()  # what is kept may not change in place
+
+    def catch(self, error: Tensor) -> None:
+        """Keep the tensor at the error's place."""
+        self._error = error
+
+    def measure(self) -> dict[int, Layout]:
+        """Return, by site, the layout of every tap for which shapes leave several open.
+
+        **Raises:** `RuleError` where the samples depend on one another, or nothing can be measured.
+        """
+        root, args, kwargs = self._call
+        kept = _stateful((args, kwargs))
+        if kept is not None:
+            raise RuleError(
+                "the shapes leave open which axis counts the samples, and a second run to measure "
+                f"it might change the {type(kept).__name__} that the model was given: write "
+                "convert(..., batch_axis=0) if it is the first, batch_axis=1 for (T, N, C)"
+            )
+        with (
+            _shown(self, self._channel, root),
+            torch.enable_grad(),
+            # nothing of this run is left to a checkpoint around it
+            torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t),
+            torch.compiler.set_stance("force_eager"),
+            torch.autograd.set_detect_anomaly(False),
+        ):
+            root.forward(*args, **kwargs)
+            return self._find()
+
+    def _find(self) -> dict[int, Layout]:
+        found: dict[int, list[Layout]] = {}
+        for number, index in enumerate(self._sites):
+            error, tap = self._shapes(number)
+            groups = fits(error[:-1], tap[:-1])
+            if len(groups) < 2:
+                continue
+            alone = [[f.layout for f in group if self._alone(f, number)] for group in groups]
+            alone = [layouts for layouts in alone if layouts]
+            layouts = alone[0] if len(alone) == 1 else []
+            found[index] = [x for x in layouts if x in found.get(index, layouts)]
+            if not found[index]:
+                path = self._channel.sites[index].path
+                raise undecided(path, error, tap, SEVERAL if layouts else MIXED)
+        return {index: layouts[0] for index, layouts in found.items()}
+
+    def _shapes(self, number: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        assert self._error is not None
+        return tuple(self._error.shape), tuple(self._taps[number].shape)
+
+    def _alone(self, fit: Fit, number: int) -> bool:
+        """Say whether each index of the samples' axis of a tap reaches itself alone in the error.
+
+        The first two stand for all.
+        """
+        a, b = fit.layout
+        for i in range(min(2, fit.fine[b])):
+            reached = self._reach(fit.view, a, i)[number]
+            if reached is None:
+                return False
+            along = reached.reshape(fit.fine).movedim(b, 0).reshape(fit.fine[b], -1).any(1)
+            if along.nonzero().flatten().tolist() != [i]:
+                return False
+        return True
+
+    def _reach(self, view: tuple[int, ...], axis: int, i: int) -> Sequence[Tensor | None]:
+        """Return, for each tap, which positions lead to index `i` of an axis of the error."""
+        key = (view, axis, i)
+        if key not in self._reached:
+            assert self._error is not None
+            seed = self._error.new_zeros((*view, self._error.shape[-1]))
+            seed.select(axis, i).fill_(math.nan)
+            try:
+                grads = torch.autograd.grad(
+                    self._error,
+                    self._taps,
+                    seed.reshape(self._error.shape),
+                    retain_graph=True,
+                    allow_unused=True,
+                )
+            except (RuntimeError, AltpropError) as error:
+                path = self._channel.sites[self._sites[0]].path
+                shapes = self._shapes(0)
+                raise undecided(path, *shapes, f"it could not be measured ({error})") from error
+            self._reached[key] = [None if g is None else g.isnan().any(-1) for g in grads]
+        return self._reached[key]

@@ -1,0 +1,262 @@
+"""The roles that modules of a converted model play: mixins whose forward asks the rule.
+
+`add_roles` puts roles before a module's class in a class that pickles by its parts; `remove_roles`
+takes them out again. What a role asks are the places that its module holds (`sites.py`).
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
+
+from altprop.conversion.channel import Channel
+from altprop.conversion.probes import JacobianProbe
+from altprop.conversion.sites import OutputTap, TransportSite, count_pass
+from altprop.errors import RuleError
+
+
+class Role:
+    """Base of the mixins: keeps old state dicts loadable, and says what a module became."""
+
+    _altprop_names: tuple[str, ...]
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        *rest: Any,
+    ) -> None:
+        super()._load_from_state_dict(  # type: ignore[misc]
+            state_dict, prefix, local_metadata, strict, missing_keys, *rest
+        )
+        own = {prefix + name for name in self._altprop_names}
+        missing_keys[:] = [key for key in missing_keys if key not in own]
+
+    @property
+    def qconfig(self) -> Any:
+        """Refuse `torch.ao`'s quantisation, which looks types up exactly and would pass this by."""
+        raise AttributeError("qconfig")
+
+    @qconfig.setter
+    def qconfig(self, value: Any) -> None:
+        raise RuleError(
+            f"torch.ao does not know a converted {type(self).__name__} and would leave it as it "
+            "is: quantise altprop.revert(copy.deepcopy(model))"
+        )
+
+    def extra_repr(self) -> str:
+        text: str = super().extra_repr()  # type: ignore[misc]
+        maps = getattr(self, "_altprop_maps", {})
+        rules = {
+            str(m.rule if isinstance(m, TransportSite) else m.channel.rule) for m in maps.values()
+        }
+        return ", ".join([text] * bool(text) + [f"rule={rule}" for rule in sorted(rules)])
+
+
+class LinearRole(Role):
+    """An `nn.Linear` (or `LocalLinear`) whose map a rule owns."""
+
+    _altprop_maps: dict[str, Any]
+
+    def forward(self, input: Tensor) -> Tensor:
+        m: Any = self
+        return self._altprop_maps["weight"](m, input, m.weight, m.bias)
+
+
+class TransposedLinearRole(Role):
+    """A Hugging Face `Conv1D`, whose weight is stored as (in, out)."""
+
+    _altprop_maps: dict[str, Any]
+
+    def forward(self, x: Tensor) -> Tensor:
+        m: Any = self
+        return self._altprop_maps["weight"](m, x, m.weight.t(), m.bias)
+
+
+class TapRole(Role):
+    """A block or sublayer whose output is a tap."""
+
+    _altprop_tap: OutputTap
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        out = super().forward(*args, **kwargs)  # type: ignore[misc]
+        return self._altprop_tap(cast(nn.Module, self), out)
+
+
+class OutputRole(Role):
+    """The module at whose output (or input) the error is taken."""
+
+    _altprop_outputs: list[Channel]
+
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Any:
+        for channel in self._altprop_outputs:
+            if channel.rule.at_head_input:
+                input = channel.join(input)
+        out = super().forward(input, *args, **kwargs)  # type: ignore[misc]
+        for channel in self._altprop_outputs:
+            if not channel.rule.at_head_input:
+                out = channel.join(out)
+        return out
+
+
+class RootRole(Role):
+    """The model that was converted: its forward opens and closes every collection."""
+
+    _altprop_channels: list[Channel]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        channels = [channel for channel in self._altprop_channels if channel.on]
+        if not channels or not torch.is_grad_enabled():
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        try:
+            if any(c.rule.period or c.rule.learned for c in channels):
+                self._schedule(channels, args, kwargs)
+            else:
+                for channel in channels:
+                    channel.begin(cast(nn.Module, self), args, kwargs)
+            out = super().forward(*args, **kwargs)  # type: ignore[misc]
+            for channel in channels:
+                channel.finish()
+            return out
+        finally:
+            for channel in channels:
+                channel.clear()
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _schedule(self, channels: list[Channel], args: Any, kwargs: Any) -> None:
+        """Decide whether this pass is a calibration; if not, let learned feedback be measured."""
+        root = cast(nn.Module, self)
+        step = count_pass(root)
+        plans = []
+        for channel in channels:  # all are measured before any starts to collect
+            period = channel.rule.period
+            exact = period > 0 and step % period == period - 1
+            measured = None
+            if channel.rule.learned and not exact:
+                probe = JacobianProbe(channel, root, args, kwargs)
+                measured = channel.rule.estimates(probe, channel.seed, step)
+            plans.append((channel, exact, measured))
+        for channel, exact, measured in plans:
+            channel.begin(root, args, kwargs, exact)
+            channel.measured = measured
+
+
+class LocalRole(Role):
+    """A block that takes the error at its own output, for the linear maps inside it."""
+
+    _altprop_local: Channel
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        channel = self._altprop_local
+        if channel.probe is not None:
+            return self._joined(channel, args, kwargs)
+        if not channel.on or not torch.is_grad_enabled():
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        channel.begin(cast(nn.Module, self), args, kwargs)
+        try:
+            return self._joined(channel, args, kwargs)
+        finally:
+            channel.clear()
+
+    def _joined(self, channel: Channel, args: Any, kwargs: Any) -> Any:
+        out = super().forward(*args, **kwargs)  # type: ignore[misc]
+        if isinstance(out, Tensor):
+            return channel.join(out)
+        return type(out)((channel.join(out[0]), *out[1:]))
+
+
+_BASE = "_altprop_base"  # where a class that was made here keeps the one that it was made of
+_CLASSES: dict[tuple[type, ...], type[nn.Module]] = {}
+
+
+def add_roles(module: nn.Module, roles: tuple[type[Role], ...]) -> None:
+    """Put these roles, outermost first, before a module's own class.
+
+    A class that a parametrisation has put around that one stays around it, where torch seeks it.
+    """
+    cls = type(module)
+    if is_parametrized(module):
+        module.__class__ = _rebased(cls, (site_class(cls.__bases__[0], roles),))
+    else:
+        module.__class__ = site_class(cls, roles)
+
+
+def remove_roles(module: nn.Module) -> None:
+    """Take every role out of a module's class; what others have put around it since stays."""
+    module.__class__ = _without_roles(type(module))
+
+
+def _without_roles(cls: type) -> type:
+    if _BASE in cls.__dict__:
+        return cast(type, cls.__dict__[_BASE])
+    if not issubclass(cls, Role):
+        return cls
+    return _rebased(cls, tuple(_without_roles(base) for base in cls.__bases__))
+
+
+def _rebased(cls: type, bases: tuple[type, ...]) -> type:
+    """Return a class like one that was made for a single module, on other bases."""
+    body = {k: v for k, v in cls.__dict__.items() if k not in ("__dict__", "__weakref__")}
+    return type(cls)(cls.__name__, bases, body)
+
+
+def site_class(base: type[nn.Module], roles: tuple[type[Role], ...]) -> type[nn.Module]:
+    """Return the class of a `base` with these roles in front of it, outermost first."""
+    key = (base, *roles)
+    if key not in _CLASSES:
+        _CLASSES[key] = _make_class(base, roles)
+    return _CLASSES[key]
+
+
+def _maker(kind: type) -> type:
+    """Return the metaclass, on that of a module's class, of what `site_class` makes.
+
+    To call such a class is to make a plain module: `type(model).from_pretrained(...)` and
+    `type(model)(config)` know nothing of the places that one module was given.
+    """
+
+    class Maker(kind):  # type: ignore[misc]
+        def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+            base = next(c for c in cls.__mro__ if not issubclass(c, Role))
+            return base(*args, **kwargs)
+
+    return Maker
+
+
+def _make_class(base: type[nn.Module], roles: tuple[type[Role], ...]) -> type[nn.Module]:
+
+    def __reduce_ex__(self: nn.Module, protocol: Any) -> Any:
+        # the class has no importable name: pickle and deepcopy rebuild it from its parts
+        parts: tuple[Any, ...] = base.__reduce_ex__(self, protocol)  # type: ignore[assignment]
+        _, args, *rest = parts
+        return (_rebuild, (base, roles, *args[1:]), *rest)
+
+    @functools.wraps(base.forward)  # trainers read the signature to choose a batch's columns
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return super(cls, self).forward(*args, **kwargs)  # type: ignore[misc]
+
+    # torch.compile limits recompilations per code object, so each class gets one of its own
+    plain = cast(types.FunctionType, forward)
+    plain.__code__ = plain.__code__.replace(co_name=f"forward_{base.__name__}")
+    body = {
+        "__reduce_ex__": __reduce_ex__, "forward": forward, "__module__": base.__module__,
+        _BASE: base,
+    }  # fmt: skip
+    if issubclass(roles[0], (LinearRole, TransposedLinearRole)):
+        del body["forward"]
+    cls = cast(type[nn.Module], _maker(type(base))(base.__name__, (*roles, base), body))
+    cls.__qualname__ = base.__qualname__
+    return cls
+
+
+def _rebuild(base: type[nn.Module], roles: tuple[type[Role], ...], *args: Any) -> nn.Module:
+    cls = site_class(base, roles)
+    return cls.__new__(cls, *args)

@@ -1,0 +1,140 @@
+"""What an equilibrium relaxes: a force `F(z; x)` with parameters, and its products at one state.
+
+Shapes: `B` samples, `T` tokens, `C` channels, `H` heads; states and inputs are `(B, T, C)` for the
+transformers here, and `(B, ...)` in general. Samples never interact.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+from torch import Tensor, nn
+
+from altprop.equilibrium.dynamics.driven import Driven
+from altprop.equilibrium.dynamics.plain import FORCE, is_overridden, is_watched
+from altprop.equilibrium.dynamics.products import (
+    AbstractEvaluation,
+    AbstractLinearisation,
+    AutogradLinearisation,
+    record,
+)
+from altprop.errors import RuleError, refuse_subclass
+
+
+class AbstractDynamics(nn.Module, ABC):
+    """Base of every dynamics: `dynamics(z, x)` is the force `F(z; x, θ)`.
+
+    Those of this library are final. The parameters are the module's. `step` is the `ε` for which
+    `z + εF(z)` is the natural fixed-point map, `g(z)` in the stabiliser's terms.
+    """
+
+    step: float = 1.0
+    draws: bool | Literal["replayed", "fresh"] = False
+    """What random numbers in the force mean: `"replayed"` (or True), the same ones in all
+    evaluations of a call, as dropout's always are, or `"fresh"`, noise that is new in each."""
+    feedforward: bool = False
+    """Whether nothing feeds back, so that the fixed point cannot be lost."""
+    margin: float = 0.3
+    """How large the gain `‖J_gᵀv‖` may grow before a stabiliser pushes it back."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        refuse_subclass(
+            cls,
+            AbstractDynamics,
+            "hold a {name} and call it, as in ap.from_function(lambda z, x: inner(z, x) - 0.1 * z, "
+            "inner), or derive from AbstractDynamics",
+        )
+
+    @property
+    def gate(self) -> nn.Parameter | None:
+        """The parameter that all feedback is multiplied by, where there is one."""
+        return None
+
+    prefix: int = 0
+    """How many first tokens of a window are solved before the others; 0 for none.
+
+    For causal dynamics alone, with states `(B, T, C)`. It saves evaluations where the first tokens
+    have the slowest modes: attention that averages gives token `t` a `t`-th of its own feedback.
+    """
+
+    @abstractmethod
+    def forward(self, z: Tensor, x: Tensor) -> Tensor:
+        """Return the force at state `z` under input `x`, both `(B, ...)`."""
+
+    def uses(self) -> Iterable[nn.Module]:
+        """Return the modules that the force calls: its own, and any that it closes over."""
+        return self.modules()
+
+    def under(self, x: Tensor, *args: Any, **kwargs: Any) -> Driven:
+        """Return this dynamics under one input; what else is given goes to every force."""
+        return Driven(self, x, args, kwargs)
+
+    def extend(self, cache: Any, x: Tensor) -> Extension:
+        """Return what solves new tokens alone, where earlier ones do not depend on them.
+
+        **Arguments:** `cache`, of the earlier tokens (`None`: there are none); `x`, the new
+        tokens' input, `(B, t, C)`.
+
+        **Raises:** `RuleError` for a dynamics that is not causal or has no cache.
+        """
+        raise RuleError(
+            f"{type(self).__name__} keeps no cache of earlier tokens: solve the whole window "
+            "anew, or give the dynamics an extend(cache, x) method"
+        )
+
+    def start(self, x: Tensor) -> Tensor:
+        """Return the state that the free phase starts from; `x` itself unless overridden."""
+        return x
+
+    def evaluate(self, z: Tensor, x: Tensor) -> AbstractEvaluation | None:
+        """Return the force, its products and all its gradients at `z`; `None` for no closed form.
+
+        Override it where closed forms are cheaper than automatic differentiation. Where methods
+        were put on an instance, or there are hooks or parametrisations, it is not asked.
+        """
+        return None
+
+    def linearise(self, z: Tensor, x: Tensor) -> AbstractLinearisation:
+        """Return the Jacobian's products at `z`; override it for closed forms of these alone."""
+        x = x.detach()
+        made = None if is_overridden(self, FORCE) else self.evaluate(z.detach(), x)
+        return AutogradLinearisation(lambda state: self(state, x), z) if made is None else made
+
+    def record(self, z: Tensor, x: Tensor) -> tuple[Tensor, Callable[[], AbstractLinearisation]]:
+        """Return the force at `z`, recorded for autograd, and what linearises it there."""
+        z = z.detach()
+        changed = is_overridden(self, FORCE | {"linearise"}) or is_watched(self)
+        made = None if changed else self.evaluate(z, x)
+        if made is None:
+            return self(z, x), partial(self.linearise, z, x.detach())
+        return record(made, partial(self.linearise, z, x))
+
+    def analytic(self, z: Tensor, x: Tensor) -> Tensor:
+        """Return the force continued analytically to a complex state `z`, under a real input `x`.
+
+        Only `HolomorphicEP` asks for it. On real states it must equal the force, and complex
+        conjugates nowhere enter it; `altprop.equilibrium.dynamics.analytic` has the parts.
+
+        **Raises:** `RuleError` where a dynamics has none, which is the default.
+        """
+        raise RuleError(
+            f"{type(self).__name__} has no analytic force: HolomorphicEP relaxes complex states, "
+            "on which torch defines no softmax, layer norm, GELU or fused attention, and relu has "
+            "no continuation at all; give the dynamics a method analytic(z, x) made of the parts "
+            "in altprop.equilibrium.dynamics.analytic, or write estimator=AEP()"
+        )
+
+
+class Extension(NamedTuple):
+    """New tokens beside a cache.
+
+    `force`: of the new tokens alone, `(B, t, C) → (B, t, C)`. `remember`: from their equilibrium to
+    the cache with them in it; the cache that was given stays as it is.
+    """
+
+    force: Callable[[Tensor], Tensor]
+    remember: Callable[[Tensor], Any]

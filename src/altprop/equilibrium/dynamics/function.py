@@ -1,0 +1,120 @@
+"""A user's own force as a dynamics: write the formula, and every estimator and solver applies."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from altprop.equilibrium.dynamics.conduct import check_draws
+from altprop.equilibrium.dynamics.dynamics import AbstractDynamics
+from altprop.errors import ConfigError
+
+
+def from_function(
+    force: Callable[..., Tensor],
+    *modules: nn.Module,
+    step: float = 1.0,
+    start: Callable[[Tensor], Tensor] | None = None,
+    draws: bool | Literal["replayed", "fresh"] = False,
+    **parameters: nn.Parameter,
+) -> AbstractDynamics:
+    """Return the dynamics whose force is `force(z, x)`.
+
+    The force may be an `nn.Module`, close over modules, which are then given too so that their
+    parameters are found, or take parameters by name. Its Jacobian's products come from automatic
+    differentiation, so any torch code with a forward-mode derivative will do; where a closed form
+    is cheaper, derive from `AbstractDynamics` and override `linearise`. Samples lie on axis 0 and
+    must not interact, and an evaluation must not change a buffer (batch norm does both).
+
+    **Arguments:** `force`, from the state and the input, `(B, ...)` both, to the force, in the
+    state's shape; `modules`, those that `force` closes over; `step`, the `ε` for which `z + εF(z)`
+    is the natural fixed-point map; `start`, from the input to the first state (default: the input
+    itself, which then has the state's shape); `draws`, what random numbers in the force mean:
+    `"replayed"`, the same ones in every evaluation of a call, as dropout's are without being asked,
+    or `"fresh"`, noise that is new in each, which needs a solver that bears it (`Euler`);
+    `parameters`, passed to every call by name.
+
+    **Raises:** `ConfigError` if the force closes over trainable parameters that were not given.
+    When it is called, `RuleError` for one in which samples interact or buffers change.
+
+    ```python
+    W = nn.Linear(8, 8)
+    dynamics = from_function(lambda z, x: x - z + 0.5 * torch.tanh(W(z)), W)
+    ```
+    """
+    return _FunctionDynamics(force, modules, step, start, draws, parameters)
+
+
+class _FunctionDynamics(AbstractDynamics):
+    def __init__(
+        self,
+        force: Callable[..., Tensor],
+        modules: tuple[nn.Module, ...],
+        step: float,
+        start: Callable[[Tensor], Tensor] | None,
+        draws: bool | Literal["replayed", "fresh"],
+        parameters: dict[str, nn.Parameter],
+    ) -> None:
+        super().__init__()
+        if not callable(force):
+            raise ConfigError(f"the force is {force!r}, expected a function of (z, x)")
+        if not step > 0:
+            raise ConfigError(f"step is {step}, expected a number > 0")
+        for module in modules:
+            if not isinstance(module, nn.Module):
+                raise ConfigError(
+                    f"{module!r} is no module: pass parameters by name, "
+                    "from_function(force, W=nn.Parameter(...))"
+                )
+        check_draws(draws)
+        self.step, self.draws = step, draws
+        self._force, self._start = force, start  # a module among them is registered by this
+        self._held = nn.ModuleList(modules)
+        self._passed = nn.ParameterDict(parameters)
+        missing = _trainable_closures(force, {id(p) for p in self.parameters()})
+        if missing:
+            names = ", ".join(missing)
+            raise ConfigError(
+                f"the force closes over {names}, whose parameters no optimiser would find: write "
+                f"from_function(force, {names})"
+            )
+
+    def forward(self, z: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return self._force(z, x, *args, **self._passed, **kwargs)
+
+    def uses(self) -> Iterable[nn.Module]:
+        yield from self.modules()
+        for value in _surroundings(self._force).values():
+            if isinstance(value, nn.Module):
+                yield from value.modules()
+
+    def start(self, x: Tensor) -> Tensor:
+        return x if self._start is None else self._start(x)
+
+    def extra_repr(self) -> str:
+        return f"{getattr(self._force, '__name__', type(self._force).__name__)}, step={self.step}"
+
+
+def _trainable_closures(force: Callable[..., Tensor], known: set[int]) -> list[str]:
+    """Return the names in a function's surroundings that hold trainable parameters not known."""
+    found = []
+    for name, value in _surroundings(force).items():
+        if isinstance(value, nn.Module):
+            held = list(value.parameters())
+        else:
+            held = [value] if isinstance(value, torch.nn.Parameter) else []
+        if any(p.requires_grad and id(p) not in known for p in held):
+            found.append(name)
+    return found
+
+
+def _surroundings(force: Callable[..., Tensor]) -> dict[str, Any]:
+    """Return what a function uses of its surroundings, by name."""
+    if not inspect.isfunction(force):
+        return {}
+    around = inspect.getclosurevars(force)
+    return {**around.globals, **around.nonlocals}

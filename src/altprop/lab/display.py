@@ -1,0 +1,129 @@
+"""What a person sees while a run goes on: two live lines on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+from rich.text import Text
+
+from altprop.lab.evaluation import Evaluation
+from altprop.lab.run import Progress
+
+
+class Display:
+    """Shows step, loss, validation loss, tokens per second, residual, evaluations, time left.
+
+    **Arguments:** `total`, the number of steps; `done`, how many a resumed run has made already;
+    `console`, where to write (the terminal); `every`, seconds between lines where there is none.
+    """
+
+    def __init__(
+        self, total: int, done: int = 0, console: Console | None = None, every: float = 10.0
+    ) -> None:
+        self._console = console or Console()
+        self._total, self._every = total, every
+        self._validation = math.nan
+        self._shown = -math.inf
+        self._started, self._first = time.monotonic(), done
+        self._live: Live | None = None
+        if self._console.is_terminal:
+            self._bar = Bar(
+                TextColumn("step {task.completed}/{task.total}"),
+                BarColumn(bar_width=None),
+                TimeRemainingColumn(compact=True),
+                TextColumn("left"),
+                console=self._console,
+                expand=True,
+            )
+            self._task = self._bar.add_task("", total=total, completed=done)
+            self._figures = Text()
+            self._live = Live(Group(self._bar, self._figures), console=self._console)
+
+    def __enter__(self) -> Display:
+        if self._live is not None:
+            self._live.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def note(self, text: str) -> None:
+        """Print a line of its own, as it is."""
+        # rich would take [brackets] for its markup and :names: for its pictures
+        self._console.print(text, markup=False, emoji=False, highlight=False, soft_wrap=True)
+
+    def step(self, record: dict[str, Any]) -> None:
+        """Show what a step measured."""
+        words = self._words(record)
+        if self._live is not None:
+            self._bar.update(self._task, completed=record["step"])
+            self._figures.plain = words
+        elif time.monotonic() - self._shown >= self._every:
+            self._shown = time.monotonic()
+            self.note(f"step {record['step']}/{self._total}  {words}  {self._left(record['step'])}")
+
+    def evaluation(self, step: int, seen: Evaluation) -> None:
+        """Show a validation loss."""
+        self._validation = seen.loss
+        self.note(f"step {step}/{self._total}  validation loss {seen.loss:.4f}{_doubt(seen)}")
+
+    def sample(self, text: str) -> None:
+        """Show what the model has written, if it has."""
+        if text:
+            self._console.rule("a sample")
+            self.note(text)
+            self._console.rule()
+
+    def finish(
+        self, progress: Progress, final: Evaluation, windows: tuple[int, int], folder: Path
+    ) -> None:
+        """Show how the run ended.
+
+        **Arguments:** `final`, the figure at its end; `windows`, how many of it and of how many.
+        """
+        minutes, seconds = divmod(round(time.monotonic() - self._started), 60)
+        best = f"best {progress.best_loss:.4f}"
+        if not math.isfinite(progress.best_loss):
+            best = "no best: no evaluation was finite and at a fixed point"
+        used, there = windows
+        part = f"the whole validation part, {there:,} windows"
+        if used < there:
+            part = f"{used:,} of the validation part's {there:,} windows"
+        self.note(f"validation cross-entropy {progress.loss:.4f} nats per token ({best})")
+        self.note(f"over {part}: {final.loss:.4f}{_doubt(final)}")
+        self.note(
+            f"refused steps {progress.refused} of {self._total}; time {minutes}:{seconds:02d}; "
+            f"run folder {folder}"
+        )
+
+    def _words(self, record: dict[str, Any]) -> str:
+        parts = [f"loss {record['loss']:.3f}"]
+        if math.isfinite(self._validation):
+            parts.append(f"validation {self._validation:.3f}")
+        parts.append(f"{record['tokens_per_second'] / 1e3:.1f}k tok/s")
+        if "free_residual" in record:
+            evaluations = record["free_evaluations"] + record["adjoint_evaluations"]
+            parts += [f"residual {record['free_residual']:.0e}", f"{evaluations:.0f} evals"]
+        if record["refused"]:
+            parts.append(f"{record['refused']} refused")
+        return "  ".join(parts)
+
+    def _left(self, step: int) -> str:
+        made = step - self._first
+        left = (time.monotonic() - self._started) / max(1, made) * (self._total - step)
+        return f"{int(left // 60)}:{int(left % 60):02d} left"
+
+
+def _doubt(seen: Evaluation) -> str:
+    """Return what has to be said of a figure that was read from states that are none."""
+    if seen.settled:
+        return ""
+    return f"  NOT AT A FIXED POINT: free residual {seen.free_residual:.1e} past free_limit"

@@ -1,0 +1,23 @@
+"""Show which signal reaches every parameter of a configured model."""
+
+from __future__ import annotations
+
+from rich.console import Console
+
+from altprop import ConfigError, explain
+from altprop.lab.settings import TrainConfig
+from altprop.lab.train import build_model
+from altprop.lm.text import load_corpus
+
+
+def explain_run(config: TrainConfig) -> None:
+    """Print, for every parameter, the rule and the signal that reaches it, without training.
+
+    **Raises:** `ConfigError` for a model without a rule: everything in it is backprop's.
+    """
+    if not (config.rule or config.rules):
+        raise ConfigError(
+            "nothing to explain: no rule was given, for example --model gpt --rule SignSymmetry"
+        )
+    model = build_model(config, len(load_corpus(config.data).tokenizer))
+    Console(highlight=False).print(str(explain(model)), markup=False, soft_wrap=True)

@@ -1,0 +1,209 @@
+"""What a training run depends on: one frozen dataclass, for Python and the command line."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from altprop import (
+    AbstractEstimator,
+    AbstractRule,
+    AbstractSolver,
+    AbstractStabiliser,
+    ConfigError,
+    JacobianHinge,
+)
+from altprop.errors import unknown
+from altprop.lab.values import defaults_of
+from altprop.lm.blocks import ESTIMATOR, SOLVER, ModelConfig
+
+
+def is_run(folder: Path) -> bool:
+    """Tell whether a folder is that of a run."""
+    return all((folder / name).is_file() for name in ("config.yaml", "vocab.json"))
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that a training run depends on.
+
+    Args:
+        data: a built-in corpus (`plays`), a text file or folder of them, or a prepared folder.
+        out: the run's folder; a new one below runs/ unless given. The config.yaml of a run means
+            the folder that it lies in.
+        resume: go on from the last checkpoint in the run's folder.
+        overwrite: replace a run that is already in the folder.
+        model: `equilibrium` (one block that is an equilibrium) or `gpt` (ordinary blocks).
+        block: of the equilibrium, its dynamics: `gated`, `damped`, or `thick`, which does not
+            contract at its start: write `--solver Anderson` with it.
+        layers: the number of blocks; null for 4 of the gpt and 1 of the equilibrium.
+        stacking: of the equilibrium of several layers, `joint` (one equilibrium, with feedback from
+            the last block to the first) or `separate` (an equilibrium each).
+        dropout: the share of numbers that are dropped in training: of the embeddings, and of what a
+            gpt's blocks add or of an equilibrium's state.
+        tie_head: of the gpt, whether the head is the token embedding.
+        rule: of the gpt, the learning rule of every linear map or block; null for backprop.
+        rules: of the gpt, rules by name pattern, such as `blocks.*.attn.*`, instead of `rule`.
+        freeze: name patterns of parameters that do not learn, such as `blocks.*`.
+        d_model: the width.
+        heads: attention heads; must divide the width.
+        context: the length of a window, in tokens.
+        estimator: of the equilibrium, how a cotangent becomes a gradient.
+        solver: of the equilibrium, how it is solved, in training, evaluation and generation.
+        stabiliser: what keeps the fixed point while it learns; null for nothing.
+        batch: windows per step.
+        steps: optimiser steps.
+        lr: the peak learning rate of AdamW.
+        warmup: steps of linear warm-up.
+        final_lr: where the cosine ends, as a fraction of the peak.
+        weight_decay: of matrices and embeddings; vectors (norms, biases, gates) have none.
+        beta1: AdamW's decay of the mean.
+        beta2: AdamW's decay of the square.
+        clip: the largest gradient norm.
+        ema: the decay of averaged weights, which are then evaluated, kept as best and sampled
+            from; 0 for the weights themselves. They remember about 1 / (1 - ema) steps.
+        seed: of everything random in the run.
+        eval_every: steps between evaluations.
+        eval_windows: fixed windows that an evaluation covers.
+        final_windows: windows without overlap that the figure at the end covers; evenly spaced ones
+            where the validation part has more.
+        free_limit: the largest free residual of a step that may be applied; a solve of a fixed
+            number of steps (tol 0) has no limit.
+        adjoint_limit: the largest adjoint residual of a step that may be applied; likewise.
+        on_failure: what to do with a step past these limits, or with a loss or gradient that is
+            not finite: `skip` drops its gradient (the stabiliser still acts) and counts it, `stop`
+            ends the run.
+        refused_in_a_row: so many refused steps in a row end the run, and so do more than that among
+            ten times as many.
+        device: `auto`, `cpu`, `cuda`, or any other that torch knows.
+        sample: characters of text to write at the end.
+    """
+
+    data: str = "plays"
+    out: Path | None = None
+    resume: bool = False
+    overwrite: bool = False
+    model: str = "equilibrium"
+    block: str = "gated"
+    layers: int | None = None
+    stacking: str = "joint"
+    dropout: float = 0.0
+    tie_head: bool = False
+    rule: AbstractRule | None = None
+    rules: dict[str, AbstractRule] = field(default_factory=dict)
+    freeze: tuple[str, ...] = ()
+    d_model: int = 128
+    heads: int = 4
+    context: int = 64
+    estimator: AbstractEstimator = ESTIMATOR
+    solver: AbstractSolver = SOLVER
+    stabiliser: AbstractStabiliser | None = JacobianHinge()
+    batch: int = 16
+    steps: int = 1000
+    lr: float = 3e-3
+    warmup: int = 100
+    final_lr: float = 0.1
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.99
+    clip: float = 1.0
+    ema: float = 0.0
+    seed: int = 0
+    eval_every: int = 250
+    eval_windows: int = 320
+    final_windows: int = 2048
+    free_limit: float = 2e-2
+    adjoint_limit: float = 0.1
+    on_failure: Literal["skip", "stop"] = "skip"
+    refused_in_a_row: int = 20
+    device: str = "auto"
+    sample: int = 400
+
+    def __post_init__(self) -> None:
+        counts = ("batch", "steps", "eval_every", "eval_windows", "final_windows")
+        for name in (*counts, "refused_in_a_row"):
+            _require(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
+        for name in ("lr", "clip", "free_limit", "adjoint_limit"):
+            value = getattr(self, name)
+            _require(name, value, math.isfinite(value) and value > 0, "a number > 0")
+        for name in ("warmup", "weight_decay", "sample", "final_lr"):
+            value = getattr(self, name)
+            _require(name, value, math.isfinite(value) and value >= 0, "a number ≥ 0")
+        for name in ("beta1", "beta2", "ema"):
+            _require(name, getattr(self, name), 0 <= getattr(self, name) < 1, "in [0, 1)")
+        _require("on_failure", self.on_failure, self.on_failure in ("skip", "stop"), "skip or stop")
+        _require("seed", self.seed, 0 <= self.seed < 2**63, "in [0, 2^63)")  # torch takes no other
+        if self.resume and self.overwrite:
+            raise ConfigError("resume and overwrite exclude each other: give one of them")
+        for name in ("resume", "overwrite"):
+            if getattr(self, name) and self.out is None:
+                raise ConfigError(f"{name} needs the run's folder: write --out FOLDER --{name}")
+        if self.model not in _OWN:
+            raise unknown("model", self.model, _OWN)
+        default = defaults_of(type(self))
+        for other, names in _OWN.items():
+            given = [name for name in names if getattr(self, name) != default[name]]
+            if other != self.model and given:
+                raise ConfigError(
+                    f"model {self.model} has no {', '.join(given)}: leave that out, or write "
+                    f"--model {other}"
+                )
+        if self.rule is not None and self.rules:
+            raise ConfigError("rule and rules exclude each other: put the rule under '*' in rules")
+        self.shape(vocabulary=1)  # refuses a shape that no model can have
+
+    @classmethod
+    def of_file(cls, data: dict[str, Any], file: Path) -> dict[str, Any]:
+        """Return the options that a file holds: a run is the folder that its config lies in."""
+        for place in (file, file.resolve()):
+            if place.name == "config.yaml" and is_run(place.parent):
+                return {**data, "out": str(place.parent)}
+        return data
+
+    @property
+    def foreign(self) -> tuple[str, ...]:
+        """The options that only other models have."""
+        return tuple(name for other, own in _OWN.items() if other != self.model for name in own)
+
+    @property
+    def method(self) -> str:
+        """What the run trains by, in a word."""
+        if self.model == "equilibrium":
+            return type(self.estimator).__name__
+        return "rules" if self.rules else type(self.rule).__name__ if self.rule else "backprop"
+
+    def shape(self, vocabulary: int) -> ModelConfig:
+        """Return the model's shape for a vocabulary of so many tokens."""
+        return ModelConfig(
+            vocabulary,
+            self.context,
+            self.d_model,
+            self.heads,
+            self.block,
+            self.layers,
+            self.tie_head,
+            self.stacking,
+            self.dropout,
+        )
+
+
+# what only one of the models has, so that an option of the other is refused and not ignored
+_OWN = {
+    "equilibrium": (
+        "block",
+        "stacking",
+        "estimator",
+        "solver",
+        "stabiliser",
+        "free_limit",
+        "adjoint_limit",
+    ),
+    "gpt": ("tie_head", "rule", "rules"),
+}
+
+
+def _require(name: str, value: object, holds: bool, expected: str) -> None:
+    if not holds:
+        raise ConfigError(f"{name} is {value}, expected {expected}")

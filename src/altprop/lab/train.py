@@ -1,0 +1,317 @@
+"""The training loop: one function that reads from top to bottom and knows no rule by name."""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from altprop import ConfigError, ConvergenceError, convert
+from altprop.errors import suggest
+from altprop.lab.display import Display
+from altprop.lab.evaluation import count_tiles, evaluate, tiles
+from altprop.lab.guard import Guard
+from altprop.lab.report import plot_run
+from altprop.lab.run import Run, State
+from altprop.lab.settings import TrainConfig
+from altprop.lm.model import GPT, EquilibriumLM, LanguageModel, generate
+from altprop.lm.text import Batches, CharTokenizer, Corpus, check_context, load_corpus, windows
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run ended with; losses are validation cross-entropies in nats per token.
+
+    `loss` and `best_loss` (infinite if no evaluation was settled) are over the fixed windows of the
+    way, `final_loss` over the validation part without overlap; `settled` says whether all states of
+    that last figure were within `free_limit`.
+    """
+
+    folder: Path
+    loss: float
+    best_loss: float
+    final_loss: float
+    settled: bool
+    refused: int
+    sample: str
+
+
+def train(config: TrainConfig) -> TrainResult:
+    """Train a language model, keep the run in a folder, and return what came of it.
+
+    Writes into the run's folder `config.yaml`, `vocab.json`, `metrics.jsonl`, `best.safetensors`,
+    `last.safetensors` and `curves.png`.
+
+    **Raises:** `DataError`, `ConfigError`, `CheckpointError` before anything is written;
+    `ConvergenceError` if a step fails under `on_failure="stop"`, or after saving if too many were
+    refused (`refused_in_a_row`, or all of them); `KeyboardInterrupt` after saving.
+    """
+    corpus = load_corpus(config.data)
+    check_context(corpus, config.context)
+    device = pick_device(config.device)
+    with torch.random.fork_rng():
+        torch.manual_seed(config.seed)
+        model = build_model(config, len(corpus.tokenizer)).to(device)
+    optimiser = make_optimiser(model, config)
+    batches = Batches(
+        corpus.train, config.batch, config.context, torch.Generator().manual_seed(config.seed)
+    )
+    held_out = windows(corpus.validation, config.eval_windows, config.context, seed=0)
+    guard = Guard(config, torch.Generator().manual_seed(config.seed + 1))
+    rehearse(model, held_out, device)
+
+    run = Run.open(config, corpus)
+    state = State(model, optimiser, batches, guard.state, averaged(model, config))
+    if config.resume:
+        run.restore(state)
+    progress = state.progress
+    with run, Display(config.steps, progress.step) as display, interruptible() as interrupted:
+        display.note(
+            f"{corpus.description}: {len(corpus.train):,} tokens, vocabulary of "
+            f"{len(corpus.tokenizer)}\n"
+            f"{count_parameters(model):,} parameters; run folder {run.folder}"
+        )
+        while progress.step < config.steps and not interrupted() and not guard.lost(progress):
+            clock = time.perf_counter()
+            rate = learning_rate(config, progress.step)
+            for group in optimiser.param_groups:
+                group["lr"] = rate
+            ids, targets = (t.to(device) for t in batches.draw())
+            optimiser.zero_grad(set_to_none=True)
+            with dropping(config, progress.step):
+                _, loss = model(ids, targets)
+                loss.backward()
+            measured = guard.check(model, optimiser, float(loss.detach()), progress)
+            norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+            optimiser.step()
+
+            progress.step += 1
+            if state.average is not None and not progress.in_a_row():  # of applied steps alone
+                state.average.update_parameters(model)
+            seconds = time.perf_counter() - clock
+            record = {
+                "step": progress.step,
+                "loss": float(loss.detach()),
+                "lr": rate,
+                "gradient_norm": float(norm),
+                **measured,
+                "refused": progress.refused,
+                "tokens_per_second": ids.numel() / seconds,
+            }
+            run.log(record)
+            display.step(record)
+            if progress.step % config.eval_every == 0 or progress.step == config.steps:
+                seen = evaluate(state.judged, held_out, config.batch, device, config.free_limit)
+                progress.loss = seen.loss
+                run.log({"step": progress.step, **seen.record("validation")})
+                display.evaluation(progress.step, seen)
+                if seen.settled and seen.loss < progress.best_loss:
+                    progress.best_loss = seen.loss
+                    run.save("best", state, resumable=False)
+                run.save("last", state, resumable=True)
+        if progress.step < config.steps:
+            run.save("last", state, resumable=True)
+
+    draw_curves(run.folder, display)
+    if guard.lost(progress):
+        raise guard.error(progress, run.resume_options())
+    if progress.step < config.steps:
+        display.note(
+            f"stopped after step {progress.step} of {config.steps}; go on with\n"
+            f"  altprop train {run.resume_options()}"
+        )
+        raise KeyboardInterrupt
+    parts = tiles(corpus.validation, config.final_windows, config.context)
+    final = evaluate(state.judged, parts, config.batch, device, config.free_limit)
+    used, there = len(parts[0]), count_tiles(corpus.validation, config.context)
+    with run:
+        coverage = {"final_windows": used, "validation_windows": there}
+        run.log({"step": progress.step, **final.record("final_validation"), **coverage})
+    text = write_sample(state.judged.eval(), corpus, config, device, display)
+    display.sample(text)
+    display.finish(progress, final, (used, there), run.folder)
+    return TrainResult(
+        folder=run.folder,
+        loss=progress.loss,
+        best_loss=progress.best_loss,
+        final_loss=final.loss,
+        settled=final.settled,
+        refused=progress.refused,
+        sample=text,
+    )
+
+
+def build_model(config: TrainConfig, vocabulary: int) -> LanguageModel:
+    """Return the untrained model of a run, its learning rules in place and frozen what is frozen.
+
+    **Raises:** `RuleError` for rules that do not fit the model, `ConfigError` for a pattern that
+    freezes nothing and for patterns that leave nothing to learn.
+    """
+    model = _BUILD[config.model](config, vocabulary)
+    for pattern in config.freeze:
+        frozen = [p for name, p in model.named_parameters() if fnmatchcase(name, pattern)]
+        if not frozen:
+            names = [name for name, _ in model.named_parameters()]
+            raise ConfigError(
+                f"freeze: no parameter is named {pattern!r}: {suggest(pattern, names)}"
+            )
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+    if count_parameters(model) == 0:
+        raise ConfigError(
+            f"freeze: {', '.join(map(repr, config.freeze))} leaves no parameter to learn: freeze a "
+            "part of the model, such as 'block.*' or 'head.*'"
+        )
+    return model
+
+
+def _equilibrium(config: TrainConfig, vocabulary: int) -> EquilibriumLM:
+    # the guard of the loop judges failed solves
+    return EquilibriumLM(config.shape(vocabulary), config.solver, config.estimator, "accept")
+
+
+def _gpt(config: TrainConfig, vocabulary: int) -> GPT:
+    model = GPT(config.shape(vocabulary))
+    rules = config.rules or config.rule
+    return convert(model, rules, output="head", seed=config.seed, batch_axis=0) if rules else model
+
+
+_BUILD: dict[str, Callable[[TrainConfig, int], LanguageModel]] = {
+    "equilibrium": _equilibrium,
+    "gpt": _gpt,
+}
+
+
+def averaged(model: nn.Module, config: TrainConfig) -> AveragedModel | None:
+    """Return the average of a run's weights, a copy of the model that learns nothing by itself."""
+    if config.ema == 0:
+        return None
+    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
+
+
+def make_optimiser(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
+    """Return AdamW with weight decay on matrices, learned feedback too, and none on vectors."""
+    learning = [p for p in model.parameters() if p.requires_grad]
+    matrices = [p for p in learning if p.dim() > 1]
+    vectors = [p for p in learning if p.dim() <= 1]
+    return torch.optim.AdamW(
+        [
+            {"params": matrices, "weight_decay": config.weight_decay},
+            {"params": vectors, "weight_decay": 0.0},
+        ],
+        lr=config.lr,
+        betas=(config.beta1, config.beta2),
+    )
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """Return the rate of step 0, 1, …: linear warm-up, then a cosine to `final_lr` of the peak."""
+    if step < config.warmup:
+        return config.lr * (step + 1) / config.warmup
+    done = (step - config.warmup) / max(1, config.steps - config.warmup)
+    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+    return config.lr * (config.final_lr + (1 - config.final_lr) * cosine)
+
+
+@contextmanager
+def dropping(config: TrainConfig, step: int) -> Iterator[None]:
+    """Draw dropout from the seed and the step, so that a resumed run draws what it would have."""
+    if not config.dropout:
+        yield
+        return
+    with torch.random.fork_rng():
+        torch.manual_seed((config.seed + 1) * 1_000_003 + step)
+        yield
+
+
+def rehearse(model: LanguageModel, held_out: tuple[Tensor, Tensor], device: torch.device) -> None:
+    """Make one gradient and drop it: an estimator that cannot work with the solver says so now.
+
+    **Raises:** `RuleError`, before the run's folder is made.
+    """
+    ids, targets = (t[:1].to(device) for t in held_out)
+    model(ids, targets)[1].backward()
+    model.zero_grad(set_to_none=True)
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Return the number of trainable parameters."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def pick_device(name: str) -> torch.device:
+    """Return the device of that name; `auto` is the accelerator if there is one, else the CPU."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        float(torch.zeros((), device=device))  # which a device without values cannot give
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"device {name!r} cannot be used here ({reason}): try cpu") from None
+    return device
+
+
+def draw_curves(folder: Path, display: Display) -> None:
+    """Draw the run's curves, or say why not: a run without matplotlib is a whole run."""
+    try:
+        plot_run(folder)
+    except ConfigError as error:
+        display.note(f"no curves: {error}")
+
+
+def opening(tokenizer: CharTokenizer) -> str:
+    """Return what a text may start after: a line break, or else a space, or else any character."""
+    return next((mark for mark in "\n " if mark in tokenizer.vocab), tokenizer.vocab[0])
+
+
+def write_sample(
+    model: LanguageModel,
+    corpus: Corpus,
+    config: TrainConfig,
+    device: torch.device,
+    display: Display,
+) -> str:
+    """Return text that the model writes after the `opening` of its vocabulary."""
+    if not config.sample:
+        return ""
+    tokenizer = corpus.tokenizer
+    ids = torch.as_tensor(tokenizer.encode(opening(tokenizer)).astype("int64"))
+    ids = ids.unsqueeze(0).to(device)
+    generator = torch.Generator().manual_seed(config.seed)
+    try:
+        out = generate(model, ids, config.sample, temperature=0.8, generator=generator)
+    except ConvergenceError as error:
+        display.note(f"no sample: {error}")
+        return ""
+    return tokenizer.decode(out[0, 1:].cpu().numpy())
+
+
+@contextmanager
+def interruptible() -> Iterator[Callable[[], bool]]:
+    """Let Ctrl-C ask for a stop after the current step; a second one stops at once."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked.is_set
+        return
+
+    def ask(number: int, frame: Any) -> None:
+        asked.set()
+        signal.signal(signal.SIGINT, before)
+
+    before = signal.signal(signal.SIGINT, ask)
+    try:
+        yield asked.is_set
+    finally:
+        signal.signal(signal.SIGINT, before)
