@@ -63,7 +63,7 @@ def list_options(command: str) -> Iterator[ListOption]:
                     yield ListOption(command, before, option, typing.get_args(member)[0])
                 elif isinstance(member, type) and inspect.isabstract(member):
                     for short, cls in choices(member).items():
-                        if cls not in seen:
+                        if cls not in seen and cls.__module__.startswith("altprop"):
                             seen.add(cls)
                             words = (*before, f"--{option}={short}")
                             todo.append((f"{option}.", words, typing.get_type_hints(cls)))
