@@ -480,7 +480,7 @@ def test_output_that_finds_no_space_is_one_line(words: list[str]) -> None:
 
 def test_a_full_disk_under_any_file_is_one_line() -> None:
     code = (
-        "import sys; from altprop.lm import cli, data_command\n"
+        "import sys; from altprop.lab import cli, data_command\n"
         "def full(): raise OSError(28, 'No space left on device')\n"
         "data_command._corpora_table = full; print('so far')\n"
         "sys.exit(cli.main(['data']))"

@@ -47,7 +47,7 @@ def understood(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
 
     with monkeypatch.context() as patch:
         for module in ("audit_command", "audit_gpt"):
-            patch.setattr(f"altprop.lm.{module}.load_corpus", reached)
+            patch.setattr(f"altprop.lab.{module}.load_corpus", reached)
         with pytest.raises(ReachedError):
             main(words)
 
