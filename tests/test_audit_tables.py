@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 import altprop as ap
+from altprop.auditing import report as audit_report
 from altprop.auditing.agreement import Agreement, Flag
-from altprop.auditing.audit import report as audit_report
 from altprop.auditing.report import Cost, Measured, Outcome, Reference, Row, Words, cut
 
 WHOLE = (
@@ -123,7 +123,7 @@ def test_times_are_medians_in_milliseconds_of_every_arm_in_turn(
 ) -> None:
     import torch
 
-    from altprop.auditing.audit import audit as auditing
+    from altprop.auditing import audit as auditing
 
     took = iter([0.001, 0.1, 0.003, 0.2, 0.5, 0.9])  # the reference's and the arm's, in turn
     now, running = 0.0, False
