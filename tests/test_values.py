@@ -193,6 +193,8 @@ def test_a_text_that_is_no_value_is_one_line_and_does_nothing(
     text: str, mark: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text = text.format(mark=mark) if "{" in text else text
+    main(["train", "--print_config"])  # imports what the command itself needs
+    capsys.readouterr()
     modules = set(sys.modules)
     with pytest.raises(ConfigError) as caught:
         fit(ap.AbstractEstimator, text, "estimator")
