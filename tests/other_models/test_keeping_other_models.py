@@ -50,10 +50,12 @@ def test_a_pretrained_folder_gives_the_plain_model_back(
     model.save_pretrained(tmp_path)
     for kind in dict.fromkeys((type(plain), type(model))):
         loaded = in_double(kind.from_pretrained(tmp_path, dtype=torch.float64))
-        assert distance(case.gradients(loaded), case.backprop) <= 1e-11
+        for p in loaded.parameters():  # where a file's bytes lie decides how kernels round
+            p.data = p.data.clone()
+        assert distance(case.gradients(loaded), case.backprop) <= 1e-12
     patterns = case.patterns(rule)
     ap.convert(loaded, rule if list(patterns) == ["*"] else patterns, output=case.output)
-    assert distance(case.gradients(loaded), case.gradients(model)) <= 1e-11
+    assert distance(case.gradients(loaded), case.gradients(model)) <= 1e-12
 
 
 ADAPTED = [case for case in CASES if "lora" in case.name]
