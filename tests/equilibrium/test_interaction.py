@@ -202,6 +202,21 @@ def test_transposed_inside_the_force_a_batch_has_the_sum_of_its_samples_gradient
     assert torch.allclose(whole, parts, rtol=1e-8, atol=1e-10)
 
 
+def test_a_stabiliser_does_not_ask_what_the_call_has_asked(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from altprop.equilibrium.dynamics import conduct
+
+    asked, seeing = [], conduct.seeing
+    monkeypatch.setattr(conduct, "seeing", lambda *given: asked.append(0) or seeing(*given))
+    block = ap.Equilibrium(as_function(nn.Linear(4, 4).double()), TIGHT, ap.Implicit())
+    block(torch.randn(3, 4, dtype=torch.float64)).sum().backward()
+    assert len(asked) == 1
+    hinge = ap.JacobianHinge(target=1e-6, every=1, token_target=None)
+    told = hinge.apply(block, hinge.init(torch.Generator()), step=0)
+    assert told["jacobian_gain"] > 0 and len(asked) == 1
+
+
 def test_what_a_closed_gate_hides_is_found_when_it_opens() -> None:
     gate = nn.Parameter(torch.zeros((), dtype=torch.float64))
     block = ap.Equilibrium(

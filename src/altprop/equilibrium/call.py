@@ -72,7 +72,10 @@ class Call:
         return land(near, self._record, self._resume, self.solver)
 
     def _record(self, z: Tensor) -> Tensor:
-        force, self._linearised = self.system.record(z)
+        force, linearise = self.system.record(z)
+        if force.requires_grad:
+            self.system.check_apart(z, linearise)
+        self._linearised = linearise
         return force
 
     def _resume(self, solver: AbstractSolver, z: Tensor) -> Solution:

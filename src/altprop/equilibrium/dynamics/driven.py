@@ -100,9 +100,15 @@ class Driven:
             force, linearise = self._dynamics.record(z, self.x)
         else:
             force, linearise = self.force(z), partial(self.linearise, z)
-        if force.requires_grad and type(self) is Driven:
-            check_apart(self._dynamics, z, linearise)
         return force, linearise
+
+    def check_apart(self, z: Tensor, linearise: Callable[[], AbstractLinearisation]) -> None:
+        """Refuse a force in which samples interact, as far as its Jacobian at `z` tells.
+
+        **Arguments:** `z`, where it was recorded, `(B, ...)`; `linearise`, what `record` gave.
+        """
+        if type(self) is Driven:
+            check_apart(self._dynamics, z, linearise)
 
     def linearise(self, z: Tensor) -> AbstractLinearisation:
         """Return the Jacobian's products at `z`."""
