@@ -69,13 +69,6 @@ BUGS = [
         _MODULE,
     ),
     Bug(
-        _EQ + "first_tokens.py",
-        "start[:, k:] + moved",
-        "start[:, k:]",
-        _EQ + "test_prefix.py",
-        harmless="a start is a guess: another one costs an evaluation more or less",
-    ),
-    Bug(
         _EQ + "dynamics/damped.py",
         "self.step = 1 / (1 + scale * damping)",
         "self.step = 1 / (1 + damping)",

@@ -205,13 +205,7 @@ BUGS = [
         _AEP + "estimator.py",
         "value = free.state + call.system.step * free.force.detach()",
         "value = free.state",
-        "equilibrium/test_approach.py",
-    ),
-    Bug(
-        "equilibrium/first_tokens.py",
-        "pulled = products.vjp(torch.cat([nothing, a], 1))",
-        "pulled = products.jvp(torch.cat([nothing, a], 1))",
-        "equilibrium/test_prefix.py",
+        "equilibrium/test_landing_facts.py",
     ),
     Bug(
         _AEP + "estimator.py",

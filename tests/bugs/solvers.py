@@ -31,7 +31,7 @@ BUGS = [
     ),
     Bug(
         _SOLVERS + "solver.py",
-        "state = torch.where(per_sample(short, state), again.value, landing.state)",
+        "state = torch.where(per_sample(short, start), again.value, landing.state)",
         "state = again.value",
         _LANDING,
     ),
@@ -68,12 +68,18 @@ BUGS = [
         _FACTS,
     ),
     Bug(
-        _SOLVERS + "anderson.py",
-        "best_f = torch.where(shaped, f, best_f)",
-        "best_f = f",
+        _SOLVERS + "solver.py",
+        "where(better, f, at.best_force)",
+        "f",
         _FACTS + " test_equilibrium_contract.py",
     ),
-    Bug(_SOLVERS + "defect.py", "u + inverse(f), u)", "u - inverse(f), u)", _FACTS),
+    Bug(
+        _SOLVERS + "solver.py",
+        "z = where(moving, ahead, at.value)",
+        "z = ahead",
+        _FACTS + " test_equilibrium_contract.py " + _LANDING,
+    ),
+    Bug(_SOLVERS + "defect.py", "at.value + inverse(", "at.value - inverse(", _FACTS),
     Bug(
         _SOLVERS + "gmres.py",
         "off <= 0.1 * sample_norm(old) + rounding",

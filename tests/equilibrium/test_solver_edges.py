@@ -45,21 +45,6 @@ def test_a_sample_that_left_the_forces_domain_is_told_though_its_best_state_is_k
     assert found.evaluations == 2  # and it makes no others
 
 
-@pytest.mark.parametrize("tol", [1e-2, 1e-3, 1e-5])
-def test_a_sample_whose_arrival_is_foreseen_is_left_alone_by_a_slow_mate(tol: float) -> None:
-    rates = torch.stack([torch.linspace(a, 1.3, 8).double() for a in (0.8, 0.1)])
-    force = lambda z: rates[: len(z)] * (1 - z) + 0.1 * torch.sin(z)  # noqa: E731
-    start = randn(2, 8, seed=1)
-    solver = ap.Anderson(tol=tol)
-    together, ahead = solver.approach(force, start, step=1.0)
-    alone, own = solver.approach(force, start[:1], step=1.0)
-    assert together.evaluations > alone.evaluations
-    torch.testing.assert_close(together.value[:1], alone.value, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(ahead[:1], own, rtol=1e-12, atol=1e-12)
-    # and it was foreseen rightly: where it goes on to, it has arrived
-    assert float((size(force(ahead[:1])) / size(ahead[:1])).max()) <= tol
-
-
 # ---------------------------------------------------------------------------- defect correction
 
 

@@ -20,12 +20,10 @@ from altprop.equilibrium.estimators.problem import (
     Products,
     quietly,
 )
-from altprop.equilibrium.first_tokens import approach
 from altprop.equilibrium.solvers.solver import (
     AbstractSolver,
     Landing,
     Result,
-    Solution,
     conclude,
     land,
     relative_residual,
@@ -67,9 +65,14 @@ class Call:
             residual = relative_residual(state - state, state, None)  # NaN where it is not finite
             result = conclude(residual, self.solver.tol or 1.0)
             return Landing(state, force, residual, residual, 1, result)
-        near = approach(self.solver, self.system, self.system.start().detach())
-        # the solver's next state is free, and the evaluation that is recorded there certifies it
-        return land(near, self._record, self._resume, self.solver)
+        start = self.system.start().detach()
+        return land(
+            self.solver,
+            partial(quietly, self.system.force),
+            start,
+            step=self.system.step,
+            record=self._record,
+        )
 
     def _record(self, z: Tensor) -> Tensor:
         force, linearise = self.system.record(z)
@@ -77,9 +80,6 @@ class Call:
             self.system.check_apart(z, linearise)
         self._linearised = linearise
         return force
-
-    def _resume(self, solver: AbstractSolver, z: Tensor) -> Solution:
-        return solver.solve(partial(quietly, self.system.force), z, step=self.system.step)
 
     def problem(self, free: Landing) -> Problem:
         """Return the adjoint problem at the free state."""

@@ -21,7 +21,7 @@ from altprop.equilibrium.estimators.aep import AEP
 from altprop.equilibrium.estimators.estimator import AbstractEstimator
 from altprop.equilibrium.estimators.problem import Certificate, Cost
 from altprop.equilibrium.solvers.anderson import Anderson
-from altprop.equilibrium.solvers.solver import AbstractSolver, Solution, land
+from altprop.equilibrium.solvers.solver import AbstractSolver, land
 from altprop.errors import ConfigError
 from altprop.transforms import refuse_vmap
 
@@ -119,12 +119,7 @@ class Equilibrium(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             force, remember = self.dynamics.extend(cache, x)
             step = self.dynamics.step
-            near = self.solver.approach(force, self.dynamics.start(x), step=step)
-
-            def again(solver: AbstractSolver, z: Tensor) -> Solution:
-                return solver.solve(force, z, step=step)
-
-            found = land(near, force, again, self.solver)
+            found = land(self.solver, force, self.dynamics.start(x), step=step)
             self.certificate = Certificate(
                 found.result, found.residual, found.evaluations, state=found.state, input=x
             )

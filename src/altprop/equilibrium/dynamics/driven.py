@@ -145,13 +145,6 @@ class Driven:
         """
         return Driven(self._dynamics, self.x.detach()[rows]) if self._separable() else None
 
-    def first(self) -> Driven | None:
-        """Return what drives the first tokens alone, where they are to be solved first."""
-        k = self._dynamics.prefix if self._separable() else 0
-        if not 0 < 8 * k <= self.x.shape[1]:  # in a shorter window they are no cheaper
-            return None
-        return Driven(self._dynamics, self.x.detach()[:, :k])
-
     def _separable(self) -> bool:
         """Tell whether a part of the input drives that part of the state, and nothing else does."""
         return type(self) is Driven and self._by_input_alone()

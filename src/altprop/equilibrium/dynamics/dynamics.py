@@ -54,13 +54,6 @@ class AbstractDynamics(nn.Module, ABC):
         """The parameter that all feedback is multiplied by, where there is one."""
         return None
 
-    prefix: int = 0
-    """How many first tokens of a window are solved before the others; 0 for none.
-
-    For causal dynamics alone, with states `(B, T, C)`. It saves evaluations where the first tokens
-    have the slowest modes: attention that averages gives token `t` a `t`-th of its own feedback.
-    """
-
     @abstractmethod
     def forward(self, z: Tensor, x: Tensor) -> Tensor:
         """Return the force at state `z` under input `x`, both `(B, ...)`."""

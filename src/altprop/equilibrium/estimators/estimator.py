@@ -18,7 +18,6 @@ from torch import Tensor
 from altprop.assign import assign_adjoint
 from altprop.equilibrium.call import Call
 from altprop.equilibrium.estimators.problem import Adjoint, Certificate, Problem, Products
-from altprop.equilibrium.first_tokens import solve_later_first
 from altprop.equilibrium.solvers.solver import (
     AbstractSolver,
     Solution,
@@ -106,8 +105,6 @@ def solve_adjoint(
     solver: AbstractSolver | None = None,
 ) -> Solution:
     """Solve `Jᵀ a + g = 0` by VJPs; the solution's force is the remaining residual."""
-    if problem.first is not None and solver is None:
-        return solve_later_first(problem, products, cotangent, tol, max_steps)
     return problem.solve(
         lambda a: products.vjp(a) + cotangent,
         cotangent if problem.step == 1 else problem.step * cotangent,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -51,8 +50,6 @@ class System(Protocol):
     def record(self, z: Tensor) -> tuple[Tensor, Callable[[], Products]]: ...
 
     def analytic(self, z: Tensor) -> Tensor: ...
-
-    def first(self) -> System | None: ...
 
     def samples(self, rows: Tensor) -> System | None: ...
 
@@ -160,18 +157,6 @@ class Problem:
     def analytic(self, z: Tensor) -> Tensor:
         """Return `F(z; x)` continued to complex states; a `RuleError` says where there is none."""
         return quietly(self._system.analytic, z)
-
-    @cached_property
-    def first(self) -> tuple[int, Callable[[], Products]] | None:
-        """Where the later tokens' adjoint comes before that of the first ones, these.
-
-        Their number, and what returns their own Jacobian.
-        """
-        first = self._system.first() if self.solver.piecewise else None
-        if first is None:
-            return None
-        tokens = first.x.shape[1]
-        return tokens, lambda: first.linearise(self.state[:, :tokens])
 
     def solve(
         self,
