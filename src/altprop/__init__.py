@@ -32,10 +32,8 @@ if TYPE_CHECKING:  # what the table below means, for type checkers and editors
     from altprop.equilibrium.dynamics.attention import CausalAttention as CausalAttention
     from altprop.equilibrium.contraction import GateHinge as GateHinge
     from altprop.equilibrium.dynamics.damped import DampedAttention as DampedAttention
-    from altprop.equilibrium.dynamics.dynamics import (
-        AbstractDynamics as AbstractDynamics,
-        Extension as Extension,
-    )
+    from altprop.equilibrium.dynamics.dynamics import AbstractDynamics as AbstractDynamics
+    from altprop.equilibrium.dynamics.system import Extension as Extension
     from altprop.equilibrium.estimators.aep import AEP as AEP
     from altprop.equilibrium.estimators.bptt import BPTT as BPTT
     from altprop.equilibrium.estimators.dyadic import DyadicEP as DyadicEP
@@ -141,7 +139,8 @@ _EXPORTS = {
     "altprop.equilibrium.dynamics.attention": "CausalAttention",
     "altprop.equilibrium.contraction": "GateHinge",
     "altprop.equilibrium.dynamics.damped": "DampedAttention",
-    "altprop.equilibrium.dynamics.dynamics": "AbstractDynamics Extension",
+    "altprop.equilibrium.dynamics.dynamics": "AbstractDynamics",
+    "altprop.equilibrium.dynamics.system": "Extension",
     "altprop.equilibrium.estimators.aep": "AEP",
     "altprop.equilibrium.estimators.bptt": "BPTT",
     "altprop.equilibrium.estimators.dyadic": "DyadicEP",

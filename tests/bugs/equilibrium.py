@@ -12,15 +12,15 @@ _MODULE = "test_equilibrium_module.py"
 _DYNAMICS = "test_dynamics.py"
 
 BUGS = [
-    Bug(_EQ + "dynamics/driven.py", "        self._draws = draws\n", "        pass\n", _NOISE),
+    Bug(_EQ + "dynamics/dynamics.py", "        self._draws = draws\n", "        pass\n", _NOISE),
     Bug(
-        _EQ + "dynamics/driven.py",
+        _EQ + "dynamics/dynamics.py",
         "Driven(self._dynamics, self.x.detach(), args, kwargs)",
         "Driven(self._dynamics, self.x.detach())",
         _HINGE + " " + _NOISE,
     ),
     Bug(
-        _EQ + "dynamics/driven.py",
+        _EQ + "dynamics/dynamics.py",
         "(self._once() if self.fresh else self).force",
         "self.force",
         _NOISE,

@@ -10,14 +10,14 @@ from typing import Literal
 from torch import Tensor
 
 from altprop.equilibrium.dynamics.conduct import refuse_sharded
-from altprop.equilibrium.dynamics.driven import Driven
 from altprop.equilibrium.dynamics.dynamics import AbstractDynamics
+from altprop.equilibrium.dynamics.products import AbstractLinearisation
+from altprop.equilibrium.dynamics.system import System
 from altprop.equilibrium.estimators.problem import (
     Adjoint,
     Certificate,
     Cost,
     Problem,
-    Products,
     quietly,
 )
 from altprop.equilibrium.solvers.solver import (
@@ -44,7 +44,7 @@ class Call:
     def __init__(
         self,
         dynamics: AbstractDynamics,
-        system: Driven,
+        system: System,
         solver: AbstractSolver,
         policy: OnFailure,
         cost: Cost | None,
@@ -53,7 +53,7 @@ class Call:
         self.system, self.solver = system, solver
         self._dynamics, self._held = dynamics, tuple(dynamics.parameters())
         self._policy, self._cost, self._keep = policy, cost, keep
-        self._linearised: Callable[[], Products] | None = None
+        self._linearised: Callable[[], AbstractLinearisation] | None = None
 
     def free(self) -> Landing:
         """Return the free state and the force there, recorded wherever autograd is on."""

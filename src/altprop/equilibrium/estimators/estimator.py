@@ -17,7 +17,8 @@ from torch import Tensor
 
 from altprop.assign import assign_adjoint
 from altprop.equilibrium.call import Call
-from altprop.equilibrium.estimators.problem import Adjoint, Certificate, Problem, Products
+from altprop.equilibrium.dynamics.products import AbstractLinearisation
+from altprop.equilibrium.estimators.problem import Adjoint, Certificate, Problem
 from altprop.equilibrium.solvers.solver import (
     AbstractSolver,
     Solution,
@@ -98,7 +99,7 @@ class AbstractEstimator(AbstractRule):
 
 def solve_adjoint(
     problem: Problem,
-    products: Products,
+    products: AbstractLinearisation,
     cotangent: Tensor,
     tol: float,
     max_steps: int,
