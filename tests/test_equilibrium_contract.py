@@ -229,7 +229,7 @@ def test_the_contract_of_solvers_catches_fields_that_nobody_checks() -> None:
 
 
 @dataclass(frozen=True)
-class Faulty(ap.AbstractEstimator):
+class Faulty(ap.AbstractAdjointEstimator):
     """Implicit differentiation but for one fault."""
 
     fault: str = ""

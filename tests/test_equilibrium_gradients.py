@@ -154,7 +154,7 @@ def test_the_bias_of_aep_follows_the_square_of_the_nudge(this: Task) -> None:
 
 
 @dataclass(frozen=True)
-class Corrupted(ap.AbstractEstimator):
+class Corrupted(ap.AbstractAdjointEstimator):
     """AEP whose first solve, the linear adjoint, is returned off by `error` of its norm."""
 
     inner: ap.AEP

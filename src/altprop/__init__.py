@@ -38,7 +38,10 @@ if TYPE_CHECKING:  # what the table below means, for type checkers and editors
     from altprop.equilibrium.estimators.bptt import BPTT as BPTT
     from altprop.equilibrium.estimators.dyadic import DyadicEP as DyadicEP
     from altprop.equilibrium.estimators.ep import EP as EP
-    from altprop.equilibrium.estimators.estimator import AbstractEstimator as AbstractEstimator
+    from altprop.equilibrium.estimators.estimator import (
+        AbstractAdjointEstimator as AbstractAdjointEstimator,
+        AbstractEstimator as AbstractEstimator,
+    )
     from altprop.equilibrium.estimators.holomorphic import HolomorphicEP as HolomorphicEP
     from altprop.equilibrium.estimators.implicit import Implicit as Implicit
     from altprop.equilibrium.estimators.one_step import OneStep as OneStep
@@ -145,7 +148,7 @@ _EXPORTS = {
     "altprop.equilibrium.estimators.bptt": "BPTT",
     "altprop.equilibrium.estimators.dyadic": "DyadicEP",
     "altprop.equilibrium.estimators.ep": "EP",
-    "altprop.equilibrium.estimators.estimator": "AbstractEstimator",
+    "altprop.equilibrium.estimators.estimator": "AbstractAdjointEstimator AbstractEstimator",
     "altprop.equilibrium.estimators.problem": "Certificate",
     "altprop.equilibrium.estimators.holomorphic": "HolomorphicEP",
     "altprop.equilibrium.estimators.implicit": "Implicit",
