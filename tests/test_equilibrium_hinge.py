@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 import altprop as ap
-from altprop.equilibrium.stability import HingeState
+from altprop.equilibrium.hinge import HingeState
 from helpers import SymmetricMemory, Task, damped, gated, jacobian, task
 
 MINUTE = timedelta(minutes=1)

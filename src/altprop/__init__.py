@@ -30,7 +30,7 @@ if TYPE_CHECKING:  # what the table below means, for type checkers and editors
         rules_off as rules_off,
     )
     from altprop.equilibrium.dynamics.attention import CausalAttention as CausalAttention
-    from altprop.equilibrium.contraction import GateHinge as GateHinge
+    from altprop.equilibrium.gate_hinge import GateHinge as GateHinge
     from altprop.equilibrium.dynamics.damped import DampedAttention as DampedAttention
     from altprop.equilibrium.dynamics.dynamics import AbstractDynamics as AbstractDynamics
     from altprop.equilibrium.dynamics.system import Extension as Extension
@@ -83,7 +83,7 @@ if TYPE_CHECKING:  # what the table below means, for type checkers and editors
         spectrum as spectrum,
         token_spectrum as token_spectrum,
     )
-    from altprop.equilibrium.stability import (
+    from altprop.equilibrium.hinge import (
         AbstractStabiliser as AbstractStabiliser,
         JacobianHinge as JacobianHinge,
     )
@@ -140,7 +140,7 @@ _EXPORTS = {
     ),
     "altprop.conversion.convert": "convert revert rules_off",
     "altprop.equilibrium.dynamics.attention": "CausalAttention",
-    "altprop.equilibrium.contraction": "GateHinge",
+    "altprop.equilibrium.gate_hinge": "GateHinge",
     "altprop.equilibrium.dynamics.damped": "DampedAttention",
     "altprop.equilibrium.dynamics.dynamics": "AbstractDynamics",
     "altprop.equilibrium.dynamics.system": "Extension",
@@ -171,7 +171,7 @@ _EXPORTS = {
     "altprop.equilibrium.solvers.scattered": "Scattered",
     "altprop.equilibrium.solvers.solver": "AbstractSolver Result Solution",
     "altprop.equilibrium.spectra": "Spectrum numerical_abscissa spectrum token_spectrum",
-    "altprop.equilibrium.stability": "AbstractStabiliser JacobianHinge",
+    "altprop.equilibrium.hinge": "AbstractStabiliser JacobianHinge",
     "altprop.conversion.stack": "convert_stack explain_stack revert_stack",
     "altprop.equilibrium.dynamics.thick": "ThickBlock",
     "altprop.errors": (
