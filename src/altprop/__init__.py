@@ -24,6 +24,18 @@ if TYPE_CHECKING:  # what the table below means, for type checkers and editors
         audit_trials as audit_trials,
         finite_difference_errors as finite_difference_errors,
     )
+    from altprop.auditing.step import (
+        StepAudit as StepAudit,
+        StepRow as StepRow,
+        Verdict as Verdict,
+        audit_step as audit_step,
+    )
+    from altprop.auditing.watch import (
+        Read as Read,
+        Reading as Reading,
+        Watched as Watched,
+        watch as watch,
+    )
     from altprop.conversion.convert import (
         convert as convert,
         revert as revert,
@@ -138,6 +150,8 @@ _EXPORTS = {
     "altprop.auditing.audit": (
         "AbstractArm Arm RuleArm Trial audit audit_trials finite_difference_errors"
     ),
+    "altprop.auditing.step": "StepAudit StepRow Verdict audit_step",
+    "altprop.auditing.watch": "Read Reading Watched watch",
     "altprop.conversion.convert": "convert revert rules_off",
     "altprop.equilibrium.dynamics.attention": "CausalAttention",
     "altprop.equilibrium.gate_hinge": "GateHinge",

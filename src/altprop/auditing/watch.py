@@ -1,0 +1,242 @@
+"""Which weights a training step reads while it makes gradients: "is this really not backprop?".
+
+Backprop sends a cotangent through every weight as a matrix. A rule that does without it need not
+say so: the operations that run inside autograd's backward show their operands, and one that lies
+in a parameter's memory, or was computed from parameters alone, was read.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class Read(enum.IntEnum):
+    """How a parameter was read while gradients were made; the more, the greater."""
+
+    NOT = 0
+    NORM = 1  # its norm, or another sum over it
+    SIGN = 2
+    ELEMENTWISE = 3  # each number beside one of the data, as a norm's gain is
+    MATRIX = 4  # as a matrix that the data were sent through
+
+
+@dataclass
+class Reading:
+    """How one parameter was read. `operations`: by which of torch's, and how often."""
+
+    how: Read = Read.NOT
+    operations: Counter[str] = field(default_factory=Counter)
+
+    def __str__(self) -> str:
+        word = {Read.NOT: "not read", Read.MATRIX: "carried as a matrix"}
+        text = word.get(self.how, f"its {self.how.name.lower()} read")
+        text = "read elementwise" if self.how is Read.ELEMENTWISE else text
+        by = ", ".join(f"{name} × {n}" for name, n in self.operations.most_common())
+        return text + (f" ({by})" if by else "")
+
+
+class Watched(Mapping[str, Reading]):
+    """What was read of each parameter of a model, by its name; `str` of it is a table."""
+
+    def __init__(self, names: list[str]) -> None:
+        self._readings = {name: Reading() for name in names}
+
+    def __getitem__(self, name: str) -> Reading:
+        return self._readings[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._readings)
+
+    def __len__(self) -> int:
+        return len(self._readings)
+
+    def __str__(self) -> str:
+        width = max(map(len, self), default=0)
+        return "\n".join(f"{name:{width}}  {reading}" for name, reading in self.items())
+
+
+@contextmanager
+def watch(model: nn.Module) -> Iterator[Watched]:
+    """Watch what is read of `model`'s parameters while gradients are made inside.
+
+    What counts is what runs inside autograd's backward and, for gradients that are made by hand,
+    every product with a weight outside of all forward passes of `model` and its parts. Memory that
+    is shared, copies, casts, transposes, masks, signs and norms of a parameter are followed. What
+    activation checkpointing computes anew is a forward pass and does not count.
+
+    Compiled models run uncompiled inside, and every operation is several times slower; outside of
+    the context nothing is added. It sees the process that it runs in, on every rank its own.
+    """
+    parameters = dict(model.named_parameters())
+    watched = Watched(list(parameters))
+    mode = _Mode(parameters, watched)
+    with ExitStack() as stack:
+        for module in model.modules():
+            before = module.register_forward_pre_hook(lambda *_: mode.enter())
+            after = module.register_forward_hook(lambda *_: mode.leave(), always_call=True)
+            stack.callback(before.remove)
+            stack.callback(after.remove)
+        with mode:
+            yield watched
+
+
+_Source = dict[str, Read]  # what of which parameters a tensor is made of; MATRIX: the numbers
+
+_SIGNS = frozenset({"sign", "sgn", "signbit", "gt", "ge", "lt", "le"})
+_SUMS = frozenset(
+    {"linalg_vector_norm", "norm", "sum", "mean", "amax", "amin", "max", "min", "var", "std"}
+)
+_SHAPES = frozenset({"zeros_like", "ones_like", "empty_like", "full_like", "rand_like"}) | {
+    "randn_like", "new_zeros", "new_ones", "new_empty", "new_full", "new_empty_strided",
+    "zero_", "fill_", "set_", "resize_",
+}  # fmt: skip
+
+
+class _Mode(TorchDispatchMode):
+    """Shows every operation its operands' sources, and records what is read in making gradients."""
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], watched: Watched) -> None:
+        super().__init__()
+        self._watched = watched
+        self._depth = 0  # of the forward passes that are running
+        self._parts: dict[int, list[tuple[int, int, str]]] = {}  # of a storage, in bytes
+        self._derived: dict[int, _Source] = {}
+        self._held: list[Any] = []  # a storage's address is its name as long as it lives
+        self._task, self._open = -1, False
+        for name, p in parameters.items():
+            if (place := _place(p)) is not None:
+                self._parts.setdefault(place[0], []).append((*place[1:], name))
+
+    def enter(self) -> None:
+        self._depth += 1
+
+    def leave(self) -> None:
+        self._depth -= 1
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        name = func.overloadpacket.__name__
+        if func.is_view or name in _SHAPES:  # nothing of the numbers is read
+            return out
+        unread = _unread(name, args)
+        operands = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        given = [(t, {} if any(t is u for u in unread) else self._source(t)) for t in operands]
+        if any(source for _, source in given):
+            self._see(func, name.rstrip("_"), args, given, out)
+        return out
+
+    def _see(
+        self,
+        func: Any,
+        name: str,
+        args: tuple[Any, ...],
+        given: list[tuple[Tensor, _Source]],
+        out: Any,
+    ) -> None:
+        outs = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
+        written = args[0] if _writes_first(func) and isinstance(args[0], Tensor) else None
+        alone = all(source for t, source in given if t is not written)
+        pointwise = torch.Tag.pointwise in func.tags
+        if alone:
+            for made in outs:
+                self._derive(made, given, name)
+            return
+        larger = max((t.numel() for t in outs), default=0)
+        for t, source in given:
+            if not source or t is written:  # to be written to is not to be read
+                continue
+            spread = t.dim() > 1 and min(t.shape) > 1 and larger > t.numel()
+            product = t.dim() > 1 if not pointwise else spread
+            if self._makes_gradients(product):
+                self._record(source, name, product)
+            if pointwise and t.dim() > 1:  # masked, or noisy, it is that matrix still
+                for made in outs:
+                    if made.shape == t.shape:
+                        self._derive(made, [(t, source)], name)
+
+    def _record(self, source: _Source, name: str, product: bool) -> None:
+        for parameter, what in source.items():
+            how = what
+            if what is Read.MATRIX:
+                how = Read.MATRIX if product else Read.ELEMENTWISE
+            reading = self._watched[parameter]
+            reading.how = max(reading.how, how)
+            reading.operations[name] += 1
+
+    def _derive(self, made: Tensor, given: list[tuple[Tensor, _Source]], name: str) -> None:
+        place = _place(made)
+        if place is None or (place[0] in self._parts and name != "copy"):
+            return
+        most = Read.SIGN if name in _SIGNS else Read.NORM if name in _SUMS else Read.MATRIX
+        sources: _Source = {}
+        for _, source in given:
+            for parameter, what in source.items():
+                sources[parameter] = max(sources.get(parameter, Read.NOT), min(what, most))
+        if place[0] not in self._derived:
+            self._held.append(made.untyped_storage())
+        self._derived[place[0]] = sources
+
+    def _source(self, t: Tensor) -> _Source:
+        place = _place(t)
+        if place is None:
+            return {}
+        key, low, high = place
+        own = {name for a, b, name in self._parts.get(key, ()) if low < b and a < high}
+        return {**self._derived.get(key, {}), **dict.fromkeys(own, Read.MATRIX)}
+
+    def _makes_gradients(self, product: bool) -> bool:
+        """Tell whether what runs now makes a gradient, a product with a weight or another read."""
+        task = torch._C._current_graph_task_id()
+        if task == -1:
+            return product and self._depth == 0
+        if task != self._task:
+            # gradients of gradients run with autograd on, and so does what is computed anew
+            self._task, self._open = task, torch.is_grad_enabled()
+        return not torch.is_grad_enabled() or (self._open and self._depth == 0)
+
+
+def _place(t: Tensor) -> tuple[int, int, int] | None:
+    """Return a tensor's storage and the bytes in it, or nothing if it has no memory of its own."""
+    try:
+        key = int(t.untyped_storage()._cdata)
+    except (RuntimeError, NotImplementedError):
+        return None
+    if not t.numel():
+        return None
+    extent = 1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
+    low = int(t.storage_offset()) * t.itemsize
+    return key, low, low + int(extent) * t.itemsize
+
+
+@cache
+def _writes_first(func: Any) -> bool:
+    arguments = func._schema.arguments
+    return bool(arguments) and cast(bool, getattr(arguments[0].alias_info, "is_write", False))
+
+
+def _unread(name: str, args: tuple[Any, ...]) -> list[Tensor]:
+    """Return the operands that a backward formula is given and does not need.
+
+    Of a layer whose input has no gradient no weight is read, and of a norm's bias nothing ever.
+    """
+    first = args[-1][0] if args and isinstance(args[-1], list | tuple) and args[-1] else True
+    if name == "convolution_backward":
+        return [] if first else [args[2]]
+    if name == "native_layer_norm_backward":
+        out = [args[6]] if first else [args[5], args[6]]
+        return [t for t in out if t is not None]
+    return []

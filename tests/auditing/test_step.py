@@ -1,0 +1,219 @@
+"""Steps that claim something else than they do get the verdict of what they do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as nnf
+from torch import Tensor, nn
+
+import altprop as ap
+from altprop import Read, Verdict
+
+V = Verdict
+generator = torch.Generator().manual_seed(0)
+BATCH = (
+    torch.randn(64, 40, generator=generator),
+    torch.randint(10, (64,), generator=generator),
+)
+HIDDEN, LAST = ("0.weight", "2.weight"), "4.weight"
+
+
+def model() -> nn.Sequential:
+    torch.manual_seed(1)
+    return nn.Sequential(
+        nn.Linear(40, 50), nn.Tanh(), nn.Linear(50, 60), nn.Tanh(), nn.Linear(60, 10)
+    )
+
+
+def loss(m: nn.Module, batch: Any) -> Tensor:
+    return nnf.cross_entropy(m(batch[0]), batch[1])
+
+
+def backprop(m: nn.Module, batch: Any) -> None:
+    loss(m, batch).backward()
+
+
+def audited(step: Any, m: nn.Module | None = None) -> ap.StepAudit:
+    return ap.audit_step(step, model() if m is None else m, loss, BATCH)
+
+
+def verdicts(found: ap.StepAudit) -> list[Verdict]:
+    return [found[name].verdict for name in (*HIDDEN, LAST)]
+
+
+def local_in_name(m: nn.Module, batch: Any) -> None:
+    """Losses of every layer, and one `backward` over everything."""
+    h, total = batch[0], torch.zeros(())
+    for layer in m.children():
+        h = layer(h)
+        total = total + 0 * h.square().mean()
+    (total + nnf.cross_entropy(h, batch[1])).backward()
+
+
+def error_optimised(m: nn.Module, batch: Any, rate: float = 0.05) -> None:
+    """Predictive coding by its errors, one step of inference from zero: backprop, scaled."""
+    layers = [m[:2], m[2:4], m[4:]]
+    inputs, errors, h = [], [], batch[0]
+    for layer in layers:
+        inputs.append(h.detach())
+        errors.append(torch.zeros_like(layer(h), requires_grad=True))
+        h = layer(h) + errors[-1]
+    grads = torch.autograd.grad(nnf.cross_entropy(h, batch[1]), errors)
+    for layer, given, g in zip(layers, inputs, grads, strict=True):
+        (layer(given) * (rate * g)).sum().backward()
+
+
+def detached_below(m: nn.Module, batch: Any) -> None:
+    nnf.cross_entropy(m[4:](m[:4](batch[0]).detach()), batch[1]).backward()
+
+
+def by_hand(m: nn.Module, batch: Any) -> None:
+    with torch.no_grad():
+        h = [batch[0]]
+        for layer in m.children():
+            h.append(layer(h[-1]))
+        e = (h[-1].softmax(1) - nnf.one_hot(batch[1], 10)) / len(h[-1])
+        for i in (4, 2, 0):
+            m[i].weight.grad, m[i].bias.grad = e.T @ h[i], e.sum(0)
+            if i:
+                e = (e @ m[i].weight) * (1 - h[i] ** 2)
+
+
+def random_direction(m: nn.Module, batch: Any) -> None:
+    for p in m.parameters():
+        p.grad = torch.randn_like(p)
+
+
+def sgd(m: nn.Module, batch: Any) -> None:
+    optimiser = torch.optim.SGD(m.parameters(), lr=0.25)
+    backprop(m, batch)
+    optimiser.step()
+    optimiser.zero_grad()
+
+
+@pytest.mark.parametrize(
+    ("step", "hidden", "last"),
+    [
+        (backprop, V.EXACT, V.EXACT),
+        (local_in_name, V.EXACT, V.EXACT),
+        (error_optimised, V.SCALED, V.SCALED),
+        (detached_below, V.UNTOUCHED, V.EXACT),
+        (by_hand, V.EXACT, V.EXACT),
+        (random_direction, V.UNCORRELATED, V.UNCORRELATED),
+        (sgd, V.SCALED, V.SCALED),
+    ],
+)
+def test_a_step_is_what_it_does(step: Any, hidden: Verdict, last: Verdict) -> None:
+    assert verdicts(audited(step)) == [hidden, hidden, last]
+
+
+def test_a_length_is_told() -> None:
+    for step, scale in ((error_optimised, 0.05), (sgd, 0.25)):
+        row = audited(step)["0.weight"]
+        assert row.agreement is not None
+        assert row.agreement.norm_ratio == pytest.approx(scale, rel=1e-3)
+        assert f"exact but for its length, times {scale}" in str(row)
+    assert audited(sgd)["0.weight"].moved is not None
+    assert audited(backprop)["0.weight"].moved is None
+
+
+@pytest.mark.parametrize(
+    ("rule", "hidden", "how"),
+    [
+        (ap.FeedbackAlignment(), {V.UNCORRELATED, V.BIASED}, Read.NOT),
+        (ap.SignSymmetry(), {V.BIASED}, Read.SIGN),
+        (ap.Backprop(), {V.EXACT}, Read.MATRIX),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_a_rule_is_measured_as_it_is(rule: Any, hidden: set[Verdict], how: Read) -> None:
+    found = audited(backprop, ap.convert(model(), rule))
+    assert {found[name].verdict for name in HIDDEN} <= hidden
+    assert found[LAST].verdict is V.EXACT and found[LAST].reading.how is how
+
+
+def test_a_rule_that_is_silently_backprop_is_found_out() -> None:
+    """Feedback alignment whose feedback is set to the weight before each step."""
+
+    def step(m: nn.Module, batch: Any) -> None:
+        with torch.no_grad():
+            for i in (2, 4):
+                m[i].B.copy_(m[i].weight)
+        backprop(m, batch)
+
+    found = audited(step, ap.convert(model(), ap.FeedbackAlignment()))
+    assert verdicts(found) == [V.EXACT] * 3
+    assert found[LAST].reading.how is Read.MATRIX
+
+
+def test_direct_feedback_carries_no_weight_to_a_layer_below() -> None:
+    rule = ap.DirectFeedback(pass_through="pure")
+    found = audited(backprop, ap.convert(model(), rule, output="4"))
+    assert found["0.weight"].verdict in (V.UNCORRELATED, V.BIASED)
+    assert found[LAST].verdict is V.EXACT
+
+
+def test_nothing_of_the_callers_changes_and_random_draws_are_alike() -> None:
+    torch.manual_seed(3)
+    m = nn.Sequential(nn.Linear(40, 30), nn.Dropout(0.5), nn.Linear(30, 10))
+    before = {name: p.clone() for name, p in m.named_parameters()}
+    state = torch.get_rng_state()
+    found = ap.audit_step(sgd, m, loss, BATCH)
+    assert torch.equal(state, torch.get_rng_state())
+    assert all(torch.equal(p, before[n]) and p.grad is None for n, p in m.named_parameters())
+    assert {row.verdict for row in found.values()} == {V.SCALED}
+
+
+def test_a_loss_that_is_none_is_refused() -> None:
+    with pytest.raises(ap.ConfigError, match="loss_fn returned a tensor .64, 10., expected a scal"):
+        ap.audit_step(backprop, model(), lambda m, batch: m(batch[0]), BATCH)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "encoder", "convolutions"])
+def test_other_peoples_models_are_audited_alike(kind: str) -> None:
+    torch.manual_seed(0)
+    if kind == "gpt2":
+        transformers = pytest.importorskip("transformers")
+        config = transformers.GPT2Config(
+            vocab_size=11, n_positions=8, n_embd=16, n_layer=2, n_head=2
+        )
+        m = transformers.GPT2LMHeadModel(config)
+        batch: Any = torch.randint(11, (3, 8))
+        last = "transformer.h.1.mlp.c_proj.weight"
+
+        def objective(m: Any, batch: Any) -> Tensor:
+            return m(batch, labels=batch).loss
+    elif kind == "encoder":
+        layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+        m, batch = (
+            nn.TransformerEncoder(layer, 2, enable_nested_tensor=False),
+            torch.randn(3, 5, 16),
+        )
+        last = "layers.1.linear2.weight"
+
+        def objective(m: Any, batch: Any) -> Tensor:
+            return (m(batch) * batch.cos()).sum()
+    else:
+        m = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 5, 3), nn.Flatten())
+        batch, last = torch.randn(2, 3, 8, 8), "2.weight"
+
+        def objective(m: Any, batch: Any) -> Tensor:
+            return m(batch).square().mean()
+
+    m.eval()  # dropout aside
+    found = ap.audit_step(lambda m, b: objective(m, b).backward(), m, objective, batch)
+    judged = {row.verdict for row in found.values() if row.verdict is not V.UNKNOWN}
+    assert judged == {V.EXACT} and found[last].reading.how is Read.MATRIX
+    frozen = {n for n, _ in m.named_parameters() if n != last}
+
+    def only_last(m: Any, batch: Any) -> None:
+        for name, p in m.named_parameters():
+            p.requires_grad_(name not in frozen)
+        objective(m, batch).backward()
+
+    one = ap.audit_step(only_last, m, objective, batch)
+    assert one[last].verdict is V.EXACT
+    assert {one[name].verdict for name in frozen} == {V.UNTOUCHED}
