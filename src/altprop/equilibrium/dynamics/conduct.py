@@ -74,20 +74,6 @@ class _DeviceGenerator:
         self._module.set_rng_state(state, *self._where)
 
 
-@dataclass
-class _Known:
-    """What was found out about a dynamics so far.
-
-    `warned`: whether something was said of its draws, or needs not be. `calm`: the modes (training
-    or not) in which an evaluation left all buffers as they were. `apart`: when it was asked whether
-    samples interact, by the number of the state's axes.
-    """
-
-    warned: bool = False
-    calm: set[Hashable] = field(default_factory=set)
-    apart: dict[int, Asked] = field(default_factory=dict)
-
-
 _UPDATES = 8  # after so many, learning has shown what it can show at once
 
 
@@ -127,9 +113,88 @@ class Asked:
         return None if version == self.version else version
 
 
-def _known(dynamics: nn.Module) -> _Known:
-    found: _Known = vars(dynamics).setdefault("_conduct", _Known())
-    return found
+@dataclass
+class Conduct:
+    """What was found out about a dynamics so far, by asking when its force is evaluated.
+
+    `warned`: whether something was said of its draws, or needs not be. `calm`: the modes (training
+    or not) in which an evaluation left all buffers as they were. `apart`: when it was asked whether
+    samples interact, by the number of the state's axes.
+    """
+
+    warned: bool = False
+    calm: set[Hashable] = field(default_factory=set)
+    apart: dict[int, Asked] = field(default_factory=dict)
+
+    @contextmanager
+    def unchanged(self, dynamics: nn.Module, uses: Iterable[nn.Module]) -> Iterator[None]:
+        """Refuse a force that changes its own buffers when it is evaluated inside.
+
+        Batch norm at work is refused before.
+
+        **Arguments:** `uses`, the modules that the force calls.
+        """
+        mode = dynamics.training
+        refuse_statistics(
+            _at_work(dynamics.modules() if mode in self.calm else uses), "the force holds"
+        )
+        with steady(dynamics, self.calm, mode, "the force"):
+            yield
+
+    def announce_draws(
+        self, name: str, uses: Iterable[nn.Module], draws: Callable[[], bool]
+    ) -> None:
+        """Warn once of a force that draws random numbers, not all by dropout, and has not said why.
+
+        **Arguments:** `name`, of the dynamics' class; `uses`, the modules that it calls; `draws`,
+        which evaluates the force once more and tells whether that draws.
+        """
+        if self.warned:
+            return
+        self.warned = True
+        dropping = [m for m in uses if m.training and _drops(m)]
+        for m in dropping:
+            m.training = False
+        try:
+            others = draws() if dropping else True
+        finally:
+            for m in dropping:
+                m.training = True
+        if others:
+            warnings.warn(
+                f"the force of {name} draws random numbers: all evaluations of a call now get the "
+                "same ones, as dropout needs; say so by draws='replayed' (of from_function, or of "
+                "the class), or draws='fresh' for noise that is new in each",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+    def check_apart(
+        self,
+        parameters: Callable[[], Iterable[Tensor]],
+        z: Tensor,
+        linearise: Callable[[], AbstractLinearisation],
+    ) -> None:
+        """Refuse a force in which samples interact, as far as its Jacobian tells.
+
+        **Arguments:** `z`, where, `(B, ...)`; `linearise`, what returns the Jacobian there.
+
+        It is asked as `Asked` says. Closed forms are known not to mix samples.
+        """
+        if len(z) < 2 or not z.numel() or isinstance(linearise, ClosedForm):  # they tell nothing
+            return
+        asked = self.apart.setdefault(z.dim(), Asked())
+        if asked.due(parameters):
+            seen = seeing(linearise(), z)
+            if seen is not None:
+                raise RuleError(
+                    f"samples interact: the force on sample {seen[0]} depends on the state of "
+                    f"sample {seen[1]}; samples must lie on axis 0 and not see each other: give "
+                    "(N, T, C) and transpose inside a force that wants (T, N, C), use LayerNorm or "
+                    "GroupNorm for what averages over the batch, and give x[None] where all of it "
+                    "is one sample"
+                )
+        asked.count(parameters)
 
 
 def check_draws(draws: Any) -> None:
@@ -164,20 +229,6 @@ def _at_work(modules: Iterable[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
 
 
 @contextmanager
-def unchanged(dynamics: nn.Module, uses: Iterable[nn.Module]) -> Iterator[None]:
-    """Refuse a force that changes its own buffers when it is evaluated inside.
-
-    Batch norm at work is refused before.
-
-    **Arguments:** `uses`, the modules that the force calls.
-    """
-    calm, mode = _known(dynamics).calm, dynamics.training
-    refuse_statistics(_at_work(dynamics.modules() if mode in calm else uses), "the force holds")
-    with steady(dynamics, calm, mode, "the force"):
-        yield
-
-
-@contextmanager
 def steady(module: nn.Module, calm: set[Hashable], mode: Hashable, what: str) -> Iterator[None]:
     """Refuse a module that changes its own buffers when it is called inside.
 
@@ -205,36 +256,6 @@ def steady(module: nn.Module, calm: set[Hashable], mode: Hashable, what: str) ->
     )
 
 
-def announce_draws(
-    dynamics: nn.Module, uses: Iterable[nn.Module], draws: Callable[[], bool]
-) -> None:
-    """Warn once of a force that draws random numbers, not all by dropout, and has not said why.
-
-    **Arguments:** `uses`, the modules that it calls; `draws`, which evaluates the force once more
-    and tells whether that draws.
-    """
-    known = _known(dynamics)
-    if known.warned:
-        return
-    known.warned = True
-    dropping = [m for m in uses if m.training and _drops(m)]
-    for m in dropping:
-        m.training = False
-    try:
-        others = draws() if dropping else True
-    finally:
-        for m in dropping:
-            m.training = True
-    if others:
-        warnings.warn(
-            f"the force of {type(dynamics).__name__} draws random numbers: all evaluations of a "
-            "call now get the same ones, as dropout needs; say so by draws='replayed' (of "
-            "from_function, or of the class), or draws='fresh' for noise that is new in each",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-
-
 def _drops(m: nn.Module) -> bool:
     """Tell whether a module is dropout, or has some of its own as attention and LSTMs do."""
     if "drop" in type(m).__name__.lower():
@@ -251,28 +272,6 @@ def refuse_unrepeatable(*solvers: Any) -> None:
                 "repeatable for that, and draws='fresh' makes each one another: write "
                 "Euler(step=..., max_steps=...), or draws='replayed'"
             )
-
-
-def check_apart(
-    dynamics: nn.Module, z: Tensor, linearise: Callable[[], AbstractLinearisation]
-) -> None:
-    """Refuse a force in which samples interact, as far as its Jacobian at `z`, `(B, ...)`, tells.
-
-    It is asked as `Asked` says. Closed forms are known not to mix samples.
-    """
-    if len(z) < 2 or not z.numel() or isinstance(linearise, ClosedForm):  # they tell nothing
-        return
-    asked = _known(dynamics).apart.setdefault(z.dim(), Asked())
-    if asked.due(dynamics.parameters):
-        seen = seeing(linearise(), z)
-        if seen is not None:
-            raise RuleError(
-                f"samples interact: the force on sample {seen[0]} depends on the state of sample "
-                f"{seen[1]}; samples must lie on axis 0 and not see each other: give (N, T, C) and "
-                "transpose inside a force that wants (T, N, C), use LayerNorm or GroupNorm for "
-                "what averages over the batch, and give x[None] where all of it is one sample"
-            )
-    asked.count(dynamics.parameters)
 
 
 def seeing(products: AbstractLinearisation, z: Tensor) -> tuple[int, int] | None:

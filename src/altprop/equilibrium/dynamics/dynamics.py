@@ -9,19 +9,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from altprop.equilibrium.dynamics.conduct import (
-    Draws,
-    announce_draws,
-    check_apart,
-    check_draws,
-    unchanged,
-)
+from altprop.equilibrium.dynamics.conduct import Conduct, Draws, check_draws
 from altprop.equilibrium.dynamics.plain import FORCE, is_overridden, is_watched
 from altprop.equilibrium.dynamics.products import (
     AbstractEvaluation,
@@ -70,6 +64,11 @@ class AbstractDynamics(nn.Module, ABC):
     def uses(self) -> Iterable[nn.Module]:
         """Return the modules that the force calls: its own, and any that it closes over."""
         return self.modules()
+
+    @cached_property
+    def conduct(self) -> Conduct:
+        """What was found out about the force so far."""
+        return Conduct()
 
     def under(self, x: Tensor, *args: Any, **kwargs: Any) -> System:
         """Return this dynamics under one input; what else is given goes to every force."""
@@ -169,7 +168,7 @@ class Driven(System):
     def _begin(self, z: Tensor) -> Tensor:
         """Make the first evaluation, which tells what the force draws and what it changes."""
         draws, dynamics = Draws(self.x.device), self._dynamics
-        with unchanged(dynamics, dynamics.uses()):
+        with dynamics.conduct.unchanged(dynamics, dynamics.uses()):
             force = self._evaluate(z)
         self._begun = True
         if self.fresh or not draws.moved():
@@ -183,7 +182,8 @@ class Driven(System):
                 return before.moved()
 
         if not dynamics.draws:
-            announce_draws(dynamics, dynamics.uses(), drawn)
+            name = type(dynamics).__name__
+            dynamics.conduct.announce_draws(name, dynamics.uses(), drawn)
         return force
 
     def record(self, z: Tensor) -> tuple[Tensor, Callable[[], AbstractLinearisation]]:
@@ -192,7 +192,8 @@ class Driven(System):
         return super().record(z)
 
     def check_apart(self, z: Tensor, linearise: Callable[[], AbstractLinearisation]) -> None:
-        check_apart(self._dynamics, z, linearise)
+        dynamics = self._dynamics
+        dynamics.conduct.check_apart(dynamics.parameters, z, linearise)
 
     def linearise(self, z: Tensor) -> AbstractLinearisation:
         if self._by_input_alone():

@@ -119,13 +119,13 @@ class AEP(AbstractAdjointEstimator):
             beta = torch.full_like(sample_norm(cotangent), self.beta)
         inverse = correction.linear.inverse(transposed=True)
         phases = Phases(problem, nudge, beta, self.tol, self.max_steps, self.solver, inverse)
-        if linear is not None:  # Jᵀa + g is the solve's residual
-            correction.know_vjp(first, cotangent - linear.force)
         chosen = self.beta is None and self.response is None and self.linearise == "free"
         if linear is None or not chosen:
             out = self._solve(phases, first, correction, linear)
         else:
-            out = confirm(phases, linear, first, correction, self.sides)
+            # Jᵀa + g is the solve's residual, so one of the correction's products is known
+            across = correction.beside(first, cotangent - linear.force)
+            out = confirm(phases, linear, first, across, self.sides)
             if linear.result and not out.result:
                 # some samples' phases do not find what they were started from
                 assert out.beta is not None

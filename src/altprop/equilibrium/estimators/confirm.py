@@ -14,7 +14,6 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from altprop.equilibrium.estimators.correction import Antisymmetric
 from altprop.equilibrium.estimators.phases import Phases, Sides, displacement, finest_response
 from altprop.equilibrium.estimators.problem import Adjoint
 from altprop.equilibrium.estimators.roundoff import ROUNDING, floor_of
@@ -26,18 +25,18 @@ _LOOKS = 4  # smaller nudges that are tried; in float32 the first is near the fl
 
 
 def confirm(
-    phases: Phases, linear: Solution, first: Tensor, correction: Antisymmetric, sides: Sides
+    phases: Phases, linear: Solution, first: Tensor, across: Tensor, sides: Sides
 ) -> Adjoint:
     """Make one nonlinear update of each phase from the linear solution, and read the adjoint.
 
     **Arguments:** `phases`, at the nudge to begin with; `linear`, the solution of `Jᵀ a + g = 0`
-    and its residual; `first`, minus its value, where the correction knows a product.
+    and its residual; `first`, minus its value; `across`, the correction `(J − Jᵀ)u` there.
     """
     problem, widths = phases.problem, phases.problem.widths
     size = level_norms(first, widths)
     # what a nudge of the finest response hides of a level whatever its state's size
     allowed = ROUNDING * torch.finfo(first.dtype).eps / finest_response(first) * size
-    seen, ends = _look(phases, first, correction, sides)
+    seen, ends = _look(phases, first, across, sides)
     looks, hidden = 1, torch.zeros_like(size, dtype=torch.bool)
     lost = ~torch.isfinite(linear.residual).unsqueeze(1)
     beside = level_norms(seen - linear.force, widths)
@@ -48,7 +47,7 @@ def confirm(
         if not bool(samples.any()):
             break
         phases = replace(phases, beta=torch.where(samples, phases.beta / _SHRINK, phases.beta))
-        seen, ends = _look(phases, first, correction, sides)
+        seen, ends = _look(phases, first, across, sides)
         looks += 1
         before, beside = beside, level_norms(seen - linear.force, widths)
         hidden |= curved & (beside >= before / 2)
@@ -71,10 +70,9 @@ def confirm(
 
 
 def _look(
-    phases: Phases, first: Tensor, correction: Antisymmetric, sides: Sides
+    phases: Phases, first: Tensor, across: Tensor, sides: Sides
 ) -> tuple[Tensor, list[Tensor]]:
     """Return the residual of the contrast, and of each phase, with the phases at `±first`."""
-    across = correction(first)
     plus = phases.drive(1.0, first) - across
     if sides == 1:
         return -plus, [plus]
@@ -82,5 +80,5 @@ def _look(
     pair = (minus - plus) / 2
     if sides == 2:
         return pair, [plus, minus]
-    near, ends = _look(phases.halved(), first, correction, 2)
+    near, ends = _look(phases.halved(), first, across, 2)
     return (4 * near - pair) / 3, [plus, minus, *ends]
