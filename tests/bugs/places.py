@@ -90,7 +90,7 @@ BUGS = [
     ),
     # conversion/sites.py
     Bug(
-        "conversion/sites.py",
+        "conversion/record.py",
         "        return int(step) - 1\n",
         "        return int(step)\n",
         "test_surgery.py test_rules_broadcast.py test_rules.py",
@@ -120,23 +120,23 @@ BUGS = [
     Bug(
         "conversion/roles.py", "m.weight.t(), m.bias)", "m.weight, m.bias)", "test_transformers.py"
     ),
-    # conversion/convert.py, conversion/places.py, conversion/learned.py, conversion/unfit.py
+    # conversion/convert.py, changes.py, places.py, learned.py and unfit.py
     Bug("conversion/convert.py", "            module.__class__ = kind\n", "", _REFUSALS),
     Bug(
-        "conversion/convert.py",
-        "nn.Parameter(value, requires_grad=not frozen)",
-        "nn.Parameter(value)",
+        "conversion/changes.py",
+        "nn.Parameter(B, requires_grad=not frozen)",
+        "nn.Parameter(B)",
         "test_frozen.py",
     ),
     Bug(
-        "conversion/convert.py",
-        "generator_for(changes.seed, place.path))\n    if B is not None:",
-        "generator_for(0, place.path))\n    if B is not None:",
+        "conversion/changes.py",
+        "generator_for(self.seed, place.path))\n        if B is None:",
+        "generator_for(0, place.path))\n        if B is None:",
         "test_convert.py test_rules.py",
     ),
-    Bug("conversion/convert.py", "layouts = allowed_layouts(layouts[0][1])", "pass", _LAYOUTS),
+    Bug("conversion/changes.py", "layouts = allowed_layouts(layouts[0][1])", "pass", _LAYOUTS),
     Bug(
-        "conversion/convert.py",
+        "conversion/changes.py",
         'place.path, "tap")',
         '"tap")',
         _BROADCAST + " test_convert.py",

@@ -16,19 +16,11 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from altprop.conversion.attention import swaps
-from altprop.conversion.channel import Channel
-from altprop.conversion.places import CONVERTED, Place, Places, Planner, TapRequest
-from altprop.conversion.roles import (
-    LocalRole,
-    OutputRole,
-    Role,
-    RootRole,
-    TapRole,
-    add_roles,
-    remove_roles,
-)
-from altprop.conversion.sites import STEP, MapTap, OutputTap, TransportSite, sites_of
+from altprop.conversion.changes import apply
+from altprop.conversion.places import Places, Planner
+from altprop.conversion.record import RECORD, Converted, record_of, sites_of
+from altprop.conversion.roles import remove_roles
+from altprop.conversion.sites import TransportSite
 from altprop.conversion.stack import convert_stack, level_of, revert_block, revert_stack
 from altprop.conversion.unfit import others
 from altprop.equilibrium.call import OnFailure
@@ -37,9 +29,8 @@ from altprop.equilibrium.exact import Exact
 from altprop.equilibrium.module import STACK, Equilibrium
 from altprop.equilibrium.solvers.solver import AbstractSolver
 from altprop.errors import ConfigError, Problems, RuleError, RuleWarning, listed, told
-from altprop.feedback import generator_for
-from altprop.layouts import Layout, allowed_layouts
-from altprop.rule import AbstractBroadcast, AbstractRule, AbstractTransport, Site
+from altprop.layouts import allowed_layouts
+from altprop.rule import AbstractRule
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -121,7 +112,7 @@ def convert(
     if isinstance(rule, AbstractRule):
         _say_what_is_left(model, places, planners[0])
     with _all_or_nothing(model), torch.device("cpu"):  # where a rule's draws belong
-        _apply(model, places, planners, seed, layouts)
+        apply(model, places, planners, seed, layouts)
     return model
 
 
@@ -162,164 +153,10 @@ def _dicts(module: nn.Module) -> list[dict[str, Any]]:
     return [module.__dict__, module._parameters, module._buffers]
 
 
-def _outermost(role: type[Role]) -> int:
-    """Order roles: a root around an output around a tap around what replaces the forward."""
-    order = (RootRole, OutputRole, TapRole, LocalRole)
-    return order.index(role) if role in order else len(order)
-
-
-class _Changes:
-    """The roles, attributes and feedback that modules are about to get."""
-
-    def __init__(self, seed: int) -> None:
-        self.seed = seed
-        self.roles: dict[nn.Module, list[type[Role]]] = {}
-        self.names: dict[nn.Module, list[str]] = {}
-
-    def role(self, module: nn.Module, role: type[Role]) -> None:
-        roles = self.roles.setdefault(module, [])
-        if role not in roles:
-            roles.append(role)
-        self.names.setdefault(module, [])
-
-    def place(self, place: Place) -> None:
-        for module, role in (*place.needs, (place.module, place.role)):
-            self.role(module, role)
-
-    def feedback(
-        self,
-        module: nn.Module,
-        name: str,
-        value: torch.Tensor,
-        like: torch.Tensor,
-        learned: bool,
-        frozen: bool,
-    ) -> None:
-        value = value.to(dtype=like.dtype, device=like.device)
-        if module._buffers.get(name, value) is None:  # a LocalLinear's room for a feedback
-            del module._buffers[name]
-            module.__dict__.setdefault("_altprop_rooms", []).append(name)
-        elif hasattr(module, name):
-            raise RuleError(
-                f"this {type(module).__name__} has an attribute named {name!r} already, which is "
-                "the feedback's name: rename it"
-            )
-        if learned:
-            module.register_parameter(name, nn.Parameter(value, requires_grad=not frozen))
-        else:
-            module.register_buffer(name, value)
-        self.names[module].append(name)
-
-    def counter(self, module: nn.Module) -> None:
-        if STEP not in self.names[module]:
-            module.register_buffer(STEP, torch.zeros((), dtype=torch.int64))
-            self.names[module].append(STEP)
-
-    def finish(self) -> None:
-        """Change the classes: last, so that an error before leaves every forward as it was."""
-        for module, roles in self.roles.items():
-            module.__dict__["_altprop_names"] = tuple(self.names[module])
-            add_roles(module, tuple(sorted(roles, key=_outermost)))
-
-
-def _apply(
-    model: nn.Module,
-    places: Places,
-    planners: list[Planner],
-    seed: int,
-    layouts: tuple[Layout, ...],
-) -> None:
-    changes = _Changes(seed)
-    for planner in planners:
-        for place in planner.transports:
-            _transport(changes, place, planner.rule)
-        for request in planner.taps:
-            _tap(changes, model, places, request, planner.rule, layouts)
-    changes.finish()
-    model.__dict__[CONVERTED] = True
-
-
-def _frozen(place: Place) -> bool:
-    """Say whether no weight of a place learns, so that its feedback must not either."""
-    weights = [place.weight] if place.is_map else place.module.parameters()
-    return not any(weight.requires_grad for weight in weights)
-
-
-def _transport(changes: _Changes, place: Place, rule: AbstractRule) -> None:
-    assert isinstance(rule, AbstractTransport)
-    module, name = place.module, "B" + place.suffix
-    site = Site(place.path, *place.shape)
-    changes.place(place)
-    B = rule.draw(site, generator_for(changes.seed, place.path))
-    if B is not None:
-        changes.feedback(module, name, B, place.weight, rule.learned, _frozen(place))
-    if rule.noisy:
-        changes.counter(module)
-    maps = module.__dict__.setdefault("_altprop_maps", {})
-    name = "" if B is None else name
-    made = TransportSite(site, rule, name, changes.seed, rule.noisy, _frozen(place))
-    maps[place.key] = made
-
-
-def _tap(
-    changes: _Changes,
-    model: nn.Module,
-    places: Places,
-    request: TapRequest,
-    rule: AbstractRule,
-    layouts: tuple[Layout, ...],
-) -> None:
-    assert isinstance(rule, AbstractBroadcast)
-    local = request.at
-    root = model if local is None else local.module
-    k = request.width
-    shared = ""
-    if rule.one_feedback:
-        taken = [n for n in changes.names.get(root, []) if n.startswith("B_dfa_shared")]
-        shared = "B_dfa_shared" + str(len(taken) or "")
-    if local is not None and layouts:  # here the error is at a block, as the taps are
-        layouts = allowed_layouts(layouts[0][1])
-    channel = Channel(rule, changes.seed, shared, layouts)
-    if local is not None:
-        changes.role(root, LocalRole)
-        root.__dict__["_altprop_local"] = channel
-    else:
-        changes.role(root, RootRole)
-        root.__dict__.setdefault("_altprop_channels", []).append(channel)
-        assert places.output is not None
-        changes.role(places.output.module, OutputRole)
-        places.output.module.__dict__.setdefault("_altprop_outputs", []).append(channel)
-        if rule.period or rule.learned:
-            changes.counter(root)
-    like = request.places[0].weight
-    if shared:
-        site = Site(shared, max(place.rows for place in request.places), k)
-        B = rule.draw(site, generator_for(changes.seed, shared))
-        frozen = all(_frozen(place) for place in request.places)
-        changes.feedback(root, shared, B, like, rule.learned, frozen)
-    for index, place in enumerate(request.places):
-        site, frozen = Site(place.path, place.rows, k), _frozen(place)
-        name = "" if shared else ("B_dfa" if local is None else "B_dfa_block") + place.suffix
-        changes.place(place)
-        if name:
-            B = rule.draw(site, generator_for(changes.seed, place.path, "tap"))
-            changes.feedback(place.module, name, B, place.weight, rule.learned, frozen)
-        tap: MapTap | OutputTap
-        if place.is_map:
-            maps = place.module.__dict__.setdefault("_altprop_maps", {})
-            swapped = swaps(module for module, _ in place.needs)
-            maps[place.key] = tap = MapTap(site, channel, name, index, frozen, swapped)
-        else:
-            tap = OutputTap(site, channel, name, index, frozen)
-            place.module.__dict__["_altprop_tap"] = tap
-        channel.members.append(tap)
-
-
 def is_converted(module: nn.Module) -> bool:
     """Say whether `convert` left anything at this module itself."""
-    marks = (CONVERTED, STACK)
-    stacked = level_of(module) is not None
-    return stacked or isinstance(module, Role) or any(mark in module.__dict__ for mark in marks)
+    stacked = level_of(module) is not None or STACK in module.__dict__
+    return stacked or record_of(module) is not None
 
 
 def revert(model: M) -> M:
@@ -336,7 +173,7 @@ def revert(model: M) -> M:
     if not found:
         raise RuleError(f"this {type(model).__name__} was not converted: nothing to revert")
     for path, module in found:
-        for name in getattr(module, "_altprop_names", ()):
+        for name in () if (record := record_of(module)) is None else record.names:
             if is_parametrized(module, name):
                 raise RuleError(
                     f"{name} of {path or 'the model itself'} is feedback, and was parametrised: "
@@ -346,25 +183,22 @@ def revert(model: M) -> M:
         if STACK in module.__dict__:
             revert_stack(module)
         revert_block(module)
-        _strip(module)
-        module.__dict__.pop(CONVERTED, None)
+        if (record := record_of(module)) is not None:
+            _strip(module, record)
     return model
 
 
-def _strip(module: nn.Module) -> None:
-    """Make a module what it was before it got roles, if it has any."""
-    if not isinstance(module, Role):
-        return
-    for site in sites_of(module).values():
+def _strip(module: nn.Module, record: Converted) -> None:
+    """Make a module what it was before it got a record."""
+    for site in record.sites.values():
         if not isinstance(site, TransportSite):
             site.channel.forget(site)
-    for name in module._altprop_names:
+    for name in record.names:
         delattr(module, name)
-    for name in module.__dict__.get("_altprop_rooms", ()):
+    for name in record.rooms:
         module.register_buffer(name, None)
     remove_roles(module)
-    for key in [k for k in module.__dict__ if k.startswith("_altprop_")]:
-        del module.__dict__[key]
+    del module.__dict__[RECORD]
 
 
 @contextlib.contextmanager
@@ -386,7 +220,7 @@ def rules_off(model: nn.Module) -> Iterator[None]:
     places: list[Any] = [site for module in modules for site in sites_of(module).values()]
     places += [level for module in modules if (level := level_of(module)) is not None]
     solved = [m for m in modules if isinstance(m, Equilibrium)]
-    if not (places or solved or any(CONVERTED in m.__dict__ for m in modules)):
+    if not (places or solved or any(record_of(m) is not None for m in modules)):
         raise RuleError(
             f"nothing to switch off: no rule, no Equilibrium and no block of a converted stack is "
             f"in this {type(model).__name__}; give rules_off the module that holds them"

@@ -12,7 +12,8 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from altprop.conversion.convert import is_converted
 from altprop.conversion.learned import learned_feedback
-from altprop.conversion.sites import MapTap, OutputTap, TransportSite, sites_of
+from altprop.conversion.record import record_of, sites_of
+from altprop.conversion.sites import MapTap, OutputTap, TransportSite
 from altprop.conversion.stack import Level, level_of
 from altprop.equilibrium.module import Equilibrium
 from altprop.errors import RuleError
@@ -116,7 +117,7 @@ class _Map:
     def tap_above(self, index: int) -> OutputTap | None:
         """Return the innermost tap whose module holds the module at `index`."""
         held = [region.module for region in self.taps if region.holds(index)]
-        return held[-1].__dict__["_altprop_tap"] if held else None
+        return sites_of(held[-1])[""] if held else None
 
     def estimator(self, index: int) -> AbstractRule | None:
         """Return the estimator of the equilibrium that holds the module at `index`, if one does."""
@@ -195,8 +196,9 @@ def explain(model: nn.Module) -> Table:
     rows: dict[str, Row] = {}
     first: dict[int, str] = {}
     for index, (_, module) in enumerate(found.order):
+        record = record_of(module)
         for name, parameter in module.named_parameters(recurse=False):
-            if name in getattr(module, "_altprop_names", ()):
+            if record is not None and name in record.names:
                 continue
             row = _row(found, index, name, parameter)
             name = first.setdefault(id(parameter), row.parameter)

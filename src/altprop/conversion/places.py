@@ -16,6 +16,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import is_lazy
 
 from altprop.conversion.attention import AttentionRole, EncoderLayerRole, why_not
+from altprop.conversion.record import record_of
 from altprop.conversion.roles import LinearRole, Role, TapRole, TransposedLinearRole
 from altprop.conversion.stack import level_of
 from altprop.conversion.unfit import COMPLEX, real, unready
@@ -61,9 +62,6 @@ class TapRequest:
     at: Place | None
 
 
-CONVERTED = "_altprop"  # marks a module that was given to convert; all else lies with the places
-
-
 def is_conv1d(module: nn.Module) -> bool:
     """Recognise Hugging Face's `Conv1D` (GPT-2) without importing transformers."""
     kind = type(module)
@@ -91,10 +89,10 @@ class Places:
         self.output_path = output
         self.claimed: dict[tuple[int, str], str] = {}
         self.kept: set[Place] = set()
-        converted = [path for path, m in model.named_modules() if isinstance(m, Role)]
-        if converted or any(CONVERTED in m.__dict__ for m in model.modules()):
-            where = f" ({named(converted[0])}, …)" if converted else ""
-            problems.append(("", f"it is already converted{where}: write revert(model) first"))
+        converted = [path for path, m in model.named_modules() if record_of(m) is not None]
+        if converted:
+            where = f"it is already converted ({named(converted[0])}, …)"
+            problems.append(("", f"{where}: write revert(model) first"))
             return
         if any(type(m).__name__.startswith("FSDP") for m in model.modules()):
             problems.append(("", "it is already sharded: convert before fully_shard"))

@@ -61,9 +61,9 @@ def _process_group() -> Any:
 def _in_force(root: nn.Module) -> Iterator[Any]:
     """Yield the places in `root` whose rules are in force."""
     for module in root.modules():
-        own = module.__dict__
-        held = (*own.get("_altprop_maps", {}).values(), own.get("_altprop_tap"), own.get("_site"))
-        yield from (place for place in held if getattr(place, "on", False) is True)
+        record, own = module.__dict__.get("_altprop"), module.__dict__.get("_site")
+        held = [own, *(record.sites.values() if record is not None else ())]
+        yield from (site for site in held if site is not None and site.on)
 
 
 @contextlib.contextmanager

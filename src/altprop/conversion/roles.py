@@ -16,14 +16,15 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from altprop.conversion.channel import Channel
 from altprop.conversion.probes import JacobianProbe
-from altprop.conversion.sites import OutputTap, TransportSite, count_pass
+from altprop.conversion.record import Converted, count_pass
+from altprop.conversion.sites import TransportSite
 from altprop.errors import RuleError
 
 
 class Role:
     """Base of the mixins: keeps old state dicts loadable, and says what a module became."""
 
-    _altprop_names: tuple[str, ...]
+    _altprop: Converted
 
     def _load_from_state_dict(
         self,
@@ -37,7 +38,7 @@ class Role:
         super()._load_from_state_dict(  # type: ignore[misc]
             state_dict, prefix, local_metadata, strict, missing_keys, *rest
         )
-        own = {prefix + name for name in self._altprop_names}
+        own = {prefix + name for name in self._altprop.names}
         missing_keys[:] = [key for key in missing_keys if key not in own]
 
     @property
@@ -54,54 +55,45 @@ class Role:
 
     def extra_repr(self) -> str:
         text: str = super().extra_repr()  # type: ignore[misc]
-        maps = getattr(self, "_altprop_maps", {})
-        rules = {
-            str(m.rule if isinstance(m, TransportSite) else m.channel.rule) for m in maps.values()
-        }
+        maps = [site for key, site in self._altprop.sites.items() if key]
+        rules = {str(m.rule if isinstance(m, TransportSite) else m.channel.rule) for m in maps}
         return ", ".join([text] * bool(text) + [f"rule={rule}" for rule in sorted(rules)])
 
 
 class LinearRole(Role):
     """An `nn.Linear` (or `LocalLinear`) whose map a rule owns."""
 
-    _altprop_maps: dict[str, Any]
-
     def forward(self, input: Tensor) -> Tensor:
         m: Any = self
-        return self._altprop_maps["weight"](m, input, m.weight, m.bias)
+        return self._altprop.sites["weight"](m, input, m.weight, m.bias)
 
 
 class TransposedLinearRole(Role):
     """A Hugging Face `Conv1D`, whose weight is stored as (in, out)."""
 
-    _altprop_maps: dict[str, Any]
-
     def forward(self, x: Tensor) -> Tensor:
         m: Any = self
-        return self._altprop_maps["weight"](m, x, m.weight.t(), m.bias)
+        return self._altprop.sites["weight"](m, x, m.weight.t(), m.bias)
 
 
 class TapRole(Role):
     """A block or sublayer whose output is a tap."""
 
-    _altprop_tap: OutputTap
-
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         out = super().forward(*args, **kwargs)  # type: ignore[misc]
-        return self._altprop_tap(cast(nn.Module, self), out)
+        return self._altprop.sites[""](self, out)
 
 
 class OutputRole(Role):
     """The module at whose output (or input) the error is taken."""
 
-    _altprop_outputs: list[Channel]
-
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Any:
-        for channel in self._altprop_outputs:
+        channels = self._altprop.outputs
+        for channel in channels:
             if channel.rule.at_head_input:
                 input = channel.join(input)
         out = super().forward(input, *args, **kwargs)  # type: ignore[misc]
-        for channel in self._altprop_outputs:
+        for channel in channels:
             if not channel.rule.at_head_input:
                 out = channel.join(out)
         return out
@@ -110,10 +102,8 @@ class OutputRole(Role):
 class RootRole(Role):
     """The model that was converted: its forward opens and closes every collection."""
 
-    _altprop_channels: list[Channel]
-
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        channels = [channel for channel in self._altprop_channels if channel.on]
+        channels = [channel for channel in self._altprop.channels if channel.on]
         if not channels or not torch.is_grad_enabled():
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         try:
@@ -152,10 +142,8 @@ class RootRole(Role):
 class LocalRole(Role):
     """A block that takes the error at its own output, for the linear maps inside it."""
 
-    _altprop_local: Channel
-
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        channel = self._altprop_local
+        channel = cast(Channel, self._altprop.local)
         if channel.probe is not None:
             return self._joined(channel, args, kwargs)
         if not channel.on or not torch.is_grad_enabled():

@@ -6,9 +6,9 @@ so deepcopy and pickle need no help.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,41 +16,10 @@ from torch import Tensor, nn
 
 from altprop.assign import assign_map, assign_transport
 from altprop.conversion.channel import Channel
-from altprop.conversion.probes import in_backward
+from altprop.conversion.record import count_pass, sites_of, weights_of
 from altprop.errors import RuleError
 from altprop.feedback import generator_for
 from altprop.rule import AbstractTransport, Site
-from altprop.transforms import refuse_transforms
-
-STEP = "B_step"
-
-
-@torch.compiler.disable  # type: ignore[untyped-decorator]
-def count_pass(module: nn.Module) -> int:
-    """Return the number of this recorded pass; a checkpoint's recomputation repeats the last."""
-    refuse_transforms("a rule that draws or measures at every pass cannot count its passes")
-    step = cast(Tensor, getattr(module, STEP))
-    if in_backward():
-        if "_altprop_counted" not in module.__dict__:
-            raise RuleError(
-                f"a {type(module).__name__} whose rule draws at every pass was never recorded "
-                "before the backward pass: reentrant activation checkpointing hides it; write "
-                "use_reentrant=False"
-            )
-        return int(step) - 1
-    module.__dict__["_altprop_counted"] = True
-    number = int(step)
-    step += 1
-    return number
-
-
-def weights_of(module: nn.Module) -> Iterator[nn.Parameter]:
-    """Yield the parameters in a module, feedback excepted."""
-    for part in module.modules():
-        feedback = part.__dict__.get("_altprop_names", ())
-        for name, parameter in part.named_parameters(recurse=False):
-            if name not in feedback:
-                yield parameter
 
 
 def _feedback(
@@ -210,15 +179,3 @@ def refuse_unrecorded(module: nn.Module) -> None:
         for tap in sites_of(part).values():
             if isinstance(tap, MapTap | OutputTap):
                 tap.channel.missed(tap.site.path, part.parameters())
-
-
-def sites_of(module: nn.Module) -> dict[str, TransportSite | MapTap | OutputTap]:
-    """Return the places of rules that a module itself holds: by its weights' names, its output's
-    under an empty one."""
-    own = module.__dict__
-    sites = dict(own.get("_altprop_maps", {}))
-    if "_altprop_tap" in own:
-        sites[""] = own["_altprop_tap"]
-    if isinstance(own.get("_site"), TransportSite):  # a LocalLinear's own
-        sites["weight"] = own["_site"]
-    return sites

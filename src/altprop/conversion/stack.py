@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from altprop.assign import assign_adjoint
+from altprop.conversion.record import record_of
 from altprop.equilibrium.call import OnFailure
 from altprop.equilibrium.dynamics.layered import BlockCall, DrivenLayers, Layered, first_of
 from altprop.equilibrium.estimators.estimator import AbstractEstimator
@@ -330,7 +331,7 @@ def _find(model: nn.Module, stack: str) -> list[tuple[str, nn.Module]]:
 
 
 def _holds_rules(block: nn.Module) -> bool:
-    return any(key.startswith("_altprop") for m in block.modules() for key in m.__dict__)
+    return any(record_of(m) is not None or STACK in m.__dict__ for m in block.modules())
 
 
 def _same(h: Any, last: Tensor) -> bool:
