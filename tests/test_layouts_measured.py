@@ -49,6 +49,13 @@ def test_the_model_runs_once_more_in_the_first_open_pass_and_never_else() -> Non
         assert twin.calls == 1, "a copy measured again"
 
 
+def test_two_rules_with_one_output_are_each_measured() -> None:
+    rules = [ap.DirectFeedback("block", feedback="independent", std=std) for std in (0.5, 0.25)]
+    model = Net(mean_of_first)
+    ap.convert(model, {"blocks.0": rules[0], "blocks.1": rules[1]}, output="head")
+    check_blocks(model, draw(N, N, C), lambda e: e[None])
+
+
 def test_what_the_shapes_of_one_pass_told_counts_in_the_next() -> None:
     model = convert(Net(mean_of_first))
     for shape in ((1, N, C), (N, 1, C)):  # here nothing is told of the samples

@@ -112,7 +112,7 @@ class LocalLinear(nn.Linear):
             rule = rules[method]
             name = "B" if type(rule).draw is not AbstractTransport.draw else ""
             site = Site("B", out_features, in_features)
-            self._site = TransportSite(site, rule, name, seed, noisy=False)
+            self._site = TransportSite(site=site, name=name, rule=rule, seed=seed)
         self._draw()
 
     def _draw(self) -> None:

@@ -29,7 +29,7 @@ def apply(
     **Arguments:** `layouts`, those that the user allows for broadcast errors.
     """
     changes = _Changes(model, places.output, seed, layouts)
-    changes.record(model)
+    changes.record(model).root = True
     for planner in planners:
         for place in planner.transports:
             changes.transport(place, planner.rule)
@@ -101,7 +101,9 @@ class _Changes:
             self.feedback(place.module, name, B, place.weight, rule.learned, frozen)
         if rule.noisy:
             self.counter(place.module)
-        record.sites[place.key] = TransportSite(site, rule, name, self.seed, rule.noisy, frozen)
+        record.sites[place.key] = TransportSite(
+            site=site, name=name, held=frozen, rule=rule, seed=self.seed
+        )
 
     def tap(self, request: TapRequest, rule: AbstractRule) -> None:
         assert isinstance(rule, AbstractBroadcast)
@@ -114,12 +116,11 @@ class _Changes:
             if name:
                 B = rule.draw(site, generator_for(self.seed, place.path, "tap"))
                 self.feedback(place.module, name, B, place.weight, rule.learned, frozen)
-            tap: MapTap | OutputTap
-            if place.is_map:
-                swapped = swaps(module for module, _ in place.needs)
-                tap = MapTap(site, channel, name, index, frozen, swapped)
-            else:
-                tap = OutputTap(site, channel, name, index, frozen)
+            kind = MapTap if place.is_map else OutputTap
+            swapped = place.is_map and swaps(module for module, _ in place.needs)
+            tap = kind(
+                site=site, name=name, held=frozen, channel=channel, index=index, swapped=swapped
+            )
             record.sites[place.key] = tap
             channel.members.append(tap)
 
@@ -133,14 +134,14 @@ class _Changes:
         if request.at is not None and layouts:  # here the error is at a block, as the taps are
             layouts = allowed_layouts(layouts[0][1])
         channel = Channel(rule, self.seed, shared, layouts)
+        self.record(root, RootRole).channels.append(channel)
         if request.at is not None:
             self.record(root, LocalRole).local = channel
         else:
             assert self.output is not None
-            self.record(root, RootRole).channels.append(channel)
             self.record(self.output.module, OutputRole).outputs.append(channel)
-            if rule.period or rule.learned:
-                self.counter(root)
+        if rule.period or rule.learned:
+            self.counter(root)
         if shared:
             site = Site(shared, max(place.rows for place in request.places), request.width)
             B = rule.draw(site, generator_for(self.seed, shared))

@@ -220,7 +220,11 @@ def rules_off(model: nn.Module) -> Iterator[None]:
     places: list[Any] = [site for module in modules for site in sites_of(module).values()]
     places += [level for module in modules if (level := level_of(module)) is not None]
     solved = [m for m in modules if isinstance(m, Equilibrium)]
-    if not (places or solved or any(record_of(m) is not None for m in modules)):
+    if not (
+        places
+        or solved
+        or any((record := record_of(m)) is not None and record.root for m in modules)
+    ):
         raise RuleError(
             f"nothing to switch off: no rule, no Equilibrium and no block of a converted stack is "
             f"in this {type(model).__name__}; give rules_off the module that holds them"

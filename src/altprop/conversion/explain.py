@@ -244,8 +244,8 @@ def _row(found: _Map, index: int, name: str, parameter: nn.Parameter) -> Row:
         rule, transports = type(holder.rule).__name__, False
         shape = None if B is None else tuple(B.shape)
         kind = "learned" if holder.rule.learned else "fixed" if B is not None else ""
-        kind = kind or ("drawn at every pass" if holder.noisy else "from the weight")
-        seed = holder.seed if B is not None or holder.noisy else None
+        kind = kind or ("drawn at every pass" if holder.rule.noisy else "from the weight")
+        seed = holder.seed if B is not None or holder.rule.noisy else None
     elif holder is not None:
         channel = holder.channel
         rule, seed = type(channel.rule).__name__, channel.seed

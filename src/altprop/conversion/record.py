@@ -12,8 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from altprop.conversion.channel import Channel
-from altprop.conversion.probes import in_backward
+from altprop.conversion.channel import Channel, in_backward
 from altprop.errors import RuleError
 from altprop.transforms import refuse_transforms
 
@@ -23,8 +22,10 @@ STEP = "B_step"
 
 @dataclass(eq=False)
 class Converted:
-    """What a module became; of a model that was given to `convert` the root has one in any case."""
+    """What a module became."""
 
+    root: bool = False
+    """Whether it is the whole of what was given to `convert`."""
     names: list[str] = field(default_factory=list)
     """The attributes that were added: feedback, and a count of passes."""
     rooms: list[str] = field(default_factory=list)

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from altprop.conversion.channel import Channel
+from altprop.conversion.channel import Call, Channel
+from altprop.conversion.passes import Pass
 from altprop.conversion.probes import JacobianProbe
 from altprop.conversion.record import Converted, count_pass
-from altprop.conversion.sites import TransportSite
+from altprop.conversion.sites import on_first
 from altprop.errors import RuleError
 
 
@@ -56,7 +57,7 @@ class Role:
     def extra_repr(self) -> str:
         text: str = super().extra_repr()  # type: ignore[misc]
         maps = [site for key, site in self._altprop.sites.items() if key]
-        rules = {str(m.rule if isinstance(m, TransportSite) else m.channel.rule) for m in maps}
+        rules = {str(site.rule) for site in maps}
         return ", ".join([text] * bool(text) + [f"rule={rule}" for rule in sorted(rules)])
 
 
@@ -99,66 +100,49 @@ class OutputRole(Role):
         return out
 
 
+class LocalRole(Role):
+    """A block that takes the error at its own output, for the linear maps inside it."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        out = super().forward(*args, **kwargs)  # type: ignore[misc]
+        return on_first(cast(Channel, self._altprop.local).join, out)
+
+
 class RootRole(Role):
-    """The model that was converted: its forward opens and closes every collection."""
+    """The model that was converted, or a `LocalRole`: its forward is the pass of its channels."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         channels = [channel for channel in self._altprop.channels if channel.on]
         if not channels or not torch.is_grad_enabled():
             return super().forward(*args, **kwargs)  # type: ignore[misc]
+        call = (cast(nn.Module, self), args, kwargs)
+        if any(c.rule.period or c.rule.learned for c in channels):
+            passes = self._scheduled(channels, call)
+        else:
+            passes = [Pass(channel, call) for channel in channels]
         try:
-            if any(c.rule.period or c.rule.learned for c in channels):
-                self._schedule(channels, args, kwargs)
-            else:
-                for channel in channels:
-                    channel.begin(cast(nn.Module, self), args, kwargs)
+            for one in passes:
+                one.open()
             out = super().forward(*args, **kwargs)  # type: ignore[misc]
-            for channel in channels:
-                channel.finish()
+            for one in passes:
+                one.finish()
             return out
         finally:
-            for channel in channels:
-                channel.clear()
+            for one in passes:
+                one.close()
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _schedule(self, channels: list[Channel], args: Any, kwargs: Any) -> None:
+    def _scheduled(self, channels: list[Channel], call: Call) -> list[Pass]:
         """Decide whether this pass is a calibration; if not, let learned feedback be measured."""
-        root = cast(nn.Module, self)
-        step = count_pass(root)
-        plans = []
+        step, passes = count_pass(call[0]), []
         for channel in channels:  # all are measured before any starts to collect
-            period = channel.rule.period
+            rule, period = channel.rule, channel.rule.period
             exact = period > 0 and step % period == period - 1
             measured = None
-            if channel.rule.learned and not exact:
-                probe = JacobianProbe(channel, root, args, kwargs)
-                measured = channel.rule.estimates(probe, channel.seed, step)
-            plans.append((channel, exact, measured))
-        for channel, exact, measured in plans:
-            channel.begin(root, args, kwargs, exact)
-            channel.measured = measured
-
-
-class LocalRole(Role):
-    """A block that takes the error at its own output, for the linear maps inside it."""
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        channel = cast(Channel, self._altprop.local)
-        if channel.probe is not None:
-            return self._joined(channel, args, kwargs)
-        if not channel.on or not torch.is_grad_enabled():
-            return super().forward(*args, **kwargs)  # type: ignore[misc]
-        channel.begin(cast(nn.Module, self), args, kwargs)
-        try:
-            return self._joined(channel, args, kwargs)
-        finally:
-            channel.clear()
-
-    def _joined(self, channel: Channel, args: Any, kwargs: Any) -> Any:
-        out = super().forward(*args, **kwargs)  # type: ignore[misc]
-        if isinstance(out, Tensor):
-            return channel.join(out)
-        return type(out)((channel.join(out[0]), *out[1:]))
+            if rule.learned and not exact:
+                measured = rule.estimates(JacobianProbe(channel, call), channel.seed, step)
+            passes.append(Pass(channel, call, exact, measured))
+        return passes
 
 
 _BASE = "_altprop_base"  # where a class that was made here keeps the one that it was made of

@@ -6,7 +6,7 @@ so deepcopy and pickle need no help.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,64 +15,64 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from altprop.assign import assign_map, assign_transport
-from altprop.conversion.channel import Channel
-from altprop.conversion.record import count_pass, sites_of, weights_of
+from altprop.conversion.channel import Channel, refuse_outside
+from altprop.conversion.record import count_pass, sites_of
 from altprop.errors import RuleError
 from altprop.feedback import generator_for
-from altprop.rule import AbstractTransport, Site
+from altprop.rule import AbstractBroadcast, AbstractTransport, Site
 
 
-def _feedback(
-    place: TransportSite | MapTap | OutputTap,
-    module: nn.Module,
-    learned: bool,
-    weights: Iterable[Tensor],
-) -> Tensor | None:
-    """Return a place's feedback, if it has its own; a learned one learns only while a weight does.
-
-    What the user froze stays frozen; what `convert` froze learns again when the weight does.
-    """
-    B: Tensor | None = getattr(module, place.name) if place.name else None
-    if B is None or not learned:
-        return B
-    if not any(weight.requires_grad for weight in weights):
-        return B.detach()
-    if place.held:
-        _release(place, B)
-    return B
-
-
-@torch.compiler.disable  # type: ignore[untyped-decorator]
-def _release(place: TransportSite | MapTap | OutputTap, B: Tensor) -> None:
-    if isinstance(B, nn.Parameter):
-        B.requires_grad_()
-        place.held = False
-
-
-@dataclass
-class TransportSite:
-    """A linear map whose input receives what a transport rule sends."""
+@dataclass(eq=False, kw_only=True)
+class _Held:
+    """A place, and the feedback that its module holds for it."""
 
     site: Site
-    rule: AbstractTransport
     name: str
     """The module's attribute that holds the feedback, or nothing."""
-    seed: int
-    noisy: bool
     held: bool = False
     """Whether `convert` froze a learned feedback, since its weight was frozen."""
     on: bool = True
     """Whether the rule is in force; `rules_off` turns it."""
+
+    def _feedback(
+        self, module: nn.Module, learned: bool, weights: Iterable[Tensor]
+    ) -> Tensor | None:
+        """Return the place's own feedback, if any; a learned one learns only while a weight does.
+
+        What the user froze stays frozen; what `convert` froze learns again when the weight does.
+        """
+        B: Tensor | None = getattr(module, self.name) if self.name else None
+        if B is None or not learned:
+            return B
+        if not any(weight.requires_grad for weight in weights):
+            return B.detach()
+        if self.held:
+            self._release(B)
+        return B
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _release(self, B: Tensor) -> None:
+        if isinstance(B, nn.Parameter):
+            B.requires_grad_()
+            self.held = False
+
+
+@dataclass(eq=False, kw_only=True)
+class TransportSite(_Held):
+    """A linear map whose input receives what a transport rule sends."""
+
+    rule: AbstractTransport
+    seed: int
 
     def __call__(
         self, module: nn.Module, x: Tensor, W: Tensor, b: Tensor | None, rows: slice | None = None
     ) -> Tensor:
         if not (self.on and torch.is_grad_enabled()):
             return F.linear(x, W if rows is None else W[rows], b)
-        B = _feedback(self, module, self.rule.learned, [W])
+        B = self._feedback(module, self.rule.learned, [W])
         if B is not None and B.shape != W.shape:
-            raise _redrawn(self.site, B.shape, W.shape)
-        noise = self.noise(module, W) if self.noisy else None
+            raise redrawn(self.site, B.shape, W.shape)
+        noise = self.noise(module, W) if self.rule.noisy else None
         return assign_transport(x, W, b, self.rule, B, noise, rows)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -82,85 +82,63 @@ class TransportSite:
             return self.rule.noise(Site(self.site.path, *W.shape), generator).to(W)
 
 
-@dataclass(eq=False)
-class MapTap:
-    """A linear map whose weight learns from a broadcast error."""
+@dataclass(eq=False, kw_only=True)
+class _Tap(_Held):
+    """A place that hears a channel's error; what it does there is up to the running pass."""
 
-    site: Site
     channel: Channel
-    name: str
     index: int
-    held: bool = False
     swapped: bool = False
     """Whether `x` has the caller's first two axes swapped; the tap then has them as he does."""
-    on: bool = True
+
+    @property
+    def rule(self) -> AbstractBroadcast:
+        return self.channel.rule
+
+    def feedback(self, module: nn.Module, weights: Iterable[Tensor]) -> Tensor | None:
+        return self._feedback(module, self.rule.learned, weights)
+
+    def turned(self, y: Tensor) -> Tensor:
+        return y.transpose(0, 1) if self.swapped else y
+
+
+@dataclass(eq=False, kw_only=True)
+class MapTap(_Tap):
+    """A linear map whose weight learns from a broadcast error."""
 
     def __call__(
         self, module: nn.Module, x: Tensor, W: Tensor, b: Tensor | None, rows: slice | None = None
     ) -> Tensor:
-        channel = self.channel
         W = W if rows is None else W[rows]
-        if channel.probe is not None:
-            return self._turned(channel.probe.drop(self._turned(F.linear(x, W, b)), self.index))
-        if not self.on:
+        if (running := self.channel.running) is not None:
+            return running.map(self, module, x, W, b, rows)
+        if not (self.on and torch.is_grad_enabled()):
             return F.linear(x, W, b)
-        if not torch.is_grad_enabled():
-            channel.missed(self.site.path, [W])
-            return F.linear(x, W, b)
-        if channel.mode == "idle":
-            channel.outside(self.site.path)
-        count = self.site.rows if rows is None else rows.stop - rows.start
-        if W.shape[0] != count:
-            raise _redrawn(self.site, (count, W.shape[1]), W.shape)
-        y, tap = assign_map(x, W, b, send=channel.rule.sends, exact=channel.mode == "exact")
-        if channel.mode != "idle":
-            B = _feedback(self, module, channel.rule.learned, [W])
-            channel.push(self._turned(tap), B, self.index, rows)
-        return y
-
-    def _turned(self, y: Tensor) -> Tensor:
-        return y.transpose(0, 1) if self.swapped else y
+        refuse_outside(self.site.path)
+        return assign_map(x, W, b, send=self.rule.sends)[0]
 
 
-@dataclass(eq=False)
-class OutputTap:
+@dataclass(eq=False, kw_only=True)
+class OutputTap(_Tap):
     """A module whose output is cut: it goes on without its graph, and hears the error instead."""
 
-    site: Site
-    channel: Channel
-    name: str
-    index: int
-    held: bool = False
-    on: bool = True
-
     def __call__(self, module: nn.Module, out: Any) -> Any:
-        hidden = out if isinstance(out, Tensor) else out[0]
-        channel = self.channel
-        if channel.probe is not None:
-            cut = channel.probe.drop(hidden, self.index)
-        elif not self.on:
-            return out
-        elif channel.mode == "idle":
-            channel.outside(self.site.path)
-            return out
-        elif not torch.is_grad_enabled():
-            channel.missed(self.site.path, module.parameters())
-            return out
-        else:
-            if hidden.shape[-1] != self.site.rows:
-                raise RuleError(
-                    f"{self.site.path} returned {hidden.shape[-1]} features but its feedback was "
-                    f"drawn for {self.site.rows}: give the rule features={hidden.shape[-1]}"
-                )
-            B = _feedback(self, module, channel.rule.learned, weights_of(module))
-            channel.push(hidden, B, self.index)
-            cut = hidden if channel.mode == "exact" else hidden.detach()
-        if isinstance(out, Tensor):
-            return cut
-        return type(out)((cut, *out[1:]))
+        if (running := self.channel.running) is not None:
+            return on_first(lambda hidden: running.cut(self, module, hidden), out)
+        if self.on:
+            refuse_outside(self.site.path)
+        return out
 
 
-def _redrawn(site: Site, drawn: Sequence[int], now: Sequence[int]) -> RuleError:
+def on_first(change: Callable[[Tensor], Tensor], out: Any) -> Any:
+    """Return what a module put out with its first tensor, or itself if it is one, changed."""
+    if isinstance(out, Tensor):
+        return change(out)
+    first = change(out[0])
+    return out if first is out[0] else type(out)((first, *out[1:]))
+
+
+def redrawn(site: Site, drawn: Sequence[int], now: Sequence[int]) -> RuleError:
     return RuleError(
         f"{site.path or 'this map'}: its weight has the shape {tuple(now)}, but its feedback was "
         f"drawn for {tuple(drawn)}: write revert(model) and convert it again"
@@ -171,11 +149,11 @@ def refuse_unrecorded(module: nn.Module) -> None:
     """Refuse for all parts of a module that will not be called to refuse for themselves.
 
     Without recording no rule acts, so that a fast path may take their place, but not in a pass
-    that is collected: see `Channel.missed`.
+    that is collected: see `Pass.missed`.
     """
     if torch.is_grad_enabled():
         return
     for part in module.modules():
         for tap in sites_of(part).values():
-            if isinstance(tap, MapTap | OutputTap):
-                tap.channel.missed(tap.site.path, part.parameters())
+            if isinstance(tap, _Tap) and tap.channel.running is not None:
+                tap.channel.running.missed(tap.site.path, part.parameters())

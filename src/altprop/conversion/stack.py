@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from altprop.assign import assign_adjoint
+from altprop.conversion.channel import in_backward
 from altprop.conversion.record import record_of
 from altprop.equilibrium.call import OnFailure
 from altprop.equilibrium.dynamics.layered import BlockCall, DrivenLayers, Layered, first_of
@@ -163,7 +164,7 @@ class Stack:
         if self.busy:
             return type(block).forward(block, h, *args, **kwargs)
         place = self.paths[self.blocks.index(block)]
-        if torch._C._current_graph_task_id() != -1:
+        if in_backward():
             raise RuleError(
                 "a block of a converted stack was recomputed in the backward pass: turn "
                 "activation checkpointing of the blocks off, the phases evaluate them anew anyway"
