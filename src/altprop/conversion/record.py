@@ -42,6 +42,24 @@ class Converted:
     """Whether a recorded pass was counted before any backward pass."""
 
 
+@dataclass(frozen=True)
+class Description:
+    """What the place of a rule gives to its own parameters, and to what runs before it."""
+
+    rule: str
+    own: str = ""
+    """The signal that its own parameters receive; empty for whatever comes from above."""
+    below: str = ""
+    """The signal that it sends on; empty for whatever comes from above."""
+    cuts: bool = False
+    """Whether nothing but `below` gets past it."""
+    carries: bool = True
+    """Whether its weight's exact transpose carries what is sent on."""
+    feedback: tuple[int, ...] | None = None
+    kind: str = ""
+    seed: int | None = None
+
+
 def record_of(module: nn.Module) -> Converted | None:
     """Return what `convert` left at this module itself, or none."""
     return module.__dict__.get(RECORD)

@@ -7,7 +7,7 @@ so deepcopy and pickle need no help.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from altprop.assign import assign_map, assign_transport
 from altprop.conversion.channel import Channel, refuse_outside
-from altprop.conversion.record import count_pass, sites_of
+from altprop.conversion.record import Description, count_pass, sites_of
 from altprop.errors import RuleError
 from altprop.feedback import generator_for
 from altprop.rule import AbstractBroadcast, AbstractTransport, Site
@@ -75,6 +75,20 @@ class TransportSite(_Held):
         noise = self.noise(module, W) if self.rule.noisy else None
         return assign_transport(x, W, b, self.rule, B, noise, rows)
 
+    def describe(self, module: nn.Module) -> Description:
+        B: Tensor | None = getattr(module, self.name) if self.name else None
+        drawn = B is not None or self.rule.noisy
+        kind = "drawn at every pass" if self.rule.noisy else "from the weight"
+        kind = "learned" if self.rule.learned else kind if B is None else "fixed"
+        return Description(
+            type(self.rule).__name__,
+            below=self.rule.signal,
+            carries=False,
+            feedback=None if B is None else tuple(B.shape),
+            kind=kind,
+            seed=self.seed if drawn else None,
+        )
+
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def noise(self, module: nn.Module, W: Tensor) -> Tensor:
         generator = generator_for(self.seed, self.site.path, "noise", count_pass(module))
@@ -101,6 +115,15 @@ class _Tap(_Held):
     def turned(self, y: Tensor) -> Tensor:
         return y.transpose(0, 1) if self.swapped else y
 
+    def describe(self, module: nn.Module) -> Description:
+        return Description(
+            type(self.rule).__name__,
+            feedback=(self.site.rows, self.site.columns),
+            kind=("learned" if self.rule.learned else "fixed")
+            + ", shared" * bool(self.channel.shared),
+            seed=self.channel.seed,
+        )
+
 
 @dataclass(eq=False, kw_only=True)
 class MapTap(_Tap):
@@ -117,6 +140,12 @@ class MapTap(_Tap):
         refuse_outside(self.site.path)
         return assign_map(x, W, b, send=self.rule.sends)[0]
 
+    def describe(self, module: nn.Module) -> Description:
+        sends = self.rule.sends
+        below = "" if sends else "none, but for paths around every map"
+        told = super().describe(module)
+        return replace(told, own=self.rule.signal, below=below, carries=sends)
+
 
 @dataclass(eq=False, kw_only=True)
 class OutputTap(_Tap):
@@ -128,6 +157,9 @@ class OutputTap(_Tap):
         if self.on:
             refuse_outside(self.site.path)
         return out
+
+    def describe(self, module: nn.Module) -> Description:
+        return replace(super().describe(module), below="local backprop inside a block", cuts=True)
 
 
 def on_first(change: Callable[[Tensor], Tensor], out: Any) -> Any:

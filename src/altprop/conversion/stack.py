@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from altprop.assign import assign_adjoint
 from altprop.conversion.channel import in_backward
-from altprop.conversion.record import record_of
+from altprop.conversion.record import Description, record_of
 from altprop.equilibrium.call import OnFailure
 from altprop.equilibrium.dynamics.layered import BlockCall, DrivenLayers, Layered, first_of
 from altprop.equilibrium.estimators.estimator import AbstractEstimator
@@ -292,10 +292,10 @@ class Level:
         self.stack, self._block = stack, block
         self.on = True
 
-    @property
-    def signal(self) -> str:
-        """What reaches the parameters of this block, in words."""
-        return self.stack.signal(self.stack.blocks.index(self._block) + 1)
+    def describe(self, module: nn.Module) -> Description:
+        signal = self.stack.signal(self.stack.blocks.index(module) + 1)
+        rule = type(self.stack.equilibrium.estimator).__name__
+        return Description(rule, own=signal, below="adjoint state of a stack")
 
     def __call__(self, h: Any, *args: Any, **kwargs: Any) -> Any:
         if not self.on or not torch.is_grad_enabled():
