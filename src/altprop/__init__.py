@@ -29,6 +29,7 @@ if TYPE_CHECKING:  # what the table below means, for type checkers and editors
         revert as revert,
         rules_off as rules_off,
     )
+    from altprop.conversion.layers import register_layer as register_layer
     from altprop.equilibrium.dynamics.attention import CausalAttention as CausalAttention
     from altprop.equilibrium.contraction import GateHinge as GateHinge
     from altprop.equilibrium.dynamics.damped import DampedAttention as DampedAttention
@@ -138,6 +139,7 @@ _EXPORTS = {
         "AbstractArm Arm RuleArm Trial audit audit_trials finite_difference_errors"
     ),
     "altprop.conversion.convert": "convert revert rules_off",
+    "altprop.conversion.layers": "register_layer",
     "altprop.equilibrium.dynamics.attention": "CausalAttention",
     "altprop.equilibrium.contraction": "GateHinge",
     "altprop.equilibrium.dynamics.damped": "DampedAttention",

@@ -102,7 +102,7 @@ class _Changes:
         if rule.noisy:
             self.counter(place.module)
         record.sites[place.key] = TransportSite(
-            site=site, name=name, held=frozen, rule=rule, seed=self.seed
+            site=site, name=name, held=frozen, rule=rule, seed=self.seed, stored=place.stored
         )
 
     def tap(self, request: TapRequest, rule: AbstractRule) -> None:
@@ -119,8 +119,9 @@ class _Changes:
             kind = MapTap if place.is_map else OutputTap
             swapped = place.is_map and swaps(module for module, _ in place.needs)
             tap = kind(
-                site=site, name=name, held=frozen, channel=channel, index=index, swapped=swapped
-            )
+                site=site, name=name, held=frozen, stored=place.stored,
+                channel=channel, index=index, swapped=swapped,
+            )  # fmt: skip
             record.sites[place.key] = tap
             channel.members.append(tap)
 

@@ -17,12 +17,12 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from altprop.conversion.changes import apply
+from altprop.conversion.layers import others
 from altprop.conversion.places import Places, Planner
 from altprop.conversion.record import RECORD, Converted, record_of, sites_of
 from altprop.conversion.roles import remove_roles
 from altprop.conversion.sites import TransportSite
 from altprop.conversion.stack import convert_stack, level_of, revert_block, revert_stack
-from altprop.conversion.unfit import others
 from altprop.equilibrium.call import OnFailure
 from altprop.equilibrium.estimators.estimator import AbstractEstimator
 from altprop.equilibrium.exact import Exact

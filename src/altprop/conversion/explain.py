@@ -11,15 +11,13 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
 from altprop.conversion.convert import is_converted
+from altprop.conversion.layers import NO_MATRICES
 from altprop.conversion.learned import learned_feedback
 from altprop.conversion.record import Description, record_of, sites_of
 from altprop.conversion.stack import level_of
 from altprop.equilibrium.module import Equilibrium
 from altprop.errors import RuleError
 
-_Q = "q_proj_weight"  # where attention keeps its projections apart, one bias serves them all
-# their weights are looked up or multiplied number by number, never as a matrix
-_NO_MATRIX = (nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, nn.RMSNorm)
 _LISTS = (nn.ModuleList, nn.Sequential)  # whose members run as they stand
 
 
@@ -141,8 +139,11 @@ class _Map:
 
 
 def described(module: nn.Module) -> dict[str, Description]:
-    """Return what a module's own places tell, by their weights' names; of all in it by none."""
-    told = {key: site.describe(module) for key, site in sites_of(module).items()}
+    """Return what a module's own places tell, by their parameters' names; of all in it by none."""
+    told: dict[str, Description] = {}
+    for key, site in sites_of(module).items():
+        for name in (site.stored.weight, site.stored.bias) if key else ("",):
+            told.setdefault(name, site.describe(module))  # several maps may share one bias
     if (level := level_of(module)) is not None:
         told[""] = level.describe(module)
     if isinstance(module, Equilibrium):
@@ -212,9 +213,7 @@ def _row(found: _Map, index: int, name: str, parameter: nn.Parameter) -> Row:
     full = f"{found.order[index][0]}.{name}".lstrip(".")
     index, weight = found.owner(index, name)
     module = found.order[index][1]
-    own = described(module)
-    keys = (weight, weight.replace("bias", "weight"), weight.replace("in_proj_bias", _Q))
-    told = next((own[key] for key in keys if key in own), None)
+    told = described(module).get(weight)
     signal = told.own if told is not None and told.own else found.signal(index)
     if told is None:
         told = next(iter(found.above(index)), Description("Backprop"))
@@ -226,7 +225,7 @@ def _row(found: _Map, index: int, name: str, parameter: nn.Parameter) -> Row:
 
 def _is_carried(module: nn.Module, weight: str, parameter: nn.Parameter) -> bool:
     """Say whether backprop would multiply a cotangent by this parameter, as a matrix."""
-    if isinstance(module, _NO_MATRIX) or "bias" in weight:
+    if isinstance(module, NO_MATRICES) or "bias" in weight:
         return False
     if is_lazy(parameter):  # it has no shape yet, and will have a matrix's
         return True

@@ -29,8 +29,8 @@ def all_feedback(model: nn.Module) -> Iterator[Feedback]:
             parameter = getattr(module, name)
             if not isinstance(parameter, nn.Parameter):
                 continue
-            weights = [getattr(module, k) for k, s in record.sites.items() if k and s.name == name]
-            weights = weights or list(weights_of(module))
+            own = [s.stored.weight for key, s in record.sites.items() if key and s.name == name]
+            weights = [getattr(module, weight) for weight in own] or list(weights_of(module))
             weights.sort(key=lambda p: (not p.requires_grad, p.dim() < 2))
             yield f"{path}.{name}".lstrip("."), parameter, weights
 

@@ -12,20 +12,17 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import is_lazy
 
-from altprop.conversion.attention import AttentionRole, EncoderLayerRole, why_not
+from altprop.conversion.attention import AttentionRole, EncoderLayerRole
+from altprop.conversion.layers import BACKPROP, row_of
 from altprop.conversion.record import record_of
-from altprop.conversion.roles import LinearRole, Role, TapRole, TransposedLinearRole
+from altprop.conversion.roles import Role, TapRole
+from altprop.conversion.sites import LinearMap
 from altprop.conversion.stack import level_of
-from altprop.conversion.unfit import COMPLEX, real, unready
 from altprop.errors import Problems, suggest
-from altprop.linear import LocalLinear
 from altprop.rule import AbstractBroadcast, AbstractRule
-
-# linear maps of other libraries that store their weight as (in, out)
-_TRANSPOSED = {"transformers.pytorch_utils.Conv1D"}
 
 
 @dataclass(eq=False)
@@ -38,15 +35,26 @@ class Place:
     """A tensor of the module, for dtype and device; of a map, its weight."""
     rows: int
     columns: int = 0
-    key: str = ""
-    """Of a map, the name of its weight in the module."""
-    suffix: str = ""
-    """What is added to the feedback's name, where a module holds several maps."""
+    stored: LinearMap | None = None
+    """How the module keeps the map, if it is one."""
     role: type[Role] = TapRole
     needs: tuple[tuple[nn.Module, type[Role]], ...] = ()
     """Modules around the map that must get forwards of their own."""
     refusal: str = ""
-    is_map: bool = False
+
+    @property
+    def is_map(self) -> bool:
+        return self.stored is not None
+
+    @property
+    def key(self) -> str:
+        """By what its module's record knows it."""
+        return "" if self.stored is None else self.stored.key
+
+    @property
+    def suffix(self) -> str:
+        """What is added to the feedback's name, where a module holds several maps."""
+        return f"_{self.stored.name}" if self.stored is not None and self.stored.name else ""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -62,12 +70,6 @@ class TapRequest:
     at: Place | None
 
 
-def is_conv1d(module: nn.Module) -> bool:
-    """Recognise Hugging Face's `Conv1D` (GPT-2) without importing transformers."""
-    kind = type(module)
-    return f"{kind.__module__}.{kind.__qualname__}" in _TRANSPOSED
-
-
 def matches(pattern: str, path: str) -> bool:
     """Say whether a pattern names `path` or anything above it."""
     parts = path.split(".")
@@ -76,6 +78,21 @@ def matches(pattern: str, path: str) -> bool:
 
 def named(path: str) -> str:
     return path or "the model itself"
+
+
+def unready(parts: Iterable[nn.Module], weights: Iterable[Tensor]) -> str:
+    """Say what the weights lack, if anything, for a feedback to be drawn for them."""
+    if any(isinstance(part, LazyModuleMixin) for part in parts):
+        return "lazy, without a shape yet: run one batch through the model, then convert"
+    if any(weight.is_meta for weight in weights):
+        return "on the meta device, without values: materialise the model, then convert"
+    return ""
+
+
+def real(tensors: Iterable[Tensor]) -> Tensor:
+    """Return the first tensor of real numbers, for the dtype and device of a feedback."""
+    tensors = list(tensors)
+    return next((t for t in tensors if t.is_floating_point()), tensors[0])
 
 
 class Places:
@@ -104,13 +121,27 @@ class Places:
     def _find(self) -> None:
         modules = dict(self.model.named_modules())
         for path, module in modules.items():
+            row, unknown = row_of(module)
+            if row is None:
+                continue
             above = path.split(".")
             around = [modules[".".join(above[:n])] for n in range(1, len(above)) if path]
-            around = ([self.model] if path else []) + around
-            if isinstance(module, nn.MultiheadAttention):
-                self._add_attention(path, module, around)
-            elif isinstance(module, nn.Linear) or is_conv1d(module):
-                self._add_linear(path, module, around)
+            around = ([self.model] if path else []) + around + [module]
+            needs, inside = self.surroundings(around)
+            if len(around) > 1 and isinstance(around[-2], nn.MultiheadAttention):
+                unknown = unknown or row_of(around[-2])[1]  # who may not call it
+            for stored in row.maps(module):
+                W: Any = getattr(module, stored.weight, None)
+                weights = [W] if isinstance(W, Tensor) else []
+                refusal = unready([module], weights) or unknown or row.why_not(module) or inside
+                flat = not weights or is_lazy(W) or W.dim() != 2
+                rows, columns = (0, 0) if flat else stored.of(module)[0].shape
+                if not refusal and W.is_complex():
+                    refusal = f"its weight is complex, and feedback is real: {BACKPROP}"
+                where = f"{path}.{stored.name}".strip(".")
+                self.maps.append(
+                    Place(where, module, W, rows, columns, stored, row.role, needs, refusal)
+                )
 
     def surroundings(
         self, around: list[nn.Module]
@@ -131,70 +162,6 @@ class Places:
                 if type(module).forward is nn.TransformerEncoderLayer.forward:
                     needs.append((module, EncoderLayerRole))
         return tuple(needs), refusal
-
-    def _add_linear(self, path: str, module: nn.Module, around: list[nn.Module]) -> None:
-        needs, refusal = self.surroundings([*around, module])
-        weight: Any = module.weight
-        role: type[Role] = TransposedLinearRole if is_conv1d(module) else LinearRole
-        owned = bool(around) and isinstance(around[-1], nn.MultiheadAttention)
-        exact = type(module) in (nn.Linear, LocalLinear) or is_conv1d(module)
-        if lacking := unready([module], [weight]):
-            refusal = lacking
-        elif isinstance(module, LocalLinear) and module.method != "bp":
-            refusal = f"this LocalLinear has method {module.method!r}: build it with method='bp'"
-        elif not exact and not (owned and type(module) is NonDynamicallyQuantizableLinear):
-            refusal = (
-                f"{type(module).__name__} is a subclass of nn.Linear whose forward is not known: "
-                "keep it on backprop by a pattern of its own, with Backprop(), put first"
-            )
-        elif owned and type(around[-1]) is not nn.MultiheadAttention:
-            refusal = self._foreign(around[-1])
-        elif weight.is_complex():
-            refusal = COMPLEX
-        shape = tuple(weight.shape) if not is_lazy(weight) and weight.dim() == 2 else (0, 0)
-        rows, columns = reversed(shape) if is_conv1d(module) else shape
-        self.maps.append(
-            Place(path, module, weight, rows, columns, "weight", "", role, needs, refusal, True)
-        )
-
-    def _foreign(self, module: nn.Module) -> str:
-        return (
-            f"{type(module).__name__} is a subclass of nn.MultiheadAttention whose forward is not "
-            "known: keep it on backprop by a pattern of its own, with Backprop(), put first"
-        )
-
-    def _add_attention(
-        self, path: str, module: nn.MultiheadAttention, around: list[nn.Module]
-    ) -> None:
-        needs, refusal = self.surroundings([*around, module])
-        if type(module) is not nn.MultiheadAttention:
-            refusal = self._foreign(module)
-        elif why_not(module):
-            refusal = f"{why_not(module)}: keep it on backprop by a pattern with Backprop() first"
-        if module.in_proj_weight is not None:
-            keys = ["in_proj_weight"]
-        else:
-            keys = ["q_proj_weight", "k_proj_weight", "v_proj_weight"]
-        weights = [getattr(module, key) for key in keys]
-        refusal = refusal or unready([], weights) or COMPLEX * weights[0].is_complex()
-        for key in keys:
-            weight, name = getattr(module, key), key.removesuffix("_weight")
-            inner = f"{path}.{name}".lstrip(".")
-            self.maps.append(
-                Place(
-                    inner,
-                    module,
-                    weight,
-                    weight.shape[0],
-                    weight.shape[1],
-                    key,
-                    "_" + name,
-                    AttentionRole,
-                    needs,
-                    refusal,
-                    True,
-                )  # fmt: skip
-            )
 
     def _resolve(self, output: str) -> Place | None:
         known = [place.path for place in self.maps if place.key == "weight"]

@@ -62,19 +62,11 @@ class Role:
 
 
 class LinearRole(Role):
-    """An `nn.Linear` (or `LocalLinear`) whose map a rule owns."""
+    """A layer that is one linear map, which a rule owns."""
 
     def forward(self, input: Tensor) -> Tensor:
-        m: Any = self
-        return self._altprop.sites["weight"](m, input, m.weight, m.bias)
-
-
-class TransposedLinearRole(Role):
-    """A Hugging Face `Conv1D`, whose weight is stored as (in, out)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        m: Any = self
-        return self._altprop.sites["weight"](m, x, m.weight.t(), m.bias)
+        site, m = self._altprop.sites["weight"], cast(nn.Module, self)
+        return cast(Tensor, site(m, input, *site.stored.of(m)))
 
 
 class TapRole(Role):
@@ -222,7 +214,7 @@ def _make_class(base: type[nn.Module], roles: tuple[type[Role], ...]) -> type[nn
         "__reduce_ex__": __reduce_ex__, "forward": forward, "__module__": base.__module__,
         _BASE: base,
     }  # fmt: skip
-    if issubclass(roles[0], (LinearRole, TransposedLinearRole)):
+    if issubclass(roles[0], LinearRole):
         del body["forward"]
     cls = cast(type[nn.Module], _maker(type(base))(base.__name__, (*roles, base), body))
     cls.__qualname__ = base.__qualname__

@@ -22,6 +22,28 @@ from altprop.feedback import generator_for
 from altprop.rule import AbstractBroadcast, AbstractTransport, Site
 
 
+@dataclass(frozen=True)
+class LinearMap:
+    """How a layer keeps a matrix by which it multiplies: the names of its parameters."""
+
+    weight: str = "weight"
+    bias: str = "bias"
+    transposed: bool = False
+    """Whether the weight is stored as (in, out)."""
+    name: str = ""
+    """What the map is called below its layer, where that has several."""
+
+    @property
+    def key(self) -> str:
+        """By what a record knows the map: the one of a layer as its weight."""
+        return self.weight if self.name else "weight"
+
+    def of(self, layer: nn.Module) -> tuple[Any, Any]:
+        """Return the weight (out, in) and the bias, or none."""
+        W = getattr(layer, self.weight, None)
+        return W.t() if self.transposed and W is not None else W, getattr(layer, self.bias, None)
+
+
 @dataclass(eq=False, kw_only=True)
 class _Held:
     """A place, and the feedback that its module holds for it."""
@@ -31,6 +53,8 @@ class _Held:
     """The module's attribute that holds the feedback, or nothing."""
     held: bool = False
     """Whether `convert` froze a learned feedback, since its weight was frozen."""
+    stored: LinearMap | None = None
+    """Of a map, how its module keeps it."""
     on: bool = True
     """Whether the rule is in force; `rules_off` turns it."""
 
