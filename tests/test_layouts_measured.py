@@ -297,8 +297,6 @@ def test_what_a_user_says_of_the_axes_counts_and_must_fit() -> None:
     for wrong in (-1, True, "0", (0,), (0, 1, 2), (0, -1), 1.0, [0, 1]):
         with pytest.raises(ap.ConfigError, match="batch_axis must be"):
             convert(Net(), batch_axis=wrong)
-    with pytest.raises(ap.ConfigError, match="batch_axis is for broadcast rules"):
-        ap.convert(Net(), ap.AEP(), stack="blocks", batch_axis=1)
 
 
 def test_a_block_wise_rule_takes_the_taps_axis_of_a_pair() -> None:

@@ -87,11 +87,6 @@ if TYPE_CHECKING:  # what the table below means, for type checkers and editors
         AbstractStabiliser as AbstractStabiliser,
         JacobianHinge as JacobianHinge,
     )
-    from altprop.conversion.stack import (
-        convert_stack as convert_stack,
-        explain_stack as explain_stack,
-        revert_stack as revert_stack,
-    )
     from altprop.equilibrium.dynamics.thick import ThickBlock as ThickBlock
     from altprop.errors import (
         AltpropError as AltpropError,
@@ -172,7 +167,6 @@ _EXPORTS = {
     "altprop.equilibrium.solvers.solver": "AbstractSolver Result Solution",
     "altprop.equilibrium.spectra": "Spectrum numerical_abscissa spectrum token_spectrum",
     "altprop.equilibrium.stability": "AbstractStabiliser JacobianHinge",
-    "altprop.conversion.stack": "convert_stack explain_stack revert_stack",
     "altprop.equilibrium.dynamics.thick": "ThickBlock",
     "altprop.errors": (
         "AltpropError CheckpointError ConfigError ConvergenceError DataError RuleError RuleWarning"

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
 from altprop.conversion.attention import swaps
 from altprop.conversion.channel import Channel
 from altprop.conversion.places import Place, Places, Planner, TapRequest
-from altprop.conversion.record import RECORD, STEP, Converted
+from altprop.conversion.record import STEP, Converted
 from altprop.conversion.roles import LocalRole, OutputRole, Role, RootRole, TapRole, add_roles
 from altprop.conversion.sites import MapTap, OutputTap, TransportSite
+from altprop.conversion.stack import Level, LevelRole, Stack
+from altprop.equilibrium.call import OnFailure
+from altprop.equilibrium.dynamics.layered import Layered
+from altprop.equilibrium.estimators.estimator import AbstractEstimator
+from altprop.equilibrium.module import CONVERTED, Equilibrium
+from altprop.equilibrium.solvers.solver import AbstractSolver
 from altprop.errors import RuleError
 from altprop.feedback import generator_for
 from altprop.layouts import Layout, allowed_layouts
@@ -23,10 +31,13 @@ def apply(
     planners: list[Planner],
     seed: int,
     layouts: tuple[Layout, ...],
+    solver: AbstractSolver | None,
+    on_failure: OnFailure,
 ) -> None:
     """Give a model what the planners hold; the classes last, so that no error finds them changed.
 
-    **Arguments:** `layouts`, those that the user allows for broadcast errors.
+    **Arguments:** `layouts`, those that the user allows for broadcast errors; `solver` and
+    `on_failure`, of stacks.
     """
     changes = _Changes(model, places.output, seed, layouts)
     changes.record(model).root = True
@@ -35,6 +46,8 @@ def apply(
             changes.transport(place, planner.rule)
         for request in planner.taps:
             changes.tap(request, planner.rule)
+        if planner.levels:
+            changes.stack(planner, solver, on_failure)
     for module, roles in changes.roles.items():
         add_roles(module, tuple(sorted(roles, key=_outermost)))
 
@@ -58,7 +71,7 @@ class _Changes:
         """Return a module's record, and note that it shall play a role."""
         if role is not None and role not in self.roles.setdefault(module, []):
             self.roles[module].append(role)
-        record: Converted = module.__dict__.setdefault(RECORD, Converted())
+        record: Converted = module.__dict__.setdefault(CONVERTED, Converted())
         return record
 
     def place(self, place: Place) -> Converted:
@@ -124,6 +137,17 @@ class _Changes:
             )  # fmt: skip
             record.sites[place.key] = tap
             channel.members.append(tap)
+
+    def stack(self, planner: Planner, solver: AbstractSolver | None, on_failure: OnFailure) -> None:
+        paths, blocks = zip(*planner.levels, strict=True)
+        # a block may come twice in the chain, but its parameters only once
+        layered = Layered(dict.fromkeys(blocks), "sweep" if solver is None else "synchronous")
+        estimator = cast(AbstractEstimator, planner.rule)
+        equilibrium = Equilibrium(layered, solver, estimator, on_failure)
+        stack = Stack(planner.pattern or "", list(paths), list(blocks), equilibrium)
+        self.record(self.model).stacks.append(stack)
+        for block in blocks:
+            self.record(block, LevelRole).sites[""] = Level(stack)
 
     def channel(self, request: TapRequest, rule: AbstractBroadcast) -> Channel:
         """Make the way of one error: where it begins, and the feedback that all its taps share."""

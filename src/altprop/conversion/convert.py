@@ -19,14 +19,12 @@ from torch.nn.utils.parametrize import is_parametrized
 from altprop.conversion.changes import apply
 from altprop.conversion.layers import others
 from altprop.conversion.places import Places, Planner
-from altprop.conversion.record import RECORD, Converted, record_of, sites_of
+from altprop.conversion.record import Converted, record_of, sites_of
 from altprop.conversion.roles import remove_roles
-from altprop.conversion.sites import TransportSite
-from altprop.conversion.stack import convert_stack, level_of, revert_block, revert_stack
 from altprop.equilibrium.call import OnFailure
 from altprop.equilibrium.estimators.estimator import AbstractEstimator
 from altprop.equilibrium.exact import Exact
-from altprop.equilibrium.module import STACK, Equilibrium
+from altprop.equilibrium.module import CONVERTED, Equilibrium
 from altprop.equilibrium.solvers.solver import AbstractSolver
 from altprop.errors import ConfigError, Problems, RuleError, RuleWarning, listed, told
 from altprop.layouts import allowed_layouts
@@ -41,7 +39,6 @@ def convert(
     *,
     output: str | None = None,
     seed: int = 0,
-    stack: str | None = None,
     solver: AbstractSolver | None = None,
     on_failure: OnFailure | None = None,
     batch_axis: int | tuple[int, int] | None = None,
@@ -54,32 +51,27 @@ def convert(
     `fully_shard` and before or after `torch.compile`. The forward pass does not change. Other
     layers that multiply by a matrix stay on backprop; of those a bare rule warns (`RuleWarning`).
 
+    An estimator such as `AEP()` is a rule for a list of blocks, which become one `Layered`
+    equilibrium: its pattern is the path of an `nn.ModuleList` or `nn.Sequential` (`"blocks"`, `""`
+    for a model that is one), or matches the blocks (`"blocks.[2-5]"`). The free state is their
+    ordinary forward pass, bit for bit; what is below and above them keeps ordinary autograd.
+    Every block must take the output of the one before as its first argument and may take any
+    others. Under autocast the forward keeps its precision; the phases are evaluated in float32.
+
     **Arguments:** `rule`, one rule for every place that fits it, or a mapping from name patterns
     to rules: `*` matches any text, a pattern also matches everything below what it names, the
     first pattern that matches a place counts, the rest stay on backprop. `output`, the path of
     the linear map that makes the logits: where broadcast rules take their error. `seed`, from
-    which, with the module's path, every feedback matrix is drawn. `stack`, with an estimator such
-    as `AEP()` for a rule: the list of blocks that become one layered equilibrium, as in
-    `convert_stack`, which says what `solver` and `on_failure` are. `batch_axis`, for broadcast
-    rules: which axis of what the taps see counts the samples, or a pair, the error's axis and the
-    taps'; without it the shapes say so, or a probe in the first recorded pass that leaves it open.
+    which, with the module's path, every feedback matrix is drawn. `solver`, of stacks: to relax all
+    levels side by side instead of by sweeps (`Euler(step=1.0)` or `Anderson()`); `on_failure`, of
+    stacks, as of `Equilibrium`. `batch_axis`, for broadcast rules: which axis of what the taps see
+    counts the samples, or a pair, the error's axis and the taps'; without it the shapes say so, or
+    a probe in the first recorded pass that leaves it open.
 
     **Raises:** `RuleError`, one for everything that cannot be converted, with paths and what to
     write instead; `ConfigError` for arguments of a wrong kind. The model is then untouched, as it
     is when anything else goes wrong.
     """
-    if stack is not None:
-        if not isinstance(rule, AbstractEstimator):
-            raise ConfigError(
-                f"stack={stack!r} takes an estimator such as AEP() for all its blocks, not {rule!r}"
-            )
-        if batch_axis is not None:
-            raise ConfigError("batch_axis is for broadcast rules: leave it out with stack")
-        return convert_stack(model, rule, stack, solver, on_failure or "raise")
-    if solver is not None or on_failure is not None:
-        raise ConfigError(
-            "solver and on_failure say how a stack of blocks is solved: write stack='blocks' too"
-        )
     mapping = {"*": rule} if isinstance(rule, AbstractRule) else rule
     if not isinstance(mapping, Mapping) or not mapping:
         hint = f": write {rule.__name__}()" if isinstance(rule, type) else ""
@@ -97,6 +89,12 @@ def convert(
     except TypeError:
         raise ConfigError(f"the seed must be a whole number such as 0, not {seed!r}") from None
     problems: Problems = []
+    stacked = any(isinstance(value, AbstractEstimator) for value in mapping.values())
+    if (solver is not None or on_failure is not None) and not stacked:
+        raise ConfigError(
+            "solver and on_failure say how a stack of blocks is solved: name one with its "
+            "estimator, as in {'blocks': AEP()}"
+        )
     places = Places(model, output, problems)
     planners = []
     if not problems:
@@ -106,13 +104,16 @@ def convert(
             planner = Planner(places, value, None if bare else pattern, earlier)
             value.plan(planner)
             planners.append(planner)
+        levels = [level for planner in planners for level in planner.levels]
+        for planner in planners:
+            planner.refuse_inside(levels)
     if problems:
         lines = "".join(f"\n  - {line}" for line in told(problems))
         raise RuleError(f"cannot convert this {type(model).__name__}; nothing was changed:{lines}")
     if isinstance(rule, AbstractRule):
         _say_what_is_left(model, places, planners[0])
     with _all_or_nothing(model), torch.device("cpu"):  # where a rule's draws belong
-        apply(model, places, planners, seed, layouts)
+        apply(model, places, planners, seed, layouts, solver, on_failure or "raise")
     return model
 
 
@@ -153,12 +154,6 @@ def _dicts(module: nn.Module) -> list[dict[str, Any]]:
     return [module.__dict__, module._parameters, module._buffers]
 
 
-def is_converted(module: nn.Module) -> bool:
-    """Say whether `convert` left anything at this module itself."""
-    stacked = level_of(module) is not None or STACK in module.__dict__
-    return stacked or record_of(module) is not None
-
-
 def revert(model: M) -> M:
     """Undo `convert` in place, in `model` and all that is below it, and return the model.
 
@@ -169,36 +164,35 @@ def revert(model: M) -> M:
     **Raises:** `RuleError` where there is nothing to revert, or where a feedback was parametrised;
     nothing is changed then.
     """
-    found = [(path, module) for path, module in model.named_modules() if is_converted(module)]
+    found = [
+        (path, module, record)
+        for path, module in model.named_modules()
+        if (record := record_of(module)) is not None
+    ]
     if not found:
         raise RuleError(f"this {type(model).__name__} was not converted: nothing to revert")
-    for path, module in found:
-        for name in () if (record := record_of(module)) is None else record.names:
+    for path, module, record in found:
+        for name in record.names:
             if is_parametrized(module, name):
                 raise RuleError(
                     f"{name} of {path or 'the model itself'} is feedback, and was parametrised: "
                     f"write remove_parametrizations(module, {name!r}) first"
                 )
-    for _, module in found:
-        if STACK in module.__dict__:
-            revert_stack(module)
-        revert_block(module)
-        if (record := record_of(module)) is not None:
-            _strip(module, record)
+    for _, module, record in found:
+        _strip(module, record)
     return model
 
 
 def _strip(module: nn.Module, record: Converted) -> None:
     """Make a module what it was before it got a record."""
     for site in record.sites.values():
-        if not isinstance(site, TransportSite):
-            site.channel.forget(site)
+        site.leave()
     for name in record.names:
         delattr(module, name)
     for name in record.rooms:
         module.register_buffer(name, None)
     remove_roles(module)
-    del module.__dict__[RECORD]
+    del module.__dict__[CONVERTED]
 
 
 @contextlib.contextmanager
@@ -218,7 +212,6 @@ def rules_off(model: nn.Module) -> Iterator[None]:
     """
     modules = list(model.modules())
     places: list[Any] = [site for module in modules for site in sites_of(module).values()]
-    places += [level for module in modules if (level := level_of(module)) is not None]
     solved = [m for m in modules if isinstance(m, Equilibrium)]
     if not (
         places

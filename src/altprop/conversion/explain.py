@@ -10,11 +10,9 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
-from altprop.conversion.convert import is_converted
 from altprop.conversion.layers import NO_MATRICES
 from altprop.conversion.learned import learned_feedback
 from altprop.conversion.record import Description, record_of, sites_of
-from altprop.conversion.stack import level_of
 from altprop.equilibrium.module import Equilibrium
 from altprop.errors import RuleError
 
@@ -144,8 +142,6 @@ def described(module: nn.Module) -> dict[str, Description]:
     for key, site in sites_of(module).items():
         for name in (site.stored.weight, site.stored.bias) if key else ("",):
             told.setdefault(name, site.describe(module))  # several maps may share one bias
-    if (level := level_of(module)) is not None:
-        told[""] = level.describe(module)
     if isinstance(module, Equilibrium):
         rule, signal = type(module.estimator).__name__, "adjoint state of an equilibrium"
         told[""] = Description(rule, own=signal, below=signal)
@@ -168,7 +164,7 @@ def explain(model: nn.Module) -> Table:
     **Raises:** `RuleError` if no rule, no `Equilibrium` and no converted stack is in `model`.
     """
     modules = list(model.modules())
-    if not any(is_converted(m) or sites_of(m) or isinstance(m, Equilibrium) for m in modules):
+    if not any(record_of(m) or described(m) for m in modules):
         raise RuleError(
             f"this {type(model).__name__} was not converted: call convert(model, rule), or explain "
             "the whole model that it is a part of"

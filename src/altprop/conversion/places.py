@@ -20,7 +20,6 @@ from altprop.conversion.layers import BACKPROP, row_of
 from altprop.conversion.record import record_of
 from altprop.conversion.roles import Role, TapRole
 from altprop.conversion.sites import LinearMap
-from altprop.conversion.stack import level_of
 from altprop.errors import Problems, suggest
 from altprop.rule import AbstractBroadcast, AbstractRule
 
@@ -59,6 +58,9 @@ class Place:
     @property
     def shape(self) -> tuple[int, int]:
         return self.rows, self.columns
+
+
+_LISTS = (nn.ModuleList, nn.Sequential)
 
 
 @dataclass
@@ -119,14 +121,11 @@ class Places:
             self.output = self._resolve(output)
 
     def _find(self) -> None:
-        modules = dict(self.model.named_modules())
-        for path, module in modules.items():
+        for path, module in self.model.named_modules():
             row, unknown = row_of(module)
             if row is None:
                 continue
-            above = path.split(".")
-            around = [modules[".".join(above[:n])] for n in range(1, len(above)) if path]
-            around = ([self.model] if path else []) + around + [module]
+            around = self.above(path) + [module]
             needs, inside = self.surroundings(around)
             if len(around) > 1 and isinstance(around[-2], nn.MultiheadAttention):
                 unknown = unknown or row_of(around[-2])[1]  # who may not call it
@@ -143,6 +142,11 @@ class Places:
                     Place(where, module, W, rows, columns, stored, row.role, needs, refusal)
                 )
 
+    def above(self, path: str) -> list[nn.Module]:
+        """Return the modules that hold the one at `path`, the model first."""
+        parts = path.split(".") if path else []
+        return [self.model.get_submodule(".".join(parts[:n])) for n in range(len(parts))]
+
     def surroundings(
         self, around: list[nn.Module]
     ) -> tuple[tuple[tuple[nn.Module, type[Role]], ...], str]:
@@ -154,7 +158,7 @@ class Places:
             if getattr(module, "opaque_to_rules", False):
                 refusal = (
                     f"it is inside a {type(module).__name__}, whose adjoint a rule within would "
-                    "falsify: give the Equilibrium an estimator instead, or revert the stack"
+                    "falsify: give the Equilibrium an estimator instead"
                 )
             if isinstance(module, nn.MultiheadAttention):
                 needs.append((module, AttentionRole))
@@ -214,6 +218,8 @@ class Planner:
     taps: list[TapRequest] = field(default_factory=list)
     asked: list[str] = field(default_factory=list)
     """Where all linear maps were asked for: paths of blocks, or nothing for the whole model."""
+    levels: list[tuple[str, nn.Module]] = field(default_factory=list)
+    """The blocks that shall be one equilibrium, in their order."""
 
     @property
     def _name(self) -> str:
@@ -248,14 +254,14 @@ class Planner:
             self._nothing("linear map", [p.path for p in known], bool(matched))
         return left
 
-    def _named_modules(self) -> list[tuple[str, nn.Module]]:
-        """Return the outermost modules, with parameters, that the pattern itself matches."""
+    def _named_modules(self, empty: bool = False) -> list[tuple[str, nn.Module]]:
+        """Return the outermost modules, with parameters or `empty`, that the pattern matches."""
         assert self.pattern is not None
         found: list[tuple[str, nn.Module]] = []
         for path, module in self.places.model.named_modules():
             inside = any(path.startswith(above + ".") for above, _ in found)
             if path and not inside and fnmatchcase(path, self.pattern):
-                if next(module.parameters(), None) is not None:
+                if empty or next(module.parameters(), None) is not None:
                     found.append((path, module))
         return found
 
@@ -284,10 +290,7 @@ class Planner:
         if width is None:
             self.refuse(path, f"the width of its output is not known: {self._name}(features=...)")
             return None
-        parts = path.split(".")
-        around = [self.places.model.get_submodule(".".join(parts[:n])) for n in range(len(parts))]
-        around += [module] if level_of(module) is not None else []
-        _, refusal = self.places.surroundings(around)
+        _, refusal = self.places.surroundings(self.places.above(path))
         refusal = refusal or unready(module.modules(), module.parameters())
         return Place(path, module, real(module.parameters()), width, refusal=refusal)
 
@@ -314,6 +317,37 @@ class Planner:
             weight, path = real([*child.parameters(), block.weight]), f"{block.path}.{name}"
             found.append(Place(path, child, weight, block.rows, refusal=block.refusal))
         return found
+
+    def stack(self) -> None:
+        modules = dict(self.places.model.named_modules())
+        lists = [path for path, m in modules.items() if path and isinstance(m, _LISTS) and len(m)]
+        if self.pattern is None:
+            known = f"the model's are {', '.join(lists)}" if lists else "the model has none"
+            write = f"convert(model, {{{(lists or ['blocks'])[0]!r}: {self._name}()}})"
+            self.refuse("", f"{self._name} is for one list of blocks ({known}): write {write}")
+            return
+        chain = modules.get(self.pattern)
+        if isinstance(chain, _LISTS):  # where a block may come twice
+            inside = f"{self.pattern}." if self.pattern else ""
+            found = [(inside + name, block) for name, block in chain._modules.items() if block]
+        else:
+            found = self._named_modules(empty=True)
+        self.levels = [(path, block) for path, block in found if self._left(path, "blocks")]
+        if not self.levels:
+            self._nothing("list of blocks", lists, bool(found))
+        for path, block in self.levels:
+            if "forward" in block.__dict__:
+                self.refuse(path, "somebody has replaced forward there already")
+            if refusal := self.places.surroundings(self.places.above(path))[1]:
+                self.refuse(path, refusal)
+
+    def refuse_inside(self, levels: list[tuple[str, nn.Module]]) -> None:
+        """Refuse what this rule asked for inside blocks of a stack."""
+        within = {id(m): path for path, block in levels for m in block.modules()}
+        for place in self._own():
+            if id(place.module) in within:
+                level = f"{within[id(place.module)]}, a level of a stack"
+                self.refuse(place.path, f"it is in {level}, whose adjoint a rule would falsify")
 
     def _claim(self, place: Place) -> bool:
         if place.refusal:

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from altprop.conversion.channel import Channel, in_backward
+from altprop.equilibrium.module import CONVERTED
 from altprop.errors import RuleError
 from altprop.transforms import refuse_transforms
 
-RECORD = "_altprop"
 STEP = "B_step"
 
 
@@ -38,6 +38,8 @@ class Converted:
     """Those whose error is taken at this module."""
     local: Channel | None = None
     """That whose error is taken at this block, for the maps inside it."""
+    stacks: list[Any] = field(default_factory=list)
+    """Chains of blocks in this model that are one equilibrium each."""
     counted: bool = False
     """Whether a recorded pass was counted before any backward pass."""
 
@@ -62,7 +64,7 @@ class Description:
 
 def record_of(module: nn.Module) -> Converted | None:
     """Return what `convert` left at this module itself, or none."""
-    return module.__dict__.get(RECORD)
+    return module.__dict__.get(CONVERTED)
 
 
 def sites_of(module: nn.Module) -> dict[str, Any]:

@@ -74,6 +74,9 @@ class _Held:
             self._release(B)
         return B
 
+    def leave(self) -> None:
+        """Let the place go, which is on backprop from now on."""
+
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _release(self, B: Tensor) -> None:
         if isinstance(B, nn.Parameter):
@@ -135,6 +138,9 @@ class _Tap(_Held):
 
     def feedback(self, module: nn.Module, weights: Iterable[Tensor]) -> Tensor | None:
         return self._feedback(module, self.rule.learned, weights)
+
+    def leave(self) -> None:
+        self.channel.forget(self)
 
     def turned(self, y: Tensor) -> Tensor:
         return y.transpose(0, 1) if self.swapped else y
