@@ -412,6 +412,7 @@ def test_rules_off_is_backprop_in_a_stack_and_revert_for_good() -> None:
         {"layers.1.linear": ap.FeedbackAlignment(), "layers": ap.AEP()},
         {"*.linear": ap.DirectFeedback(), "layers": ap.AEP()},
         {"layers.*": ap.BlockDirectFeedback(), "layers": ap.AEP()},
+        {"layers": ap.AEP(), "layers.1.linear": ap.FeedbackAlignment()},
     ],
     ids=str,
 )

@@ -36,8 +36,7 @@ def apply(
 ) -> None:
     """Give a model what the planners hold; the classes last, so that no error finds them changed.
 
-    **Arguments:** `layouts`, those that the user allows for broadcast errors; `solver` and
-    `on_failure`, of stacks.
+    **Arguments:** `layouts`, of broadcast errors; `solver` and `on_failure`, of stacks.
     """
     changes = _Changes(model, places.output, seed, layouts)
     changes.record(model).root = True
@@ -105,7 +104,11 @@ class _Changes:
 
     def transport(self, place: Place, rule: AbstractRule) -> None:
         assert isinstance(rule, AbstractTransport)
-        site, frozen, name = Site(place.path, *place.shape), _frozen(place), "B" + place.suffix
+        site, frozen, name = (
+            Site(place.path, place.rows, place.columns),
+            _frozen(place),
+            "B" + place.suffix,
+        )
         record = self.place(place)
         B = rule.draw(site, generator_for(self.seed, place.path))
         if B is None:

@@ -19,7 +19,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from altprop.conversion.changes import apply
 from altprop.conversion.layers import others
 from altprop.conversion.places import Places, Planner
-from altprop.conversion.record import Converted, record_of, sites_of
+from altprop.conversion.record import record_of, sites_of
 from altprop.conversion.roles import remove_roles
 from altprop.equilibrium.call import OnFailure
 from altprop.equilibrium.estimators.estimator import AbstractEstimator
@@ -136,8 +136,8 @@ def _say_what_is_left(model: nn.Module, places: Places, planner: Planner) -> Non
 def _all_or_nothing(model: nn.Module) -> Iterator[None]:
     """Put every module back as it was if anything goes wrong inside."""
     before = [
-        (module, type(module), [(part, dict(part)) for part in _dicts(module)])
-        for module in model.modules()
+        (m, type(m), [(part, dict(part)) for part in (m.__dict__, m._parameters, m._buffers)])
+        for m in model.modules()
     ]
     try:
         yield
@@ -148,10 +148,6 @@ def _all_or_nothing(model: nn.Module) -> Iterator[None]:
                 part.clear()
                 part.update(content)
         raise
-
-
-def _dicts(module: nn.Module) -> list[dict[str, Any]]:
-    return [module.__dict__, module._parameters, module._buffers]
 
 
 def revert(model: M) -> M:
@@ -179,20 +175,15 @@ def revert(model: M) -> M:
                     f"write remove_parametrizations(module, {name!r}) first"
                 )
     for _, module, record in found:
-        _strip(module, record)
+        for site in record.sites.values():
+            site.leave()
+        for name in record.names:
+            delattr(module, name)
+        for name in record.rooms:
+            module.register_buffer(name, None)
+        remove_roles(module)
+        del module.__dict__[CONVERTED]
     return model
-
-
-def _strip(module: nn.Module, record: Converted) -> None:
-    """Make a module what it was before it got a record."""
-    for site in record.sites.values():
-        site.leave()
-    for name in record.names:
-        delattr(module, name)
-    for name in record.rooms:
-        module.register_buffer(name, None)
-    remove_roles(module)
-    del module.__dict__[CONVERTED]
 
 
 @contextlib.contextmanager

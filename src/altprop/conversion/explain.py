@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from dataclasses import asdict, dataclass, replace
-from typing import Any, NamedTuple, cast
+from dataclasses import dataclass, replace
+from typing import NamedTuple, cast
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -44,20 +44,14 @@ class Table:
     rows: tuple[Row, ...]
     notes: tuple[str, ...]
 
-    def as_dicts(self) -> list[dict[str, Any]]:
-        """Return the rows as plain dictionaries, for JSON."""
-        return [asdict(row) for row in self.rows]
-
     def __str__(self) -> str:
         head = ("parameter", "rule", "signal", "feedback", "kind", "seed", "Wᵀ remains")
-        lines = [head]
+        lines: list[tuple[str, ...]] = [head]
         for row in self.rows:
-            shape = "×".join(map(str, row.feedback)) if row.feedback else "–"
-            seed = "–" if row.seed is None else str(row.seed)
-            remains = "yes" if row.transports else "–"
-            lines.append(
-                (row.parameter, row.rule, row.signal, shape, row.kind or "–", seed, remains)
-            )
+            shape = "×".join(map(str, row.feedback or ()))
+            seed, remains = "" if row.seed is None else str(row.seed), "yes" * row.transports
+            cells = (row.parameter, row.rule, row.signal, shape, row.kind, seed, remains)
+            lines.append(tuple(cell or "–" for cell in cells))
         widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
         text = [
             "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()

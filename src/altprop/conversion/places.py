@@ -23,6 +23,8 @@ from altprop.conversion.sites import LinearMap
 from altprop.errors import Problems, suggest
 from altprop.rule import AbstractBroadcast, AbstractRule
 
+Needs = list[tuple[nn.Module, type[Role]]]
+
 
 @dataclass(eq=False)
 class Place:
@@ -37,7 +39,7 @@ class Place:
     stored: LinearMap | None = None
     """How the module keeps the map, if it is one."""
     role: type[Role] = TapRole
-    needs: tuple[tuple[nn.Module, type[Role]], ...] = ()
+    needs: Needs = field(default_factory=list)
     """Modules around the map that must get forwards of their own."""
     refusal: str = ""
 
@@ -54,10 +56,6 @@ class Place:
     def suffix(self) -> str:
         """What is added to the feedback's name, where a module holds several maps."""
         return f"_{self.stored.name}" if self.stored is not None and self.stored.name else ""
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.rows, self.columns
 
 
 _LISTS = (nn.ModuleList, nn.Sequential)
@@ -147,12 +145,10 @@ class Places:
         parts = path.split(".") if path else []
         return [self.model.get_submodule(".".join(parts[:n])) for n in range(len(parts))]
 
-    def surroundings(
-        self, around: list[nn.Module]
-    ) -> tuple[tuple[tuple[nn.Module, type[Role]], ...], str]:
+    def surroundings(self, around: list[nn.Module]) -> tuple[Needs, str]:
         """Return which of these modules need forwards of their own, and why none may hold a rule,
         if so."""
-        needs: list[tuple[nn.Module, type[Role]]] = []
+        needs: Needs = []
         refusal = ""
         for module in around:
             if getattr(module, "opaque_to_rules", False):
@@ -165,7 +161,7 @@ class Places:
             elif isinstance(module, nn.TransformerEncoderLayer):
                 if type(module).forward is nn.TransformerEncoderLayer.forward:
                     needs.append((module, EncoderLayerRole))
-        return tuple(needs), refusal
+        return needs, refusal
 
     def _resolve(self, output: str) -> Place | None:
         known = [place.path for place in self.maps if place.key == "weight"]
@@ -344,7 +340,8 @@ class Planner:
     def refuse_inside(self, levels: list[tuple[str, nn.Module]]) -> None:
         """Refuse what this rule asked for inside blocks of a stack."""
         within = {id(m): path for path, block in levels for m in block.modules()}
-        for place in self._own():
+        ends = [self.places.output for request in self.taps if request.at is None]
+        for place in [*self._own(), *(end for end in ends if end is not None)]:
             if id(place.module) in within:
                 level = f"{within[id(place.module)]}, a level of a stack"
                 self.refuse(place.path, f"it is in {level}, whose adjoint a rule would falsify")
