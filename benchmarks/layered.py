@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from altprop import AEP, convert_stack, equilibria
+from altprop import AEP, convert, equilibria
 from altprop.lm.model import GPT, ModelConfig
 
 
@@ -108,7 +108,7 @@ def main() -> None:
         vocabulary, options.context, options.d_model, options.heads, layers=options.layers
     )
     by_backprop = GPT(config)
-    by_aep = convert_stack(copy.deepcopy(by_backprop), AEP(), "blocks", on_failure="warn")
+    by_aep = convert(copy.deepcopy(by_backprop), {"blocks": AEP()}, on_failure="warn")
     report: dict[str, Any] = {"settings": {**vars(options), "text": options.text.name}}
     report["settings"].pop("out")
     for name, model in (("aep", by_aep), ("backprop", by_backprop)):

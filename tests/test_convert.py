@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import altprop as ap
 from altprop.testing.rules import TinyModel
+from conversions import mlp
 
 FA, SS = ap.FeedbackAlignment(), ap.SignSymmetry()
 
@@ -293,6 +294,39 @@ def test_a_pass_that_fails_leaves_nothing_behind() -> None:
         model(tokens)
     hook.remove()
     F.cross_entropy(model(tokens).flatten(0, 1), tokens.flatten()).backward()
+
+
+class Again(nn.Module):
+    """A model that may run itself once more in its own forward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.low, self.high, self.head = (nn.Linear(4, 4).double() for _ in range(3))
+
+    def forward(self, x: Tensor, again: bool = False) -> Tensor:
+        x = torch.tanh(self.low(x))
+        x = self(x) if again else x
+        return self.head(torch.tanh(self.high(x)))
+
+
+def test_a_pass_within_a_pass_has_an_error_and_taps_of_its_own() -> None:
+    model = ap.convert(Again(), ap.DirectFeedback(feedback="independent", std=0.5), output="head")
+    x, logits = torch.randn(5, 4).double(), []
+    model.head.register_forward_hook(lambda m, given, out: logits.append(out))
+    model(x, again=True).cos().sum().backward(inputs=[*logits, model.low.weight])
+    inner, outer = (z.grad for z in logits)
+    with torch.no_grad():
+        low = torch.tanh(model.low(x))
+        want = (outer @ model.low.B_dfa.T).T @ x + (inner @ model.low.B_dfa.T).T @ low
+    assert torch.allclose(model.low.weight.grad, want)
+
+
+@pytest.mark.parametrize("feedback", ["shared", "independent"])
+def test_a_map_that_runs_after_the_output_is_refused_for_no_error_reaches_it(feedback: str) -> None:
+    model = ap.convert(mlp(), ap.DirectFeedback(feedback=feedback), output="0")
+    with pytest.raises(ap.RuleError, match="1 tapped outputs were computed after the output"):
+        model(torch.randn(3, 6).double())
 
 
 def test_a_block_of_another_width_names_the_option_to_give() -> None:

@@ -79,5 +79,5 @@ def test_a_converted_model_generates_as_before() -> None:
     torch.manual_seed(0)
     model = GPT(ModelConfig(13, 8, 8, 2, layers=2)).eval()
     before = generate(model, torch.tensor([[1]]), 6, temperature=0)
-    ap.convert_stack(model, ap.AEP(), "blocks")
+    ap.convert(model, {"blocks": ap.AEP()})
     assert torch.equal(generate(model, torch.tensor([[1]]), 6, temperature=0), before)

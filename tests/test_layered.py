@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import altprop as ap
 from altprop.lm.model import GPT, Block, ModelConfig
+from conversions import assert_same_model
 from helpers import Gradients, cosine, worst
 
 SIDE_BY_SIDE = ap.Euler(step=1.0)
@@ -69,7 +70,7 @@ def test_with_two_pairs_a_gpt_at_its_own_initialisation_gets_backprops_gradient(
 
     def errors(sides: Literal[2, 4]) -> float:
         rule = ap.AEP(beta=1e-3, sides=sides, tol=1e-8)
-        ap.convert(model, rule, stack="blocks")
+        ap.convert(model, {"blocks": rule})
         got = gradients()
         ap.revert(model)
         return worst(got, wanted)
@@ -95,7 +96,7 @@ def test_in_float32_every_parameter_of_a_gpt_gets_backprops_direction() -> None:
         return {name: p.grad.clone() for name, p in model.named_parameters()}
 
     wanted = gradients()
-    ap.convert_stack(model, ap.AEP(), "blocks")
+    ap.convert(model, {"blocks": ap.AEP()})
     got = gradients()
     assert min(cosine(got[name], wanted[name]) for name in wanted) >= 0.99999
     assert any(not torch.equal(got[name], wanted[name]) for name in wanted)  # it is no backprop
@@ -235,14 +236,14 @@ def test_a_converted_model_keeps_its_output_names_and_backprops_gradient(
         return out, {k: p.grad.clone() for k, p in model.named_parameters()}
 
     wanted_out, wanted = gradients()
-    assert ap.convert_stack(model, NEAR, "layers", solver) is model
+    assert ap.convert(model, {"layers": NEAR}, solver=solver) is model
     out, got = gradients()
     assert torch.equal(out, wanted_out) and worst(got, wanted) <= 1e-6
     assert list(model.state_dict()) == names
     assert all(p is q for p, q in zip(model.parameters(), held, strict=True))
     ((path, equilibrium),) = ap.equilibria(model)
     assert path == "layers" and float(equilibrium.certificate.adjoint_residual.max()) <= 1e-9
-    ap.revert_stack(model)
+    ap.revert(model)
     _, again = gradients()
     assert all(torch.equal(again[k], wanted[k]) for k in wanted)
     assert not list(ap.equilibria(model))
@@ -259,7 +260,7 @@ def test_dropout_draws_the_same_masks_in_every_phase() -> None:
         return out, {k: p.grad.clone() for k, p in model.named_parameters()}
 
     wanted_out, wanted = gradients()
-    ap.convert_stack(model, NEAR, "layers")
+    ap.convert(model, {"layers": NEAR})
     out, got = gradients()
     assert torch.equal(out, wanted_out) and worst(got, wanted) <= 1e-6
 
@@ -269,7 +270,7 @@ def test_two_passes_before_one_backward_do_not_mix() -> None:
     wanted = torch.autograd.grad(
         model(x[0]).sum() + model(x[1]).square().sum(), model.layers[0].linear.weight
     )[0]
-    ap.convert_stack(model, NEAR, "layers")
+    ap.convert(model, {"layers": NEAR})
     (model(x[0]).sum() + model(x[1]).square().sum()).backward()
     got = model.layers[0].linear.weight.grad
     assert float((got - wanted).norm() / wanted.norm()) <= 1e-6
@@ -281,7 +282,7 @@ def test_under_autocast_the_output_stays_and_the_gradient_is_close() -> None:
     exact = torch.autograd.grad(model(x).square().sum(), list(model.layers.parameters()))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         wanted_out = model(x)
-    ap.convert_stack(model, ap.AEP(), "layers")
+    ap.convert(model, {"layers": ap.AEP()})
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = model(x)
     out.float().square().sum().backward()
@@ -291,14 +292,14 @@ def test_under_autocast_the_output_stays_and_the_gradient_is_close() -> None:
 
 
 def test_without_autograd_the_blocks_are_called_as_they_are() -> None:
-    model = ap.convert_stack(chain(), ap.AEP(), "layers")
+    model = ap.convert(chain(), {"layers": ap.AEP()})
     with torch.no_grad():
         model(torch.randn(5, 4).double())
     assert next(ap.equilibria(model))[1].certificate is None
 
 
 def test_a_gradient_into_the_middle_of_a_stack_is_refused_and_not_lost() -> None:
-    model = ap.convert_stack(chain(), ap.AEP(), "layers")
+    model = ap.convert(chain(), {"layers": ap.AEP()})
     model(torch.randn(5, 4).double())
     with pytest.raises(ap.RuleError, match=r"output of layers\.0 from outside"):
         model.between[0].sum().backward()
@@ -306,16 +307,16 @@ def test_a_gradient_into_the_middle_of_a_stack_is_refused_and_not_lost() -> None
 
 def test_something_between_the_blocks_is_refused() -> None:
     model = nn.Sequential(OrderedDict(a=nn.Linear(3, 3), gap=nn.ReLU(), b=nn.Linear(3, 3)))
-    ap.convert_stack(model, ap.AEP(), "[ab]")
+    ap.convert(model, {"[ab]": ap.AEP()})
     with pytest.raises(ap.RuleError, match="b was not given the output of a"):
         model(torch.randn(2, 3))
-    ap.revert_stack(model)
-    ap.convert_stack(model, ap.AEP(), "")
+    ap.revert(model)
+    ap.convert(model, {"": ap.AEP()})
     model(torch.randn(2, 3)).sum().backward()
 
 
 def test_activation_checkpointing_of_a_block_is_refused() -> None:
-    model = ap.convert_stack(chain(), ap.AEP(), "layers")
+    model = ap.convert(chain(), {"layers": ap.AEP()})
     h = model.read_in(torch.randn(5, 4).double())
     for layer in model.layers:
         h, _ = torch.utils.checkpoint.checkpoint(layer, h, use_reentrant=False)
@@ -325,44 +326,53 @@ def test_activation_checkpointing_of_a_block_is_refused() -> None:
 
 def test_an_embedding_at_the_bottom_is_refused_with_the_pattern_to_write() -> None:
     model = nn.Sequential(nn.Embedding(5, 3), nn.Linear(3, 3))
-    ap.convert_stack(model, ap.AEP(), "")
-    with pytest.raises(ap.RuleError, match=r"given torch\.int64.*stack='\[1-9\]\*'"):
+    ap.convert(model, {"": ap.AEP()})
+    with pytest.raises(ap.RuleError, match=r"given torch\.int64.*\{'\[1-9\]\*': AEP\(\)\}"):
         model(torch.tensor([1, 2]))
 
 
 @pytest.mark.parametrize(
-    ("stack", "says"), [("layer", "did you mean layers"), ("read_*.x", "names no list")]
+    ("stack", "says"),
+    [
+        ("layer", "did you mean layers"),
+        ("read_*.x", "no list of blocks for AEP"),
+    ],
 )
 def test_a_stack_that_is_not_there_is_named(stack: str, says: str) -> None:
     model = chain()
-    with pytest.raises(ap.ConfigError, match=says):
-        ap.convert_stack(model, ap.AEP(), stack)
+    with pytest.raises(ap.RuleError, match=says):
+        ap.convert(model, {stack: ap.AEP()})
     assert not list(ap.equilibria(model))
 
 
-def test_converting_twice_and_reverting_nothing_are_refused() -> None:
-    model = ap.convert_stack(chain(), ap.AEP(), "layers")
-    with pytest.raises(ap.RuleError, match="revert_stack"):
-        ap.convert_stack(model, ap.AEP(), "layers")
-    with pytest.raises(ap.RuleError, match="nothing to revert"):
-        ap.revert_stack(chain())
+def test_an_estimator_without_a_pattern_says_which_one_to_write() -> None:
+    with pytest.raises(ap.RuleError, match=r"write convert\(model, \{'layers': AEP\(\)\}\)"):
+        ap.convert(chain(), ap.AEP())
 
 
-def test_explain_gives_a_row_per_parameter() -> None:
-    model = chain()
-    model.read_out.bias.requires_grad_(False)
-    assert ap.explain_stack(model) == []
-    rows = {row.name: row for row in ap.explain_stack(ap.convert_stack(model, ap.AEP(), "layers"))}
-    assert list(rows) == [name for name, _ in model.named_parameters()]
-    assert rows["layers.1.linear.weight"].rule == "AEP"
-    assert "level 2 of 3" in rows["layers.1.linear.weight"].signal
-    assert rows["read_in.weight"].rule == "Backprop"
-    assert rows["read_out.bias"].signal == "frozen"
+def test_one_mapping_has_several_stacks_and_rules_for_the_rest() -> None:
+    model, x = chain(depth=4), torch.randn(5, 4).double()
+    rule = ap.FeedbackAlignment(std=0.5)
+    ap.convert(model, {"layers.[01]": NEAR, "layers.2": ap.Backprop(), "layers": NEAR, "*": rule})
+    assert [path for path, _ in ap.equilibria(model)] == ["layers.[01]", "layers"]
+    rules = {row.parameter: row.rule for row in ap.explain(model).rows}
+    assert [rules[f"layers.{i}.linear.weight"] for i in range(4)] == [
+        "AEP",
+        "AEP",
+        "Backprop",
+        "AEP",
+    ]
+    plain = ap.convert(chain(depth=4), {"read_*": rule})
+    for either in (model, plain):
+        either(x).square().sum().backward()
+    for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+        assert float((p.grad - q.grad).norm() / q.grad.norm()) <= 1e-6
+    assert_same_model(ap.revert(model), ap.revert(plain))
 
 
 @pytest.mark.parametrize("copying", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
 def test_a_copy_of_a_converted_model_solves_its_own_stack(copying: object) -> None:
-    model = ap.convert_stack(chain(), NEAR, "layers")
+    model = ap.convert(chain(), {"layers": NEAR})
     other = copying(model)  # type: ignore[operator]
     x = torch.randn(5, 4).double()
     other(x).sum().backward()
@@ -370,25 +380,24 @@ def test_a_copy_of_a_converted_model_solves_its_own_stack(copying: object) -> No
     model(x).sum().backward()
     for p, q in zip(model.parameters(), other.parameters(), strict=True):
         assert torch.allclose(p.grad, q.grad)
-    ap.revert_stack(other)
+    ap.revert(other)
     assert list(ap.equilibria(model)) and not list(ap.equilibria(other))
 
 
 def test_another_estimator_can_be_used_for_a_while() -> None:
     model, x = chain(), torch.randn(5, 4).double()
     wanted = torch.autograd.grad(model(x).sum(), model.layers[0].linear.weight)[0]
-    ap.convert_stack(model, ap.EP(), "layers")
+    ap.convert(model, {"layers": ap.EP()})
     with ap.using(model, estimator=ap.Implicit(tol=1e-12)):
         model(x).sum().backward()
     assert torch.allclose(model.layers[0].linear.weight.grad, wanted)
 
 
-def test_convert_explain_revert_and_rules_off_know_stacks() -> None:
+def test_rules_off_is_backprop_in_a_stack_and_revert_for_good() -> None:
     model, x = chain(), torch.randn(5, 4).double()
     weight = model.layers[0].linear.weight
     wanted = torch.autograd.grad(model(x).sum(), weight)[0]
-    assert ap.convert(model, ap.AEP(), stack="layers") is model
-    assert [row.rule for row in ap.explain(model).rows].count("AEP") == 6
+    ap.convert(model, {"layers": ap.AEP()})
     with ap.rules_off(model):
         assert torch.equal(torch.autograd.grad(model(x).sum(), weight)[0], wanted)
     by_aep = torch.autograd.grad(model(x).sum(), weight)[0]
@@ -397,12 +406,16 @@ def test_convert_explain_revert_and_rules_off_know_stacks() -> None:
     assert torch.equal(torch.autograd.grad(model(x).sum(), weight)[0], wanted)
 
 
-def test_feedback_rules_and_a_stack_do_not_share_blocks() -> None:
-    model = ap.convert(chain(), {"layers.*": ap.FeedbackAlignment()})
-    with pytest.raises(ap.RuleError, match="holds a converted part"):
-        ap.convert(model, ap.AEP(), stack="layers")
-    stacked = ap.convert(chain(), ap.AEP(), stack="layers")
-    with pytest.raises(ap.RuleError, match="falsify"):
-        ap.convert(stacked, {"layers.*": ap.FeedbackAlignment()})
-    with pytest.raises(ap.ConfigError, match="takes an estimator"):
-        ap.convert(chain(), ap.FeedbackAlignment(), stack="layers")
+@pytest.mark.parametrize(
+    "rules",
+    [
+        {"layers.1.linear": ap.FeedbackAlignment(), "layers": ap.AEP()},
+        {"*.linear": ap.DirectFeedback(), "layers": ap.AEP()},
+        {"layers.*": ap.BlockDirectFeedback(), "layers": ap.AEP()},
+        {"layers": ap.AEP(), "layers.1.linear": ap.FeedbackAlignment()},
+    ],
+    ids=str,
+)
+def test_feedback_rules_and_a_stack_do_not_share_blocks(rules: dict[str, ap.AbstractRule]) -> None:
+    with pytest.raises(ap.RuleError, match=r"layers\.1.*a level of a stack|taken by one before it"):
+        ap.convert(chain(), rules, output="read_out")

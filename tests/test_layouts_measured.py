@@ -49,6 +49,13 @@ def test_the_model_runs_once_more_in_the_first_open_pass_and_never_else() -> Non
         assert twin.calls == 1, "a copy measured again"
 
 
+def test_two_rules_with_one_output_are_each_measured() -> None:
+    rules = [ap.DirectFeedback("block", feedback="independent", std=std) for std in (0.5, 0.25)]
+    model = Net(mean_of_first)
+    ap.convert(model, {"blocks.0": rules[0], "blocks.1": rules[1]}, output="head")
+    check_blocks(model, draw(N, N, C), lambda e: e[None])
+
+
 def test_what_the_shapes_of_one_pass_told_counts_in_the_next() -> None:
     model = convert(Net(mean_of_first))
     for shape in ((1, N, C), (N, 1, C)):  # here nothing is told of the samples
@@ -290,8 +297,6 @@ def test_what_a_user_says_of_the_axes_counts_and_must_fit() -> None:
     for wrong in (-1, True, "0", (0,), (0, 1, 2), (0, -1), 1.0, [0, 1]):
         with pytest.raises(ap.ConfigError, match="batch_axis must be"):
             convert(Net(), batch_axis=wrong)
-    with pytest.raises(ap.ConfigError, match="batch_axis is for broadcast rules"):
-        ap.convert(Net(), ap.AEP(), stack="blocks", batch_axis=1)
 
 
 def test_a_block_wise_rule_takes_the_taps_axis_of_a_pair() -> None:

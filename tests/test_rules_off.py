@@ -154,7 +154,7 @@ def test_a_compiled_part_is_switched_off_too() -> None:
 def stacked(estimator: ap.AbstractEstimator) -> tuple[nn.Sequential, nn.Sequential]:
     blocks = nn.Sequential(*(nn.Sequential(nn.Linear(4, 4), nn.Tanh()) for _ in range(3)))
     model = nn.Sequential(nn.Linear(4, 4), blocks, nn.Linear(4, 2)).double()
-    return ap.convert(model, estimator, stack="1"), ap.revert(copy.deepcopy(model))
+    return ap.convert(model, {"1": estimator}), ap.revert(copy.deepcopy(model))
 
 
 def test_the_blocks_of_a_stack_are_switched_off_by_whatever_holds_them_all() -> None:

@@ -56,7 +56,7 @@ def test_a_hugging_face_model_keeps_its_logits_and_gets_backprops_gradient(
         }
 
     wanted_logits, wanted = run()
-    ap.convert(model, ap.AEP(), stack=stack)
+    ap.convert(model, {stack: ap.AEP()})
     logits, got = run()
     assert torch.equal(logits, wanted_logits) and got.keys() == wanted.keys()
     biggest = max(float(g.norm()) for g in wanted.values())

@@ -327,7 +327,7 @@ def test_a_merged_lora_model_is_switched_off_explained_and_reverted(rule: Any, f
 
     def converted(model: Any, prefix: str = "") -> Any:
         if stack:
-            return ap.convert(model, rule, stack=f"{prefix}blocks")
+            return ap.convert(model, {f"{prefix}blocks": rule})
         return ap.convert(model, rule, output=f"{prefix}head")
 
     model = converted(tiny()) if first == "convert" else tiny()

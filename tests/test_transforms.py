@@ -167,7 +167,7 @@ def test_an_equilibrium_is_refused_in_a_transform_in_one_line(
 
 def test_a_solve_under_vmap_is_refused_in_one_line() -> None:
     block = ap.Equilibrium(ap.DampedAttention(4, heads=2))
-    stack = ap.convert(nn.Sequential(nn.Linear(4, 4), nn.Tanh()), ap.AEP(), stack="")
+    stack = ap.convert(nn.Sequential(nn.Linear(4, 4), nn.Tanh()), {"": ap.AEP()})
     for model, x in ((block, torch.randn(3, 2, 5, 4)), (stack, torch.randn(3, 2, 4))):
         with pytest.raises(ap.RuleError, match=r"inside vmap.*give all samples at once"):
             torch.func.vmap(model)(x)

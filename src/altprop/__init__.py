@@ -41,6 +41,7 @@ if TYPE_CHECKING:  # what the table below means, for type checkers and editors
         revert as revert,
         rules_off as rules_off,
     )
+    from altprop.conversion.layers import register_layer as register_layer
     from altprop.equilibrium.dynamics.attention import CausalAttention as CausalAttention
     from altprop.equilibrium.gate_hinge import GateHinge as GateHinge
     from altprop.equilibrium.dynamics.damped import DampedAttention as DampedAttention
@@ -99,11 +100,6 @@ if TYPE_CHECKING:  # what the table below means, for type checkers and editors
         AbstractStabiliser as AbstractStabiliser,
         JacobianHinge as JacobianHinge,
     )
-    from altprop.conversion.stack import (
-        convert_stack as convert_stack,
-        explain_stack as explain_stack,
-        revert_stack as revert_stack,
-    )
     from altprop.equilibrium.dynamics.thick import ThickBlock as ThickBlock
     from altprop.errors import (
         AltpropError as AltpropError,
@@ -153,6 +149,7 @@ _EXPORTS = {
     "altprop.auditing.step": "StepAudit StepRow Verdict audit_step",
     "altprop.auditing.watch": "Read Reading Watched watch",
     "altprop.conversion.convert": "convert revert rules_off",
+    "altprop.conversion.layers": "register_layer",
     "altprop.equilibrium.dynamics.attention": "CausalAttention",
     "altprop.equilibrium.gate_hinge": "GateHinge",
     "altprop.equilibrium.dynamics.damped": "DampedAttention",
@@ -186,7 +183,6 @@ _EXPORTS = {
     "altprop.equilibrium.solvers.solver": "AbstractSolver Result Solution",
     "altprop.equilibrium.spectra": "Spectrum numerical_abscissa spectrum token_spectrum",
     "altprop.equilibrium.hinge": "AbstractStabiliser JacobianHinge",
-    "altprop.conversion.stack": "convert_stack explain_stack revert_stack",
     "altprop.equilibrium.dynamics.thick": "ThickBlock",
     "altprop.errors": (
         "AltpropError CheckpointError ConfigError ConvergenceError DataError RuleError RuleWarning"

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from altprop.assign import assign_transport
-from altprop.conversion.sites import TransportSite
+from altprop.conversion.sites import LinearMap, TransportSite
 from altprop.errors import ConfigError, RuleError, unknown
 from altprop.feedback import cosine_gradient, draw, generator_for, randn
 from altprop.layouts import spread_given
@@ -112,7 +112,9 @@ class LocalLinear(nn.Linear):
             rule = rules[method]
             name = "B" if type(rule).draw is not AbstractTransport.draw else ""
             site = Site("B", out_features, in_features)
-            self._site = TransportSite(site, rule, name, seed, noisy=False)
+            self._site = TransportSite(
+                site=site, name=name, rule=rule, seed=seed, stored=LinearMap()
+            )
         self._draw()
 
     def _draw(self) -> None:

@@ -62,6 +62,10 @@ class Scope(Protocol):
         """Let the error reach these maps or modules; the error is taken at the output of the
         block `at`, else where `convert` was told that the logits are made."""
 
+    def stack(self) -> None:
+        """Make the blocks that the pattern names one layered equilibrium, whose estimator this
+        rule is."""
+
     def refuse(self, path: str, why: str) -> None:
         """Record a problem; `convert` raises one error that lists all of them."""
 
@@ -80,14 +84,9 @@ class AbstractRule(ABC):
         """What a name pattern hands to this rule: "maps" (linear maps), "blocks", or both."""
         return frozenset({"maps"})
 
+    @abstractmethod
     def plan(self, scope: Scope) -> None:
         """Ask `scope` for the changes that put this rule into a model."""
-        name = type(self).__name__
-        scope.refuse(
-            "",
-            f"{name} is no rule for linear maps or blocks: give it to an Equilibrium, or name the "
-            f"stack of blocks that it is for: convert(model, {name}(), stack='blocks')",
-        )
 
 
 class AbstractTransport(AbstractRule):

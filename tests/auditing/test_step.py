@@ -167,6 +167,22 @@ def test_nothing_of_the_callers_changes_and_random_draws_are_alike() -> None:
     assert {row.verdict for row in found.values()} == {V.SCALED}
 
 
+@pytest.mark.parametrize(("estimator", "verdict"), [(ap.AEP(), V.EXACT), (ap.EP(), V.BIASED)])
+def test_an_equilibrium_is_judged_by_its_exact_adjoint(
+    estimator: ap.AbstractEstimator, verdict: Verdict
+) -> None:
+    torch.manual_seed(0)
+    block = ap.Equilibrium(ap.DampedAttention(8, heads=2), ap.Anderson(tol=1e-5), estimator)
+
+    def objective(m: nn.Module, batch: Tensor) -> Tensor:
+        return (m(batch) * batch.cos()).sum()
+
+    found = ap.audit_step(
+        lambda m, b: objective(m, b).backward(), block, objective, torch.randn(3, 6, 8)
+    )
+    assert {row.verdict for row in found.values()} == {verdict}
+
+
 def test_a_loss_that_is_none_is_refused() -> None:
     with pytest.raises(ap.ConfigError, match="loss_fn returned a tensor .64, 10., expected a scal"):
         ap.audit_step(backprop, model(), lambda m, batch: m(batch[0]), BATCH)

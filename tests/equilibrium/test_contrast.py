@@ -19,7 +19,7 @@ def layer_errors(model: nn.Module, x: Tensor, loss: Callable[[Tensor], Tensor]) 
     """Return `‖AEP − backprop‖ / ‖backprop‖` of every parameter that has a gradient."""
     plain = copy.deepcopy(model)
     loss(plain(x)).backward()
-    loss(ap.convert(model, ap.AEP(), stack="")(x)).backward()
+    loss(ap.convert(model, {"": ap.AEP()})(x)).backward()
     pairs = [
         (p.grad, q.grad)
         for p, q in zip(model.parameters(), plain.parameters(), strict=True)
@@ -237,7 +237,7 @@ def below_roundoff(precision: torch.dtype, **options: object) -> tuple[float, ap
     plain, x = copy.deepcopy(model), torch.randn(4, 8, dtype=precision)
     mean_square(plain(x)).backward()
     estimator = ap.AEP(beta=1e-7, **options)  # type: ignore[arg-type]
-    mean_square(ap.convert(model, estimator, stack="", on_failure="accept")(x)).backward()
+    mean_square(ap.convert(model, {"": estimator}, on_failure="accept")(x)).backward()
     pairs = zip(model.parameters(), plain.parameters(), strict=True)
     errors = [float((p.grad - q.grad).norm() / q.grad.norm()) for p, q in pairs]  # type: ignore
     (equilibrium,) = (e for _, e in ap.equilibria(model))

@@ -63,7 +63,7 @@ def off(
 ) -> tuple[float, ap.Certificate]:
     """Return the worst parameter's relative distance to backprop's gradient."""
     wanted = gradients(copy.deepcopy(model), x, y)
-    ap.convert(model, estimator, stack="", solver=solver, on_failure="accept")
+    ap.convert(model, {"": estimator}, solver=solver, on_failure="accept")
     found = gradients(model, x, y)
     ((_, stack),) = ap.equilibria(model)
     assert stack.certificate is not None
@@ -154,7 +154,7 @@ def test_a_sweep_goes_on_to_levels_that_are_small_beside_the_top() -> None:
 def test_samples_that_need_another_attempt_do_not_move_the_others() -> None:
     model, x, y = case((16,) * 13, nn.Tanh)
     x[:4] *= torch.tensor([[1e-2], [1.0], [3.0], [10.0]], dtype=x.dtype)
-    ap.convert(model, ap.Implicit(), stack="", solver=ap.Anderson())
+    ap.convert(model, {"": ap.Implicit()}, solver=ap.Anderson())
     whole = gradients(model, x, y)
     alone = [gradients(model, x[i : i + 1], y[i : i + 1]) for i in range(8)]
     for together, *parts in zip(whole, *alone, strict=True):

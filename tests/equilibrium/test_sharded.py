@@ -41,7 +41,7 @@ def model(kind: str) -> nn.Sequential:
         nn.init.uniform_(gated.alpha, -0.4, 0.4)
         middle = ap.Equilibrium(gated, TIGHT, AEP)
     whole = nn.Sequential(nn.Linear(8, 8), middle, nn.Linear(8, 8), nn.Tanh()).double()
-    return ap.convert(whole, AEP, stack="1") if kind == "stack" else whole
+    return ap.convert(whole, {"1": AEP}) if kind == "stack" else whole
 
 
 def gradients(of: nn.Module) -> dict[str, Tensor]:

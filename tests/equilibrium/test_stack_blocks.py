@@ -49,7 +49,7 @@ def test_either_layout_of_a_torch_encoder_gets_backprops_gradient(
     # weights of very different size, so that samples told apart along time would show
     weight = torch.logspace(-2, 1, shape[0], dtype=torch.float64)[:, None, None]
     wanted = gradients(model, x, weight)
-    got = gradients(ap.convert(model, estimator, stack="layers"), x, weight)
+    got = gradients(ap.convert(model, {"layers": estimator}), x, weight)
     assert worst(got, wanted) <= 1e-6
     (equilibrium,) = (e for _, e in ap.equilibria(model))
     assert equilibrium.certificate is not None
@@ -63,7 +63,7 @@ def test_the_samples_are_found_again_once_what_hid_them_has_learned() -> None:
     for layer in model.layers:
         nn.init.zeros_(layer.self_attn.out_proj.weight)  # time steps do not see each other yet
     x, weight = torch.randn(2, 5, 3, 8, dtype=torch.float64)
-    ap.convert(model, ap.AEP(), stack="layers")
+    ap.convert(model, {"layers": ap.AEP()})
     gradients(model, x, weight)
     for layer in model.layers:
         nn.init.normal_(layer.self_attn.out_proj.weight)
@@ -76,7 +76,7 @@ def test_the_samples_are_found_after_an_update_however_many_calls_came_before_it
     for layer in model.layers:
         nn.init.zeros_(layer.self_attn.out_proj.weight)
     x, weight = torch.randn(2, 5, 3, 8, dtype=torch.float64)
-    ap.convert(model, ap.AEP(), stack="layers")
+    ap.convert(model, {"layers": ap.AEP()})
     rates = [0.0, 0.1, 0.1]  # a warm-up whose first step has no length
     for rate in rates:
         for _ in range(4):  # accumulated
@@ -91,7 +91,7 @@ def test_an_encoder_in_evaluation_mode_gets_backprops_gradient() -> None:
     x, weight = torch.randn(2, 4, 5, 8, dtype=torch.float64)
     wanted = gradients(model, x, weight)
     fast = torch.backends.mha.get_fastpath_enabled()
-    got = gradients(ap.convert(model, ap.AEP(), stack="layers"), x, weight)
+    got = gradients(ap.convert(model, {"layers": ap.AEP()}), x, weight)
     assert worst(got, wanted) <= 1e-6
     assert torch.backends.mha.get_fastpath_enabled() == fast
 
@@ -113,7 +113,7 @@ def test_a_block_that_changes_its_buffers_is_refused_and_none_has_changed(kind: 
     counting = Counting()
     spectral = nn.utils.parametrizations.spectral_norm(nn.Linear(4, 4))
     model = nn.Sequential(nn.Linear(4, 4), counting if kind == "counter" else spectral)
-    ap.convert(model, ap.AEP(), stack="")
+    ap.convert(model, {"": ap.AEP()})
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(ap.RuleError, match="evaluating block 1 changes its buffers"):
         model(torch.randn(3, 4))
@@ -131,11 +131,11 @@ def test_a_level_without_axes_gets_backprops_gradient() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), Mean()).double()
     x, weight = torch.randn(3, 4, dtype=torch.float64), torch.tensor(2.0)
     wanted = gradients(model, x, weight)
-    assert worst(gradients(ap.convert(model, ap.AEP(), stack=""), x, weight), wanted) <= 1e-6
+    assert worst(gradients(ap.convert(model, {"": ap.AEP()}), x, weight), wanted) <= 1e-6
 
 
 def test_asking_who_the_samples_are_keeps_nothing_alive() -> None:
-    model = ap.convert(encoder(batch_first=False), ap.AEP(), stack="layers")
+    model = ap.convert(encoder(batch_first=False), {"layers": ap.AEP()})
     x, weight = torch.randn(2, 5, 3, 8, dtype=torch.float64)
 
     def alive() -> int:
@@ -164,7 +164,7 @@ def test_samples_that_see_each_other_are_one_sample_with_the_right_gradient() ->
     model = nn.Sequential(Centred(), Centred(), Centred()).double()
     x, weight = torch.randn(2, 4, 6, dtype=torch.float64)
     wanted = gradients(model, x, weight)
-    assert worst(gradients(ap.convert(model, ap.AEP(), stack=""), x, weight), wanted) <= 1e-6
+    assert worst(gradients(ap.convert(model, {"": ap.AEP()}), x, weight), wanted) <= 1e-6
     (equilibrium,) = (e for _, e in ap.equilibria(model))
     assert equilibrium.certificate is not None and len(equilibrium.certificate.free_residual) == 1
 
@@ -213,7 +213,7 @@ def test_blocks_that_overwrite_or_return_tuples_get_backprops_gradient(
     wanted = gradients(nn.Sequential(Copy(), *plain), x, weight)
     wanted = {k if k == "x" else str(int(k[0]) - 1) + k[1:]: g for k, g in wanted.items()}
     before = x.clone()
-    ap.convert(model, ap.AEP(), stack="")
+    ap.convert(model, {"": ap.AEP()})
     for _ in range(2):  # nothing that the first call found out spoils the second
         got = gradients(model, x, weight)
         assert worst(got, wanted) <= (1e-3 if precision is torch.float32 else 1e-6)
@@ -229,10 +229,10 @@ class Copy(nn.Module):
 
 def test_convert_takes_solver_and_policy_of_a_stack_and_refuses_them_without_one() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3))
-    ap.convert(model, ap.AEP(), stack="", solver=ap.Euler(step=1.0), on_failure="accept")
+    ap.convert(model, {"": ap.AEP()}, solver=ap.Euler(step=1.0), on_failure="accept")
     (equilibrium,) = (e for _, e in ap.equilibria(model))
     assert equilibrium.solver == ap.Euler(step=1.0) and equilibrium.on_failure == "accept"
     assert equilibrium.dynamics.phases == "synchronous"
     for options in ({"solver": ap.Euler()}, {"on_failure": "accept"}):
-        with pytest.raises(ap.ConfigError, match="write stack="):
+        with pytest.raises(ap.ConfigError, match="name one with its estimator"):
             ap.convert(nn.Linear(4, 4), ap.FeedbackAlignment(), **options)  # type: ignore[arg-type]

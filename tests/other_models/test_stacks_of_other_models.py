@@ -18,7 +18,7 @@ ESTIMATORS = [(ap.AEP(), 1e-6), (ap.AEP(response=1e-5), 1e-6), (ap.Implicit(), 1
 
 
 def converted(case: Case, stack: str, estimator: ap.AbstractEstimator) -> nn.Module:
-    return case.finish(ap.convert(case.base(), estimator, stack=stack))
+    return case.finish(ap.convert(case.base(), {stack: estimator}))
 
 
 @EVERY_STACK

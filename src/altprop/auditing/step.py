@@ -9,6 +9,7 @@ import copy
 import enum
 import math
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,9 @@ from torch import Tensor, nn
 
 from altprop.auditing.agreement import Agreement, compare_all
 from altprop.auditing.watch import Reading, watch
-from altprop.conversion.convert import is_converted, rules_off
+from altprop.conversion.convert import rules_off
+from altprop.conversion.record import record_of
+from altprop.equilibrium.module import Equilibrium
 from altprop.errors import ConfigError
 
 # How exact is exact: rounding in float32, over a deep model, stays below either.
@@ -126,14 +129,11 @@ def audit_step(
 def _exact(
     model: nn.Module, loss_fn: Callable[[nn.Module, Any], Tensor], batch: Any
 ) -> dict[str, Tensor]:
-    with torch.random.fork_rng(), torch.enable_grad():
-        if any(is_converted(module) for module in model.modules()):
-            with rules_off(model):
-                loss = loss_fn(model, batch)
-                _backward(loss)
-        else:
-            loss = loss_fn(model, batch)
-            _backward(loss)
+    modules = list(model.modules())
+    off = any(record_of(m) is not None or isinstance(m, Equilibrium) for m in modules)
+    with torch.random.fork_rng(), torch.enable_grad(), rules_off(model) if off else nullcontext():
+        loss = loss_fn(model, batch)
+        _backward(loss)
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 

@@ -171,7 +171,7 @@ class AttentionRole(Role):
     def _map(
         self, name: str, x: Tensor, W: Tensor, b: Tensor | None, rows: slice | None = None
     ) -> Tensor:
-        site = getattr(self, "_altprop_maps", {}).get(name)
+        site = self._altprop.sites.get(name)
         if site is None:
             return F.linear(x, W if rows is None else W[rows], b)
         return cast(Tensor, site(self, x, W, b, rows))

@@ -16,33 +16,22 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from altprop.conversion.attention import swaps
-from altprop.conversion.channel import Channel
-from altprop.conversion.places import CONVERTED, Place, Places, Planner, TapRequest
-from altprop.conversion.roles import (
-    LocalRole,
-    OutputRole,
-    Role,
-    RootRole,
-    TapRole,
-    add_roles,
-    remove_roles,
-)
-from altprop.conversion.sites import STEP, MapTap, OutputTap, TransportSite, sites_of
-from altprop.conversion.stack import convert_stack, level_of, revert_block, revert_stack
-from altprop.conversion.unfit import others
+from altprop.conversion.changes import apply
+from altprop.conversion.layers import others
+from altprop.conversion.places import Places, Planner
+from altprop.conversion.record import record_of, sites_of
+from altprop.conversion.roles import remove_roles
 from altprop.equilibrium.call import OnFailure
 from altprop.equilibrium.estimators.estimator import (
     AbstractAdjointEstimator,
     AbstractEstimator,
 )
 from altprop.equilibrium.exact import Exact
-from altprop.equilibrium.module import STACK, Equilibrium
+from altprop.equilibrium.module import CONVERTED, Equilibrium
 from altprop.equilibrium.solvers.solver import AbstractSolver
 from altprop.errors import ConfigError, Problems, RuleError, RuleWarning, listed, told
-from altprop.feedback import generator_for
-from altprop.layouts import Layout, allowed_layouts
-from altprop.rule import AbstractBroadcast, AbstractRule, AbstractTransport, Site
+from altprop.layouts import allowed_layouts
+from altprop.rule import AbstractRule
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -53,7 +42,6 @@ def convert(
     *,
     output: str | None = None,
     seed: int = 0,
-    stack: str | None = None,
     solver: AbstractSolver | None = None,
     on_failure: OnFailure | None = None,
     batch_axis: int | tuple[int, int] | None = None,
@@ -66,32 +54,27 @@ def convert(
     `fully_shard` and before or after `torch.compile`. The forward pass does not change. Other
     layers that multiply by a matrix stay on backprop; of those a bare rule warns (`RuleWarning`).
 
+    An estimator such as `AEP()` is a rule for a list of blocks, which become one `Layered`
+    equilibrium: its pattern is the path of an `nn.ModuleList` or `nn.Sequential` (`"blocks"`, `""`
+    for a model that is one), or matches the blocks (`"blocks.[2-5]"`). The free state is their
+    ordinary forward pass, bit for bit; what is below and above them keeps ordinary autograd.
+    Every block must take the output of the one before as its first argument and may take any
+    others. Under autocast the forward keeps its precision; the phases are evaluated in float32.
+
     **Arguments:** `rule`, one rule for every place that fits it, or a mapping from name patterns
     to rules: `*` matches any text, a pattern also matches everything below what it names, the
     first pattern that matches a place counts, the rest stay on backprop. `output`, the path of
     the linear map that makes the logits: where broadcast rules take their error. `seed`, from
-    which, with the module's path, every feedback matrix is drawn. `stack`, with an estimator such
-    as `AEP()` for a rule: the list of blocks that become one layered equilibrium, as in
-    `convert_stack`, which says what `solver` and `on_failure` are. `batch_axis`, for broadcast
-    rules: which axis of what the taps see counts the samples, or a pair, the error's axis and the
-    taps'; without it the shapes say so, or a probe in the first recorded pass that leaves it open.
+    which, with the module's path, every feedback matrix is drawn. `solver`, of stacks: to relax all
+    levels side by side instead of by sweeps (`Euler(step=1.0)` or `Anderson()`); `on_failure`, of
+    stacks, as of `Equilibrium`. `batch_axis`, for broadcast rules: which axis of what the taps see
+    counts the samples, or a pair, the error's axis and the taps'; without it the shapes say so, or
+    a probe in the first recorded pass that leaves it open.
 
     **Raises:** `RuleError`, one for everything that cannot be converted, with paths and what to
     write instead; `ConfigError` for arguments of a wrong kind. The model is then untouched, as it
     is when anything else goes wrong.
     """
-    if stack is not None:
-        if not isinstance(rule, AbstractEstimator):
-            raise ConfigError(
-                f"stack={stack!r} takes an estimator such as AEP() for all its blocks, not {rule!r}"
-            )
-        if batch_axis is not None:
-            raise ConfigError("batch_axis is for broadcast rules: leave it out with stack")
-        return convert_stack(model, rule, stack, solver, on_failure or "raise")
-    if solver is not None or on_failure is not None:
-        raise ConfigError(
-            "solver and on_failure say how a stack of blocks is solved: write stack='blocks' too"
-        )
     mapping = {"*": rule} if isinstance(rule, AbstractRule) else rule
     if not isinstance(mapping, Mapping) or not mapping:
         hint = f": write {rule.__name__}()" if isinstance(rule, type) else ""
@@ -109,6 +92,12 @@ def convert(
     except TypeError:
         raise ConfigError(f"the seed must be a whole number such as 0, not {seed!r}") from None
     problems: Problems = []
+    stacked = any(isinstance(value, AbstractEstimator) for value in mapping.values())
+    if (solver is not None or on_failure is not None) and not stacked:
+        raise ConfigError(
+            "solver and on_failure say how a stack of blocks is solved: name one with its "
+            "estimator, as in {'blocks': AEP()}"
+        )
     places = Places(model, output, problems)
     planners = []
     if not problems:
@@ -118,13 +107,16 @@ def convert(
             planner = Planner(places, value, None if bare else pattern, earlier)
             value.plan(planner)
             planners.append(planner)
+        levels = [level for planner in planners for level in planner.levels]
+        for planner in planners:
+            planner.refuse_inside(levels)
     if problems:
         lines = "".join(f"\n  - {line}" for line in told(problems))
         raise RuleError(f"cannot convert this {type(model).__name__}; nothing was changed:{lines}")
     if isinstance(rule, AbstractRule):
         _say_what_is_left(model, places, planners[0])
     with _all_or_nothing(model), torch.device("cpu"):  # where a rule's draws belong
-        _apply(model, places, planners, seed, layouts)
+        apply(model, places, planners, seed, layouts, solver, on_failure or "raise")
     return model
 
 
@@ -147,8 +139,8 @@ def _say_what_is_left(model: nn.Module, places: Places, planner: Planner) -> Non
 def _all_or_nothing(model: nn.Module) -> Iterator[None]:
     """Put every module back as it was if anything goes wrong inside."""
     before = [
-        (module, type(module), [(part, dict(part)) for part in _dicts(module)])
-        for module in model.modules()
+        (m, type(m), [(part, dict(part)) for part in (m.__dict__, m._parameters, m._buffers)])
+        for m in model.modules()
     ]
     try:
         yield
@@ -161,170 +153,6 @@ def _all_or_nothing(model: nn.Module) -> Iterator[None]:
         raise
 
 
-def _dicts(module: nn.Module) -> list[dict[str, Any]]:
-    return [module.__dict__, module._parameters, module._buffers]
-
-
-def _outermost(role: type[Role]) -> int:
-    """Order roles: a root around an output around a tap around what replaces the forward."""
-    order = (RootRole, OutputRole, TapRole, LocalRole)
-    return order.index(role) if role in order else len(order)
-
-
-class _Changes:
-    """The roles, attributes and feedback that modules are about to get."""
-
-    def __init__(self, seed: int) -> None:
-        self.seed = seed
-        self.roles: dict[nn.Module, list[type[Role]]] = {}
-        self.names: dict[nn.Module, list[str]] = {}
-
-    def role(self, module: nn.Module, role: type[Role]) -> None:
-        roles = self.roles.setdefault(module, [])
-        if role not in roles:
-            roles.append(role)
-        self.names.setdefault(module, [])
-
-    def place(self, place: Place) -> None:
-        for module, role in (*place.needs, (place.module, place.role)):
-            self.role(module, role)
-
-    def feedback(
-        self,
-        module: nn.Module,
-        name: str,
-        value: torch.Tensor,
-        like: torch.Tensor,
-        learned: bool,
-        frozen: bool,
-    ) -> None:
-        value = value.to(dtype=like.dtype, device=like.device)
-        if module._buffers.get(name, value) is None:  # a LocalLinear's room for a feedback
-            del module._buffers[name]
-            module.__dict__.setdefault("_altprop_rooms", []).append(name)
-        elif hasattr(module, name):
-            raise RuleError(
-                f"this {type(module).__name__} has an attribute named {name!r} already, which is "
-                "the feedback's name: rename it"
-            )
-        if learned:
-            module.register_parameter(name, nn.Parameter(value, requires_grad=not frozen))
-        else:
-            module.register_buffer(name, value)
-        self.names[module].append(name)
-
-    def counter(self, module: nn.Module) -> None:
-        if STEP not in self.names[module]:
-            module.register_buffer(STEP, torch.zeros((), dtype=torch.int64))
-            self.names[module].append(STEP)
-
-    def finish(self) -> None:
-        """Change the classes: last, so that an error before leaves every forward as it was."""
-        for module, roles in self.roles.items():
-            module.__dict__["_altprop_names"] = tuple(self.names[module])
-            add_roles(module, tuple(sorted(roles, key=_outermost)))
-
-
-def _apply(
-    model: nn.Module,
-    places: Places,
-    planners: list[Planner],
-    seed: int,
-    layouts: tuple[Layout, ...],
-) -> None:
-    changes = _Changes(seed)
-    for planner in planners:
-        for place in planner.transports:
-            _transport(changes, place, planner.rule)
-        for request in planner.taps:
-            _tap(changes, model, places, request, planner.rule, layouts)
-    changes.finish()
-    model.__dict__[CONVERTED] = True
-
-
-def _frozen(place: Place) -> bool:
-    """Say whether no weight of a place learns, so that its feedback must not either."""
-    weights = [place.weight] if place.is_map else place.module.parameters()
-    return not any(weight.requires_grad for weight in weights)
-
-
-def _transport(changes: _Changes, place: Place, rule: AbstractRule) -> None:
-    assert isinstance(rule, AbstractTransport)
-    module, name = place.module, "B" + place.suffix
-    site = Site(place.path, *place.shape)
-    changes.place(place)
-    B = rule.draw(site, generator_for(changes.seed, place.path))
-    if B is not None:
-        changes.feedback(module, name, B, place.weight, rule.learned, _frozen(place))
-    if rule.noisy:
-        changes.counter(module)
-    maps = module.__dict__.setdefault("_altprop_maps", {})
-    name = "" if B is None else name
-    made = TransportSite(site, rule, name, changes.seed, rule.noisy, _frozen(place))
-    maps[place.key] = made
-
-
-def _tap(
-    changes: _Changes,
-    model: nn.Module,
-    places: Places,
-    request: TapRequest,
-    rule: AbstractRule,
-    layouts: tuple[Layout, ...],
-) -> None:
-    assert isinstance(rule, AbstractBroadcast)
-    local = request.at
-    root = model if local is None else local.module
-    k = request.width
-    shared = ""
-    if rule.one_feedback:
-        taken = [n for n in changes.names.get(root, []) if n.startswith("B_dfa_shared")]
-        shared = "B_dfa_shared" + str(len(taken) or "")
-    if local is not None and layouts:  # here the error is at a block, as the taps are
-        layouts = allowed_layouts(layouts[0][1])
-    channel = Channel(rule, changes.seed, shared, layouts)
-    if local is not None:
-        changes.role(root, LocalRole)
-        root.__dict__["_altprop_local"] = channel
-    else:
-        changes.role(root, RootRole)
-        root.__dict__.setdefault("_altprop_channels", []).append(channel)
-        assert places.output is not None
-        changes.role(places.output.module, OutputRole)
-        places.output.module.__dict__.setdefault("_altprop_outputs", []).append(channel)
-        if rule.period or rule.learned:
-            changes.counter(root)
-    like = request.places[0].weight
-    if shared:
-        site = Site(shared, max(place.rows for place in request.places), k)
-        B = rule.draw(site, generator_for(changes.seed, shared))
-        frozen = all(_frozen(place) for place in request.places)
-        changes.feedback(root, shared, B, like, rule.learned, frozen)
-    for index, place in enumerate(request.places):
-        site, frozen = Site(place.path, place.rows, k), _frozen(place)
-        name = "" if shared else ("B_dfa" if local is None else "B_dfa_block") + place.suffix
-        changes.place(place)
-        if name:
-            B = rule.draw(site, generator_for(changes.seed, place.path, "tap"))
-            changes.feedback(place.module, name, B, place.weight, rule.learned, frozen)
-        tap: MapTap | OutputTap
-        if place.is_map:
-            maps = place.module.__dict__.setdefault("_altprop_maps", {})
-            swapped = swaps(module for module, _ in place.needs)
-            maps[place.key] = tap = MapTap(site, channel, name, index, frozen, swapped)
-        else:
-            tap = OutputTap(site, channel, name, index, frozen)
-            place.module.__dict__["_altprop_tap"] = tap
-        channel.members.append(tap)
-
-
-def is_converted(module: nn.Module) -> bool:
-    """Say whether `convert` left anything at this module itself."""
-    marks = (CONVERTED, STACK)
-    stacked = level_of(module) is not None
-    return stacked or isinstance(module, Role) or any(mark in module.__dict__ for mark in marks)
-
-
 def revert(model: M) -> M:
     """Undo `convert` in place, in `model` and all that is below it, and return the model.
 
@@ -335,39 +163,30 @@ def revert(model: M) -> M:
     **Raises:** `RuleError` where there is nothing to revert, or where a feedback was parametrised;
     nothing is changed then.
     """
-    found = [(path, module) for path, module in model.named_modules() if is_converted(module)]
+    found = [
+        (path, module, record)
+        for path, module in model.named_modules()
+        if (record := record_of(module)) is not None
+    ]
     if not found:
         raise RuleError(f"this {type(model).__name__} was not converted: nothing to revert")
-    for path, module in found:
-        for name in getattr(module, "_altprop_names", ()):
+    for path, module, record in found:
+        for name in record.names:
             if is_parametrized(module, name):
                 raise RuleError(
                     f"{name} of {path or 'the model itself'} is feedback, and was parametrised: "
                     f"write remove_parametrizations(module, {name!r}) first"
                 )
-    for _, module in found:
-        if STACK in module.__dict__:
-            revert_stack(module)
-        revert_block(module)
-        _strip(module)
-        module.__dict__.pop(CONVERTED, None)
+    for _, module, record in found:
+        for site in record.sites.values():
+            site.leave()
+        for name in record.names:
+            delattr(module, name)
+        for name in record.rooms:
+            module.register_buffer(name, None)
+        remove_roles(module)
+        del module.__dict__[CONVERTED]
     return model
-
-
-def _strip(module: nn.Module) -> None:
-    """Make a module what it was before it got roles, if it has any."""
-    if not isinstance(module, Role):
-        return
-    for site in sites_of(module).values():
-        if not isinstance(site, TransportSite):
-            site.channel.forget(site)
-    for name in module._altprop_names:
-        delattr(module, name)
-    for name in module.__dict__.get("_altprop_rooms", ()):
-        module.register_buffer(name, None)
-    remove_roles(module)
-    for key in [k for k in module.__dict__ if k.startswith("_altprop_")]:
-        del module.__dict__[key]
 
 
 @contextlib.contextmanager
@@ -387,9 +206,12 @@ def rules_off(model: nn.Module) -> Iterator[None]:
     """
     modules = list(model.modules())
     places: list[Any] = [site for module in modules for site in sites_of(module).values()]
-    places += [level for module in modules if (level := level_of(module)) is not None]
     solved = [m for m in modules if isinstance(m, Equilibrium)]
-    if not (places or solved or any(CONVERTED in m.__dict__ for m in modules)):
+    if not (
+        places
+        or solved
+        or any((record := record_of(m)) is not None and record.root for m in modules)
+    ):
         raise RuleError(
             f"nothing to switch off: no rule, no Equilibrium and no block of a converted stack is "
             f"in this {type(model).__name__}; give rules_off the module that holds them"

@@ -3,28 +3,19 @@
 from __future__ import annotations
 
 import os
-from dataclasses import asdict, dataclass, replace
-from typing import Any, NamedTuple, cast
+from dataclasses import dataclass, replace
+from typing import NamedTuple, cast
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
-from altprop.conversion.convert import is_converted
+from altprop.conversion.layers import NO_MATRICES
 from altprop.conversion.learned import learned_feedback
-from altprop.conversion.sites import MapTap, OutputTap, TransportSite, sites_of
-from altprop.conversion.stack import Level, level_of
+from altprop.conversion.record import Description, record_of, sites_of
 from altprop.equilibrium.module import Equilibrium
 from altprop.errors import RuleError
-from altprop.rule import AbstractRule
 
-_LOCAL = "local backprop inside a block"
-_NOTHING = "none, but for paths around every map"
-_STACK = "adjoint state of a stack"
-_EQUILIBRIUM = "adjoint state of an equilibrium"
-_Q = "q_proj_weight"  # where attention keeps its projections apart, one bias serves them all
-# their weights are looked up or multiplied number by number, never as a matrix
-_NO_MATRIX = (nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, nn.RMSNorm)
 _LISTS = (nn.ModuleList, nn.Sequential)  # whose members run as they stand
 
 
@@ -53,20 +44,14 @@ class Table:
     rows: tuple[Row, ...]
     notes: tuple[str, ...]
 
-    def as_dicts(self) -> list[dict[str, Any]]:
-        """Return the rows as plain dictionaries, for JSON."""
-        return [asdict(row) for row in self.rows]
-
     def __str__(self) -> str:
         head = ("parameter", "rule", "signal", "feedback", "kind", "seed", "Wᵀ remains")
-        lines = [head]
+        lines: list[tuple[str, ...]] = [head]
         for row in self.rows:
-            shape = "×".join(map(str, row.feedback)) if row.feedback else "–"
-            seed = "–" if row.seed is None else str(row.seed)
-            remains = "yes" if row.transports else "–"
-            lines.append(
-                (row.parameter, row.rule, row.signal, shape, row.kind or "–", seed, remains)
-            )
+            shape = "×".join(map(str, row.feedback or ()))
+            seed, remains = "" if row.seed is None else str(row.seed), "yes" * row.transports
+            cells = (row.parameter, row.rule, row.signal, shape, row.kind, seed, remains)
+            lines.append(tuple(cell or "–" for cell in cells))
         widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
         text = [
             "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
@@ -81,10 +66,7 @@ class _Region(NamedTuple):
 
     start: int
     end: int
-    module: nn.Module
-
-    def holds(self, index: int) -> bool:
-        return self.start <= index <= self.end
+    told: Description
 
 
 class _Map:
@@ -94,36 +76,21 @@ class _Map:
         self.order = list(model.named_modules(remove_duplicate=False))
         self.index = {path: index for index, (path, _) in enumerate(self.order)}
         self.senders: list[tuple[int, str]] = []
-        self.taps: list[_Region] = []
-        self.solved: list[_Region] = []
+        self.regions: list[_Region] = []
         for index, (path, module) in enumerate(self.order):
             inside = f"{path}." if path else ""
             end = index
             while end + 1 < len(self.order) and self.order[end + 1][0].startswith(inside):
                 end += 1
-            region = _Region(index, end, module)
-            for site in sites_of(module).values():
-                if isinstance(site, TransportSite):
-                    self.senders.append((index, site.rule.signal))
-                elif isinstance(site, OutputTap):
-                    self.taps.append(region)
-                elif not site.channel.rule.sends:
-                    self.senders.append((index, _NOTHING))
-            if level_of(module) is not None or isinstance(module, Equilibrium):
-                self.solved.append(region)
-                self.senders.append((index, _STACK if level_of(module) else _EQUILIBRIUM))
+            for key, told in described(module).items():
+                if not key:
+                    self.regions.append(_Region(index, end, told))
+                if told.below and not told.cuts:
+                    self.senders.append((index, told.below))
 
-    def tap_above(self, index: int) -> OutputTap | None:
-        """Return the innermost tap whose module holds the module at `index`."""
-        held = [region.module for region in self.taps if region.holds(index)]
-        return held[-1].__dict__["_altprop_tap"] if held else None
-
-    def estimator(self, index: int) -> AbstractRule | None:
-        """Return the estimator of the equilibrium that holds the module at `index`, if one does."""
-        solved = self.solved_above(index)
-        if solved is None or isinstance(solved, Equilibrium):
-            return None if solved is None else solved.estimator
-        return cast(Level, level_of(solved)).stack.equilibrium.estimator
+    def above(self, index: int) -> list[Description]:
+        """Return what is told of the modules that hold the one at `index`, the innermost first."""
+        return [r.told for r in reversed(self.regions) if r.start <= index <= r.end]
 
     def owner(self, index: int, name: str) -> tuple[int, str]:
         """Return the place of the module whose weight a parameter is or makes up, and its name."""
@@ -138,24 +105,17 @@ class _Map:
             return index, made
         return index, name
 
-    def solved_above(self, index: int) -> nn.Module | None:
-        """Return the block of a stack, or the `Equilibrium`, that holds the module at `index`."""
-        held = [region.module for region in self.solved if region.holds(index)]
-        return held[0] if held else None
-
     def signal(self, index: int) -> str:
         """Say what the module at `index` receives from what was registered after it."""
-        ends = [region.end for region in self.taps if region.end >= index]
-        cut = min(ends, default=len(self.order))
+        cuts = [r for r in self.regions if r.told.cuts and r.end >= index]
+        first = min(cuts, key=lambda r: r.end, default=None)
+        cut = len(self.order) if first is None else first.end
         signals = {text for at, text in self.senders if index < at <= cut}
-        if ends:
-            signals.add(_LOCAL)
-        solved = self.solved_above(index)
-        level = None if solved is None else level_of(solved)
-        if level is not None:
-            signals = signals - {_STACK} | {level.signal}
-        elif solved is not None:
-            signals.add(_EQUILIBRIUM)
+        if first is not None:
+            signals.add(first.told.below)
+        solved = next((told for told in self.above(index) if told.own), None)
+        if solved is not None:
+            signals = signals - {solved.below} | {solved.own}
         told = " and ".join(sorted(signals)) or "exact"
         if solved is not None or sites_of(self.order[index][1]):
             return told
@@ -168,6 +128,18 @@ class _Map:
         shared = os.path.commonprefix([self.order[at][0].split(".") for at in (one, other)])
         around = [self.order[self.index[".".join(shared[:n])]][1] for n in range(len(shared) + 1)]
         return not isinstance(around.pop(), _LISTS) and any(isinstance(m, _LISTS) for m in around)
+
+
+def described(module: nn.Module) -> dict[str, Description]:
+    """Return what a module's own places tell, by their parameters' names; of all in it by none."""
+    told: dict[str, Description] = {}
+    for key, site in sites_of(module).items():
+        for name in (site.stored.weight, site.stored.bias) if key else ("",):
+            told.setdefault(name, site.describe(module))  # several maps may share one bias
+    if isinstance(module, Equilibrium):
+        rule, signal = type(module.estimator).__name__, "adjoint state of an equilibrium"
+        told[""] = Description(rule, own=signal, below=signal)
+    return told
 
 
 def explain(model: nn.Module) -> Table:
@@ -186,7 +158,7 @@ def explain(model: nn.Module) -> Table:
     **Raises:** `RuleError` if no rule, no `Equilibrium` and no converted stack is in `model`.
     """
     modules = list(model.modules())
-    if not any(is_converted(m) or sites_of(m) or isinstance(m, Equilibrium) for m in modules):
+    if not any(record_of(m) or described(m) for m in modules):
         raise RuleError(
             f"this {type(model).__name__} was not converted: call convert(model, rule), or explain "
             "the whole model that it is a part of"
@@ -195,8 +167,9 @@ def explain(model: nn.Module) -> Table:
     rows: dict[str, Row] = {}
     first: dict[int, str] = {}
     for index, (_, module) in enumerate(found.order):
+        record = record_of(module)
         for name, parameter in module.named_parameters(recurse=False):
-            if name in getattr(module, "_altprop_names", ()):
+            if record is not None and name in record.names:
                 continue
             row = _row(found, index, name, parameter)
             name = first.setdefault(id(parameter), row.parameter)
@@ -230,39 +203,19 @@ def _row(found: _Map, index: int, name: str, parameter: nn.Parameter) -> Row:
     full = f"{found.order[index][0]}.{name}".lstrip(".")
     index, weight = found.owner(index, name)
     module = found.order[index][1]
-    sites = sites_of(module)
-    keys = (weight, weight.replace("bias", "weight"), weight.replace("in_proj_bias", _Q))
-    site = next((sites[key] for key in keys if key in sites), None)
-    holder = found.tap_above(index) if site is None else site
-    transports = _is_carried(module, weight, parameter)
-    rule, signal = "Backprop", found.signal(index)
-    shape, kind, seed = None, "", None
-    if isinstance(holder, TransportSite):
-        B = getattr(module, holder.name) if holder.name else None
-        rule, transports = type(holder.rule).__name__, False
-        shape = None if B is None else tuple(B.shape)
-        kind = "learned" if holder.rule.learned else "fixed" if B is not None else ""
-        kind = kind or ("drawn at every pass" if holder.noisy else "from the weight")
-        seed = holder.seed if B is not None or holder.noisy else None
-    elif holder is not None:
-        channel = holder.channel
-        rule, seed = type(channel.rule).__name__, channel.seed
-        shape = (holder.site.rows, holder.site.columns)
-        kind = "learned" if channel.rule.learned else "fixed"
-        if channel.shared:
-            kind += ", shared"
-        if isinstance(holder, MapTap):
-            signal, transports = channel.rule.signal, channel.rule.sends and transports
-    elif (estimator := found.estimator(index)) is not None:
-        rule = type(estimator).__name__
+    told = described(module).get(weight)
+    signal = told.own if told is not None and told.own else found.signal(index)
+    if told is None:
+        told = next(iter(found.above(index)), Description("Backprop"))
     if not parameter.requires_grad:
         signal = "none (frozen)"
-    return Row(full, rule, signal, shape, kind, seed, transports)
+    carried = told.carries and _is_carried(module, weight, parameter)
+    return Row(full, told.rule, signal, told.feedback, told.kind, told.seed, carried)
 
 
 def _is_carried(module: nn.Module, weight: str, parameter: nn.Parameter) -> bool:
     """Say whether backprop would multiply a cotangent by this parameter, as a matrix."""
-    if isinstance(module, _NO_MATRIX) or "bias" in weight:
+    if isinstance(module, NO_MATRICES) or "bias" in weight:
         return False
     if is_lazy(parameter):  # it has no shape yet, and will have a matrix's
         return True

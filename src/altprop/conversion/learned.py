@@ -6,12 +6,11 @@ A learned feedback follows its weight: it learns while the weight does, and in t
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import nn
 
-from altprop.conversion.sites import weights_of
+from altprop.conversion.record import record_of, weights_of
 from altprop.errors import RuleError, listed
 
 Feedback = tuple[str, nn.Parameter, list[nn.Parameter]]
@@ -24,14 +23,14 @@ def all_feedback(model: nn.Module) -> Iterator[Feedback]:
     of a tapped block the first matrix, those that learn before those that do not.
     """
     for path, module in model.named_modules():
-        names: tuple[str, ...] = module.__dict__.get("_altprop_names", ())
-        maps: dict[str, Any] = module.__dict__.get("_altprop_maps", {})
-        for name in names:
+        if (record := record_of(module)) is None:
+            continue
+        for name in record.names:
             parameter = getattr(module, name)
             if not isinstance(parameter, nn.Parameter):
                 continue
-            weights = [getattr(module, key) for key, site in maps.items() if site.name == name]
-            weights = weights or list(weights_of(module))
+            own = [s.stored.weight for key, s in record.sites.items() if key and s.name == name]
+            weights = [getattr(module, weight) for weight in own] or list(weights_of(module))
             weights.sort(key=lambda p: (not p.requires_grad, p.dim() < 2))
             yield f"{path}.{name}".lstrip("."), parameter, weights
 

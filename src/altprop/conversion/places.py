@@ -12,19 +12,18 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import is_lazy
 
-from altprop.conversion.attention import AttentionRole, EncoderLayerRole, why_not
-from altprop.conversion.roles import LinearRole, Role, TapRole, TransposedLinearRole
-from altprop.conversion.stack import level_of
-from altprop.conversion.unfit import COMPLEX, real, unready
+from altprop.conversion.attention import AttentionRole, EncoderLayerRole
+from altprop.conversion.layers import BACKPROP, row_of
+from altprop.conversion.record import record_of
+from altprop.conversion.roles import Role, TapRole
+from altprop.conversion.sites import LinearMap
 from altprop.errors import Problems, suggest
-from altprop.linear import LocalLinear
 from altprop.rule import AbstractBroadcast, AbstractRule
 
-# linear maps of other libraries that store their weight as (in, out)
-_TRANSPOSED = {"transformers.pytorch_utils.Conv1D"}
+Needs = list[tuple[nn.Module, type[Role]]]
 
 
 @dataclass(eq=False)
@@ -37,19 +36,29 @@ class Place:
     """A tensor of the module, for dtype and device; of a map, its weight."""
     rows: int
     columns: int = 0
-    key: str = ""
-    """Of a map, the name of its weight in the module."""
-    suffix: str = ""
-    """What is added to the feedback's name, where a module holds several maps."""
+    stored: LinearMap | None = None
+    """How the module keeps the map, if it is one."""
     role: type[Role] = TapRole
-    needs: tuple[tuple[nn.Module, type[Role]], ...] = ()
+    needs: Needs = field(default_factory=list)
     """Modules around the map that must get forwards of their own."""
     refusal: str = ""
-    is_map: bool = False
 
     @property
-    def shape(self) -> tuple[int, int]:
-        return self.rows, self.columns
+    def is_map(self) -> bool:
+        return self.stored is not None
+
+    @property
+    def key(self) -> str:
+        """By what its module's record knows it."""
+        return "" if self.stored is None else self.stored.key
+
+    @property
+    def suffix(self) -> str:
+        """What is added to the feedback's name, where a module holds several maps."""
+        return f"_{self.stored.name}" if self.stored is not None and self.stored.name else ""
+
+
+_LISTS = (nn.ModuleList, nn.Sequential)
 
 
 @dataclass
@@ -61,15 +70,6 @@ class TapRequest:
     at: Place | None
 
 
-CONVERTED = "_altprop"  # marks a module that was given to convert; all else lies with the places
-
-
-def is_conv1d(module: nn.Module) -> bool:
-    """Recognise Hugging Face's `Conv1D` (GPT-2) without importing transformers."""
-    kind = type(module)
-    return f"{kind.__module__}.{kind.__qualname__}" in _TRANSPOSED
-
-
 def matches(pattern: str, path: str) -> bool:
     """Say whether a pattern names `path` or anything above it."""
     parts = path.split(".")
@@ -78,6 +78,21 @@ def matches(pattern: str, path: str) -> bool:
 
 def named(path: str) -> str:
     return path or "the model itself"
+
+
+def unready(parts: Iterable[nn.Module], weights: Iterable[Tensor]) -> str:
+    """Say what the weights lack, if anything, for a feedback to be drawn for them."""
+    if any(isinstance(part, LazyModuleMixin) for part in parts):
+        return "lazy, without a shape yet: run one batch through the model, then convert"
+    if any(weight.is_meta for weight in weights):
+        return "on the meta device, without values: materialise the model, then convert"
+    return ""
+
+
+def real(tensors: Iterable[Tensor]) -> Tensor:
+    """Return the first tensor of real numbers, for the dtype and device of a feedback."""
+    tensors = list(tensors)
+    return next((t for t in tensors if t.is_floating_point()), tensors[0])
 
 
 class Places:
@@ -91,10 +106,10 @@ class Places:
         self.output_path = output
         self.claimed: dict[tuple[int, str], str] = {}
         self.kept: set[Place] = set()
-        converted = [path for path, m in model.named_modules() if isinstance(m, Role)]
-        if converted or any(CONVERTED in m.__dict__ for m in model.modules()):
-            where = f" ({named(converted[0])}, …)" if converted else ""
-            problems.append(("", f"it is already converted{where}: write revert(model) first"))
+        converted = [path for path, m in model.named_modules() if record_of(m) is not None]
+        if converted:
+            where = f"it is already converted ({named(converted[0])}, …)"
+            problems.append(("", f"{where}: write revert(model) first"))
             return
         if any(type(m).__name__.startswith("FSDP") for m in model.modules()):
             problems.append(("", "it is already sharded: convert before fully_shard"))
@@ -104,99 +119,49 @@ class Places:
             self.output = self._resolve(output)
 
     def _find(self) -> None:
-        modules = dict(self.model.named_modules())
-        for path, module in modules.items():
-            above = path.split(".")
-            around = [modules[".".join(above[:n])] for n in range(1, len(above)) if path]
-            around = ([self.model] if path else []) + around
-            if isinstance(module, nn.MultiheadAttention):
-                self._add_attention(path, module, around)
-            elif isinstance(module, nn.Linear) or is_conv1d(module):
-                self._add_linear(path, module, around)
+        for path, module in self.model.named_modules():
+            row, unknown = row_of(module)
+            if row is None:
+                continue
+            around = self.above(path) + [module]
+            needs, inside = self.surroundings(around)
+            if len(around) > 1 and isinstance(around[-2], nn.MultiheadAttention):
+                unknown = unknown or row_of(around[-2])[1]  # who may not call it
+            for stored in row.maps(module):
+                W: Any = getattr(module, stored.weight, None)
+                weights = [W] if isinstance(W, Tensor) else []
+                refusal = unready([module], weights) or unknown or row.why_not(module) or inside
+                flat = not weights or is_lazy(W) or W.dim() != 2
+                rows, columns = (0, 0) if flat else stored.of(module)[0].shape
+                if not refusal and W.is_complex():
+                    refusal = f"its weight is complex, and feedback is real: {BACKPROP}"
+                where = f"{path}.{stored.name}".strip(".")
+                self.maps.append(
+                    Place(where, module, W, rows, columns, stored, row.role, needs, refusal)
+                )
 
-    def surroundings(
-        self, around: list[nn.Module]
-    ) -> tuple[tuple[tuple[nn.Module, type[Role]], ...], str]:
+    def above(self, path: str) -> list[nn.Module]:
+        """Return the modules that hold the one at `path`, the model first."""
+        parts = path.split(".") if path else []
+        return [self.model.get_submodule(".".join(parts[:n])) for n in range(len(parts))]
+
+    def surroundings(self, around: list[nn.Module]) -> tuple[Needs, str]:
         """Return which of these modules need forwards of their own, and why none may hold a rule,
         if so."""
-        needs: list[tuple[nn.Module, type[Role]]] = []
+        needs: Needs = []
         refusal = ""
         for module in around:
             if getattr(module, "opaque_to_rules", False):
                 refusal = (
                     f"it is inside a {type(module).__name__}, whose adjoint a rule within would "
-                    "falsify: give the Equilibrium an estimator instead, or revert the stack"
+                    "falsify: give the Equilibrium an estimator instead"
                 )
             if isinstance(module, nn.MultiheadAttention):
                 needs.append((module, AttentionRole))
             elif isinstance(module, nn.TransformerEncoderLayer):
                 if type(module).forward is nn.TransformerEncoderLayer.forward:
                     needs.append((module, EncoderLayerRole))
-        return tuple(needs), refusal
-
-    def _add_linear(self, path: str, module: nn.Module, around: list[nn.Module]) -> None:
-        needs, refusal = self.surroundings([*around, module])
-        weight: Any = module.weight
-        role: type[Role] = TransposedLinearRole if is_conv1d(module) else LinearRole
-        owned = bool(around) and isinstance(around[-1], nn.MultiheadAttention)
-        exact = type(module) in (nn.Linear, LocalLinear) or is_conv1d(module)
-        if lacking := unready([module], [weight]):
-            refusal = lacking
-        elif isinstance(module, LocalLinear) and module.method != "bp":
-            refusal = f"this LocalLinear has method {module.method!r}: build it with method='bp'"
-        elif not exact and not (owned and type(module) is NonDynamicallyQuantizableLinear):
-            refusal = (
-                f"{type(module).__name__} is a subclass of nn.Linear whose forward is not known: "
-                "keep it on backprop by a pattern of its own, with Backprop(), put first"
-            )
-        elif owned and type(around[-1]) is not nn.MultiheadAttention:
-            refusal = self._foreign(around[-1])
-        elif weight.is_complex():
-            refusal = COMPLEX
-        shape = tuple(weight.shape) if not is_lazy(weight) and weight.dim() == 2 else (0, 0)
-        rows, columns = reversed(shape) if is_conv1d(module) else shape
-        self.maps.append(
-            Place(path, module, weight, rows, columns, "weight", "", role, needs, refusal, True)
-        )
-
-    def _foreign(self, module: nn.Module) -> str:
-        return (
-            f"{type(module).__name__} is a subclass of nn.MultiheadAttention whose forward is not "
-            "known: keep it on backprop by a pattern of its own, with Backprop(), put first"
-        )
-
-    def _add_attention(
-        self, path: str, module: nn.MultiheadAttention, around: list[nn.Module]
-    ) -> None:
-        needs, refusal = self.surroundings([*around, module])
-        if type(module) is not nn.MultiheadAttention:
-            refusal = self._foreign(module)
-        elif why_not(module):
-            refusal = f"{why_not(module)}: keep it on backprop by a pattern with Backprop() first"
-        if module.in_proj_weight is not None:
-            keys = ["in_proj_weight"]
-        else:
-            keys = ["q_proj_weight", "k_proj_weight", "v_proj_weight"]
-        weights = [getattr(module, key) for key in keys]
-        refusal = refusal or unready([], weights) or COMPLEX * weights[0].is_complex()
-        for key in keys:
-            weight, name = getattr(module, key), key.removesuffix("_weight")
-            inner = f"{path}.{name}".lstrip(".")
-            self.maps.append(
-                Place(
-                    inner,
-                    module,
-                    weight,
-                    weight.shape[0],
-                    weight.shape[1],
-                    key,
-                    "_" + name,
-                    AttentionRole,
-                    needs,
-                    refusal,
-                    True,
-                )  # fmt: skip
-            )
+        return needs, refusal
 
     def _resolve(self, output: str) -> Place | None:
         known = [place.path for place in self.maps if place.key == "weight"]
@@ -249,6 +214,8 @@ class Planner:
     taps: list[TapRequest] = field(default_factory=list)
     asked: list[str] = field(default_factory=list)
     """Where all linear maps were asked for: paths of blocks, or nothing for the whole model."""
+    levels: list[tuple[str, nn.Module]] = field(default_factory=list)
+    """The blocks that shall be one equilibrium, in their order."""
 
     @property
     def _name(self) -> str:
@@ -283,14 +250,14 @@ class Planner:
             self._nothing("linear map", [p.path for p in known], bool(matched))
         return left
 
-    def _named_modules(self) -> list[tuple[str, nn.Module]]:
-        """Return the outermost modules, with parameters, that the pattern itself matches."""
+    def _named_modules(self, empty: bool = False) -> list[tuple[str, nn.Module]]:
+        """Return the outermost modules, with parameters or `empty`, that the pattern matches."""
         assert self.pattern is not None
         found: list[tuple[str, nn.Module]] = []
         for path, module in self.places.model.named_modules():
             inside = any(path.startswith(above + ".") for above, _ in found)
             if path and not inside and fnmatchcase(path, self.pattern):
-                if next(module.parameters(), None) is not None:
+                if empty or next(module.parameters(), None) is not None:
                     found.append((path, module))
         return found
 
@@ -319,10 +286,7 @@ class Planner:
         if width is None:
             self.refuse(path, f"the width of its output is not known: {self._name}(features=...)")
             return None
-        parts = path.split(".")
-        around = [self.places.model.get_submodule(".".join(parts[:n])) for n in range(len(parts))]
-        around += [module] if level_of(module) is not None else []
-        _, refusal = self.places.surroundings(around)
+        _, refusal = self.places.surroundings(self.places.above(path))
         refusal = refusal or unready(module.modules(), module.parameters())
         return Place(path, module, real(module.parameters()), width, refusal=refusal)
 
@@ -349,6 +313,38 @@ class Planner:
             weight, path = real([*child.parameters(), block.weight]), f"{block.path}.{name}"
             found.append(Place(path, child, weight, block.rows, refusal=block.refusal))
         return found
+
+    def stack(self) -> None:
+        modules = dict(self.places.model.named_modules())
+        lists = [path for path, m in modules.items() if path and isinstance(m, _LISTS) and len(m)]
+        if self.pattern is None:
+            known = f"the model's are {', '.join(lists)}" if lists else "the model has none"
+            write = f"convert(model, {{{(lists or ['blocks'])[0]!r}: {self._name}()}})"
+            self.refuse("", f"{self._name} is for one list of blocks ({known}): write {write}")
+            return
+        chain = modules.get(self.pattern)
+        if isinstance(chain, _LISTS):  # where a block may come twice
+            inside = f"{self.pattern}." if self.pattern else ""
+            found = [(inside + name, block) for name, block in chain._modules.items() if block]
+        else:
+            found = self._named_modules(empty=True)
+        self.levels = [(path, block) for path, block in found if self._left(path, "blocks")]
+        if not self.levels:
+            self._nothing("list of blocks", lists, bool(found))
+        for path, block in self.levels:
+            if "forward" in block.__dict__:
+                self.refuse(path, "somebody has replaced forward there already")
+            if refusal := self.places.surroundings(self.places.above(path))[1]:
+                self.refuse(path, refusal)
+
+    def refuse_inside(self, levels: list[tuple[str, nn.Module]]) -> None:
+        """Refuse what this rule asked for inside blocks of a stack."""
+        within = {id(m): path for path, block in levels for m in block.modules()}
+        ends = [self.places.output for request in self.taps if request.at is None]
+        for place in [*self._own(), *(end for end in ends if end is not None)]:
+            if id(place.module) in within:
+                level = f"{within[id(place.module)]}, a level of a stack"
+                self.refuse(place.path, f"it is in {level}, whose adjoint a rule would falsify")
 
     def _claim(self, place: Place) -> bool:
         if place.refusal:

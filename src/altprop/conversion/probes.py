@@ -11,26 +11,20 @@ import functools
 import importlib
 import math
 import warnings
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from altprop.conversion.channel import Call, Channel, Run, Tap, in_backward
+from altprop.conversion.record import record_of, sites_of
 from altprop.errors import AltpropError, RuleError
 from altprop.feedback import randn
 from altprop.layouts import MIXED, SEVERAL, Fit, Layout, fits, undecided
 from altprop.rule import Site
-
-if TYPE_CHECKING:
-    from altprop.conversion.channel import Channel
-
-
-def in_backward() -> bool:
-    """Say whether autograd is running a backward pass in this thread, as a recomputation does."""
-    if torch.compiler.is_compiling():
-        return False
-    return bool(torch._C._current_graph_task_id() != -1)
 
 
 @functools.cache
@@ -58,42 +52,65 @@ def _process_group() -> Any:
     return parallel.process_group
 
 
-def _in_force(root: nn.Module) -> Iterator[Any]:
-    """Yield the places in `root` whose rules are in force."""
-    for module in root.modules():
-        own = module.__dict__
-        held = (*own.get("_altprop_maps", {}).values(), own.get("_altprop_tap"), own.get("_site"))
-        yield from (place for place in held if getattr(place, "on", False) is True)
+class _Probe(Run):
+    """A run of a model, or of a block with an error of its own, that is only looked at."""
 
+    @contextlib.contextmanager
+    def _shown(self) -> Iterator[None]:
+        """Be shown what runs in here: all rules off, evaluation mode, no fused layers.
 
-@contextlib.contextmanager
-def _shown(probe: JacobianProbe | LayoutProbe, channel: Channel, root: nn.Module) -> Iterator[None]:
-    """Show `probe` the passes of `root` in here: all rules off, evaluation mode, no fused layers.
-
-    Neither the random numbers nor the running statistics of the pass around it are touched.
-    """
-    training = [module for module in root.modules() if module.training]
-    devices = list({t.device for t in root.parameters() if t.device.type == "cuda"})
-    fast, places = torch.backends.mha.get_fastpath_enabled(), list(_in_force(root))
-    channel.probe = probe
-    for place in places:
-        place.on = False
-    try:
-        torch.backends.mha.set_fastpath_enabled(False)  # it calls no part, and no tap
-        for module in training:
-            module.training = False
-        with torch.random.fork_rng(devices):
-            yield
-    finally:
-        channel.probe = None
+        Neither the random numbers nor the running statistics of the pass around it are touched.
+        """
+        root, modules = self.call[0], list(self.call[0].modules())
+        training = [module for module in modules if module.training]
+        devices = list({t.device for t in root.parameters() if t.device.type == "cuda"})
+        places = [site for module in modules for site in sites_of(module).values() if site.on]
+        records = [record for module in modules if (record := record_of(module)) is not None]
+        running = [(channel, channel.running) for r in records for channel in r.channels]
+        fast = torch.backends.mha.get_fastpath_enabled()
+        for channel, _ in running:
+            channel.running = None
+        self.channel.running = self
         for place in places:
-            place.on = True
-        torch.backends.mha.set_fastpath_enabled(fast)
-        for module in training:
-            module.training = True
+            place.on = False
+        try:
+            torch.backends.mha.set_fastpath_enabled(False)  # it calls no part, and no tap
+            for module in training:
+                module.training = False
+            with torch.random.fork_rng(devices):
+                yield
+        finally:
+            for channel, before in running:
+                channel.running = before
+            for place in places:
+                place.on = True
+            torch.backends.mha.set_fastpath_enabled(fast)
+            for module in training:
+                module.training = True
+
+    def map(
+        self,
+        tap: Tap,
+        module: nn.Module,
+        x: Tensor,
+        W: Tensor,
+        b: Tensor | None,
+        rows: slice | None,
+    ) -> Tensor:
+        return tap.turned(self.drop(tap.turned(F.linear(x, W, b)), tap.index))
+
+    def cut(self, tap: Tap, m: nn.Module, hidden: Tensor) -> Tensor:
+        return self.drop(hidden, tap.index)
+
+    @abstractmethod
+    def drop(self, hidden: Tensor, index: int) -> Tensor:
+        """Return what goes on from the tapped tensor of a site."""
+
+    def missed(self, path: str, weights: Iterable[Tensor]) -> None:
+        """Let it pass: nothing is collected."""
 
 
-class JacobianProbe:
+class JacobianProbe(_Probe):
     """Forward-mode derivatives of the error's place with respect to each tap, all rules off.
 
     In a data-parallel pass the tangents are the joint batch's: every rank draws them all from one
@@ -101,12 +118,11 @@ class JacobianProbe:
     that the user's `batch_axis` names, or the first.
     """
 
-    def __init__(self, channel: Channel, root: nn.Module, args: Any, kwargs: Any) -> None:
+    def __init__(self, channel: Channel, call: Call) -> None:
+        super().__init__(channel, call)
         self.taps: Sequence[Site] = channel.sites
         self._group = _process_group()
         self._share = 1.0
-        self._channel = channel
-        channel.call = root, args, kwargs
 
     def push(self, tap: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Draw `p ~ N(0, I)` at a tap and return it with `J p`, detached.
@@ -121,11 +137,10 @@ class JacobianProbe:
         self._tangent: Tensor | None = None
         self._response: Tensor | None = None
         _load_forward_mode()
-        assert self._channel.call is not None
-        root, args, kwargs = self._channel.call
+        root, args, kwargs = self.call
         try:
             with (
-                _shown(self, self._channel, root),
+                self._shown(),
                 torch.no_grad(),
                 sdpa_kernel(SDPBackend.MATH),
                 forward_ad.dual_level(),
@@ -142,8 +157,10 @@ class JacobianProbe:
                 "one of the two did not run, or some operation between them dropped the tangent "
                 "(if one was replaced: write revert(model) and convert again)"
             )
-        p, Jp = self._tangent, self._response
-        return self._channel.lay(tap, Jp.shape, p.shape).turn(p), Jp
+        p, Jp, channel = self._tangent, self._response, self.channel
+        measure = functools.partial(measure_layouts, channel, self.call)
+        fit = channel.choose(channel.ways(Jp.shape, p.shape), tap, Jp.shape, p.shape, measure)
+        return fit.turn(p), Jp
 
     def drop(self, hidden: Tensor, index: int) -> Tensor:
         """Give the tapped tensor its tangent, if this is the tap that is probed."""
@@ -165,7 +182,7 @@ class JacobianProbe:
             before, total = sum(sizes[: self._group.rank()]), sum(sizes)
             self._share = size / total
         drawn = randn(self._generator, total)[before : before + size]
-        samples = self._channel.layouts[0][1] if self._channel.layouts else 0
+        samples = self.channel.layouts[0][1] if self.channel.layouts else 0
         return drawn.view(hidden.movedim(samples, 0).shape).movedim(0, samples).to(hidden)
 
     def average(self, estimate: Tensor) -> Tensor:
@@ -176,11 +193,12 @@ class JacobianProbe:
         torch.distributed.all_reduce(estimate, group=self._group)
         return estimate
 
-    def catch(self, error: Tensor) -> None:
+    def join(self, error: Tensor) -> Tensor:
         """Keep the tangent that arrived at the error's place."""
         from torch.autograd import forward_ad
 
         self._response = forward_ad.unpack_dual(error).tangent
+        return error
 
 
 def _stateful(value: Any) -> Any:
@@ -193,7 +211,7 @@ def _stateful(value: Any) -> Any:
     return None if plain or value is None or callable(value) else value
 
 
-class LayoutProbe:
+class LayoutProbe(_Probe):
     """Which axis of each tap counts the samples, read off what the error depends on.
 
     A cotangent that is NaN at one index of an axis of the error, and zero elsewhere, makes NaN of
@@ -201,9 +219,8 @@ class LayoutProbe:
     The axis of which each index hears itself alone is that of the samples.
     """
 
-    def __init__(self, channel: Channel, root: nn.Module, args: Any, kwargs: Any) -> None:
-        self._channel = channel
-        self._call = root, args, kwargs
+    def __init__(self, channel: Channel, call: Call) -> None:
+        super().__init__(channel, call)
         self._sites: list[int] = []
         self._taps: list[Tensor] = []
         self._error: Tensor | None = None
@@ -218,16 +235,17 @@ class LayoutProbe:
             self._taps.append(hidden)
         return hidden.clone()  # what is kept may not change in place
 
-    def catch(self, error: Tensor) -> None:
+    def join(self, error: Tensor) -> Tensor:
         """Keep the tensor at the error's place."""
         self._error = error
+        return error
 
     def measure(self) -> dict[int, Layout]:
         """Return, by site, the layout of every tap for which shapes leave several open.
 
         **Raises:** `RuleError` where the samples depend on one another, or nothing can be measured.
         """
-        root, args, kwargs = self._call
+        root, args, kwargs = self.call
         kept = _stateful((args, kwargs))
         if kept is not None:
             raise RuleError(
@@ -236,7 +254,7 @@ class LayoutProbe:
                 "convert(..., batch_axis=0) if it is the first, batch_axis=1 for (T, N, C)"
             )
         with (
-            _shown(self, self._channel, root),
+            self._shown(),
             torch.enable_grad(),
             # nothing of this run is left to a checkpoint around it
             torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t),
@@ -258,7 +276,7 @@ class LayoutProbe:
             layouts = alone[0] if len(alone) == 1 else []
             found[index] = [x for x in layouts if x in found.get(index, layouts)]
             if not found[index]:
-                path = self._channel.sites[index].path
+                path = self.channel.sites[index].path
                 raise undecided(path, error, tap, SEVERAL if layouts else MIXED)
         return {index: layouts[0] for index, layouts in found.items()}
 
@@ -297,8 +315,17 @@ class LayoutProbe:
                     allow_unused=True,
                 )
             except (RuntimeError, AltpropError) as error:
-                path = self._channel.sites[self._sites[0]].path
+                path = self.channel.sites[self._sites[0]].path
                 shapes = self._shapes(0)
                 raise undecided(path, *shapes, f"it could not be measured ({error})") from error
             self._reached[key] = [None if g is None else g.isnan().any(-1) for g in grads]
         return self._reached[key]
+
+
+@torch.compiler.disable(  # type: ignore[untyped-decorator]
+    reason="the shapes leave open which axis counts the samples, and only a pass that is not "
+    "compiled can measure it: write convert(..., batch_axis=0), or run one such pass before"
+)
+def measure_layouts(channel: Channel, call: Call) -> None:
+    """Fill in what layouts the taps of a channel have in this call."""
+    channel.known_layouts.update(LayoutProbe(channel, call).measure())

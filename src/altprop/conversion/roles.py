@@ -14,16 +14,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from altprop.conversion.channel import Channel
+from altprop.conversion.channel import Call, Channel
+from altprop.conversion.passes import Pass
 from altprop.conversion.probes import JacobianProbe
-from altprop.conversion.sites import OutputTap, TransportSite, count_pass
+from altprop.conversion.record import Converted, count_pass
+from altprop.conversion.sites import on_first
 from altprop.errors import RuleError
 
 
 class Role:
     """Base of the mixins: keeps old state dicts loadable, and says what a module became."""
 
-    _altprop_names: tuple[str, ...]
+    _altprop: Converted
 
     def _load_from_state_dict(
         self,
@@ -37,7 +39,7 @@ class Role:
         super()._load_from_state_dict(  # type: ignore[misc]
             state_dict, prefix, local_metadata, strict, missing_keys, *rest
         )
-        own = {prefix + name for name in self._altprop_names}
+        own = {prefix + name for name in self._altprop.names}
         missing_keys[:] = [key for key in missing_keys if key not in own]
 
     @property
@@ -54,123 +56,85 @@ class Role:
 
     def extra_repr(self) -> str:
         text: str = super().extra_repr()  # type: ignore[misc]
-        maps = getattr(self, "_altprop_maps", {})
-        rules = {
-            str(m.rule if isinstance(m, TransportSite) else m.channel.rule) for m in maps.values()
-        }
+        maps = [site for key, site in self._altprop.sites.items() if key]
+        rules = {str(site.rule) for site in maps}
         return ", ".join([text] * bool(text) + [f"rule={rule}" for rule in sorted(rules)])
 
 
 class LinearRole(Role):
-    """An `nn.Linear` (or `LocalLinear`) whose map a rule owns."""
-
-    _altprop_maps: dict[str, Any]
+    """A layer that is one linear map, which a rule owns."""
 
     def forward(self, input: Tensor) -> Tensor:
-        m: Any = self
-        return self._altprop_maps["weight"](m, input, m.weight, m.bias)
-
-
-class TransposedLinearRole(Role):
-    """A Hugging Face `Conv1D`, whose weight is stored as (in, out)."""
-
-    _altprop_maps: dict[str, Any]
-
-    def forward(self, x: Tensor) -> Tensor:
-        m: Any = self
-        return self._altprop_maps["weight"](m, x, m.weight.t(), m.bias)
+        site, m = self._altprop.sites["weight"], cast(nn.Module, self)
+        return cast(Tensor, site(m, input, *site.stored.of(m)))
 
 
 class TapRole(Role):
     """A block or sublayer whose output is a tap."""
 
-    _altprop_tap: OutputTap
-
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         out = super().forward(*args, **kwargs)  # type: ignore[misc]
-        return self._altprop_tap(cast(nn.Module, self), out)
+        return self._altprop.sites[""](self, out)
 
 
 class OutputRole(Role):
     """The module at whose output (or input) the error is taken."""
 
-    _altprop_outputs: list[Channel]
-
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Any:
-        for channel in self._altprop_outputs:
+        channels = self._altprop.outputs
+        for channel in channels:
             if channel.rule.at_head_input:
                 input = channel.join(input)
         out = super().forward(input, *args, **kwargs)  # type: ignore[misc]
-        for channel in self._altprop_outputs:
+        for channel in channels:
             if not channel.rule.at_head_input:
                 out = channel.join(out)
         return out
 
 
-class RootRole(Role):
-    """The model that was converted: its forward opens and closes every collection."""
-
-    _altprop_channels: list[Channel]
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        channels = [channel for channel in self._altprop_channels if channel.on]
-        if not channels or not torch.is_grad_enabled():
-            return super().forward(*args, **kwargs)  # type: ignore[misc]
-        try:
-            if any(c.rule.period or c.rule.learned for c in channels):
-                self._schedule(channels, args, kwargs)
-            else:
-                for channel in channels:
-                    channel.begin(cast(nn.Module, self), args, kwargs)
-            out = super().forward(*args, **kwargs)  # type: ignore[misc]
-            for channel in channels:
-                channel.finish()
-            return out
-        finally:
-            for channel in channels:
-                channel.clear()
-
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _schedule(self, channels: list[Channel], args: Any, kwargs: Any) -> None:
-        """Decide whether this pass is a calibration; if not, let learned feedback be measured."""
-        root = cast(nn.Module, self)
-        step = count_pass(root)
-        plans = []
-        for channel in channels:  # all are measured before any starts to collect
-            period = channel.rule.period
-            exact = period > 0 and step % period == period - 1
-            measured = None
-            if channel.rule.learned and not exact:
-                probe = JacobianProbe(channel, root, args, kwargs)
-                measured = channel.rule.estimates(probe, channel.seed, step)
-            plans.append((channel, exact, measured))
-        for channel, exact, measured in plans:
-            channel.begin(root, args, kwargs, exact)
-            channel.measured = measured
-
-
 class LocalRole(Role):
     """A block that takes the error at its own output, for the linear maps inside it."""
 
-    _altprop_local: Channel
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        out = super().forward(*args, **kwargs)  # type: ignore[misc]
+        return on_first(cast(Channel, self._altprop.local).join, out)
+
+
+class RootRole(Role):
+    """The model that was converted, or a `LocalRole`: its forward is the pass of its channels."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        channel = self._altprop_local
-        if channel.probe is not None:
-            return self._joined(channel, args, kwargs)
-        if not channel.on or not torch.is_grad_enabled():
+        channels = [channel for channel in self._altprop.channels if channel.on]
+        if not channels or not torch.is_grad_enabled():
             return super().forward(*args, **kwargs)  # type: ignore[misc]
-        channel.begin(cast(nn.Module, self), args, kwargs)
+        call = (cast(nn.Module, self), args, kwargs)
+        if any(c.rule.period or c.rule.learned for c in channels):
+            passes = self._scheduled(channels, call)
+        else:
+            passes = [Pass(channel, call) for channel in channels]
         try:
-            return self._joined(channel, args, kwargs)
+            for one in passes:
+                one.open()
+            out = super().forward(*args, **kwargs)  # type: ignore[misc]
+            for one in passes:
+                one.finish()
+            return out
         finally:
-            channel.clear()
+            for one in passes:
+                one.close()
 
-    def _joined(self, channel: Channel, args: Any, kwargs: Any) -> Any:
-        out = super().forward(*args, **kwargs)  # type: ignore[misc]
-        if isinstance(out, Tensor):
-            return channel.join(out)
-        return type(out)((channel.join(out[0]), *out[1:]))
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _scheduled(self, channels: list[Channel], call: Call) -> list[Pass]:
+        """Decide whether this pass is a calibration; if not, let learned feedback be measured."""
+        step, passes = count_pass(call[0]), []
+        for channel in channels:  # all are measured before any starts to collect
+            rule, period = channel.rule, channel.rule.period
+            exact = period > 0 and step % period == period - 1
+            measured = None
+            if rule.learned and not exact:
+                measured = rule.estimates(JacobianProbe(channel, call), channel.seed, step)
+            passes.append(Pass(channel, call, exact, measured))
+        return passes
 
 
 _BASE = "_altprop_base"  # where a class that was made here keeps the one that it was made of
@@ -250,7 +214,7 @@ def _make_class(base: type[nn.Module], roles: tuple[type[Role], ...]) -> type[nn
         "__reduce_ex__": __reduce_ex__, "forward": forward, "__module__": base.__module__,
         _BASE: base,
     }  # fmt: skip
-    if issubclass(roles[0], (LinearRole, TransposedLinearRole)):
+    if issubclass(roles[0], LinearRole):
         del body["forward"]
     cls = cast(type[nn.Module], _maker(type(base))(base.__name__, (*roles, base), body))
     cls.__qualname__ = base.__qualname__

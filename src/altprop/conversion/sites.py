@@ -6,105 +6,115 @@ so deepcopy and pickle need no help.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, cast
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from altprop.assign import assign_map, assign_transport
-from altprop.conversion.channel import Channel
-from altprop.conversion.probes import in_backward
+from altprop.conversion.channel import Channel, refuse_outside
+from altprop.conversion.record import Description, count_pass, sites_of
 from altprop.errors import RuleError
 from altprop.feedback import generator_for
-from altprop.rule import AbstractTransport, Site
-from altprop.transforms import refuse_transforms
-
-STEP = "B_step"
+from altprop.rule import AbstractBroadcast, AbstractTransport, Site
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
-def count_pass(module: nn.Module) -> int:
-    """Return the number of this recorded pass; a checkpoint's recomputation repeats the last."""
-    refuse_transforms("a rule that draws or measures at every pass cannot count its passes")
-    step = cast(Tensor, getattr(module, STEP))
-    if in_backward():
-        if "_altprop_counted" not in module.__dict__:
-            raise RuleError(
-                f"a {type(module).__name__} whose rule draws at every pass was never recorded "
-                "before the backward pass: reentrant activation checkpointing hides it; write "
-                "use_reentrant=False"
-            )
-        return int(step) - 1
-    module.__dict__["_altprop_counted"] = True
-    number = int(step)
-    step += 1
-    return number
+@dataclass(frozen=True)
+class LinearMap:
+    """How a layer keeps a matrix by which it multiplies: the names of its parameters."""
+
+    weight: str = "weight"
+    bias: str = "bias"
+    transposed: bool = False
+    """Whether the weight is stored as (in, out)."""
+    name: str = ""
+    """What the map is called below its layer, where that has several."""
+
+    @property
+    def key(self) -> str:
+        """By what a record knows the map: the one of a layer as its weight."""
+        return self.weight if self.name else "weight"
+
+    def of(self, layer: nn.Module) -> tuple[Any, Any]:
+        """Return the weight (out, in) and the bias, or none."""
+        W = getattr(layer, self.weight, None)
+        return W.t() if self.transposed and W is not None else W, getattr(layer, self.bias, None)
 
 
-def weights_of(module: nn.Module) -> Iterator[nn.Parameter]:
-    """Yield the parameters in a module, feedback excepted."""
-    for part in module.modules():
-        feedback = part.__dict__.get("_altprop_names", ())
-        for name, parameter in part.named_parameters(recurse=False):
-            if name not in feedback:
-                yield parameter
-
-
-def _feedback(
-    place: TransportSite | MapTap | OutputTap,
-    module: nn.Module,
-    learned: bool,
-    weights: Iterable[Tensor],
-) -> Tensor | None:
-    """Return a place's feedback, if it has its own; a learned one learns only while a weight does.
-
-    What the user froze stays frozen; what `convert` froze learns again when the weight does.
-    """
-    B: Tensor | None = getattr(module, place.name) if place.name else None
-    if B is None or not learned:
-        return B
-    if not any(weight.requires_grad for weight in weights):
-        return B.detach()
-    if place.held:
-        _release(place, B)
-    return B
-
-
-@torch.compiler.disable  # type: ignore[untyped-decorator]
-def _release(place: TransportSite | MapTap | OutputTap, B: Tensor) -> None:
-    if isinstance(B, nn.Parameter):
-        B.requires_grad_()
-        place.held = False
-
-
-@dataclass
-class TransportSite:
-    """A linear map whose input receives what a transport rule sends."""
+@dataclass(eq=False, kw_only=True)
+class _Held:
+    """A place, and the feedback that its module holds for it."""
 
     site: Site
-    rule: AbstractTransport
     name: str
     """The module's attribute that holds the feedback, or nothing."""
-    seed: int
-    noisy: bool
     held: bool = False
     """Whether `convert` froze a learned feedback, since its weight was frozen."""
+    stored: LinearMap | None = None
+    """Of a map, how its module keeps it."""
     on: bool = True
     """Whether the rule is in force; `rules_off` turns it."""
+
+    def _feedback(
+        self, module: nn.Module, learned: bool, weights: Iterable[Tensor]
+    ) -> Tensor | None:
+        """Return the place's own feedback, if any; a learned one learns only while a weight does.
+
+        What the user froze stays frozen; what `convert` froze learns again when the weight does.
+        """
+        B: Tensor | None = getattr(module, self.name) if self.name else None
+        if B is None or not learned:
+            return B
+        if not any(weight.requires_grad for weight in weights):
+            return B.detach()
+        if self.held:
+            self._release(B)
+        return B
+
+    def leave(self) -> None:
+        """Let the place go, which is on backprop from now on."""
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _release(self, B: Tensor) -> None:
+        if isinstance(B, nn.Parameter):
+            B.requires_grad_()
+            self.held = False
+
+
+@dataclass(eq=False, kw_only=True)
+class TransportSite(_Held):
+    """A linear map whose input receives what a transport rule sends."""
+
+    rule: AbstractTransport
+    seed: int
 
     def __call__(
         self, module: nn.Module, x: Tensor, W: Tensor, b: Tensor | None, rows: slice | None = None
     ) -> Tensor:
         if not (self.on and torch.is_grad_enabled()):
             return F.linear(x, W if rows is None else W[rows], b)
-        B = _feedback(self, module, self.rule.learned, [W])
+        B = self._feedback(module, self.rule.learned, [W])
         if B is not None and B.shape != W.shape:
-            raise _redrawn(self.site, B.shape, W.shape)
-        noise = self.noise(module, W) if self.noisy else None
+            raise redrawn(self.site, B.shape, W.shape)
+        noise = self.noise(module, W) if self.rule.noisy else None
         return assign_transport(x, W, b, self.rule, B, noise, rows)
+
+    def describe(self, module: nn.Module) -> Description:
+        B: Tensor | None = getattr(module, self.name) if self.name else None
+        drawn = B is not None or self.rule.noisy
+        kind = "drawn at every pass" if self.rule.noisy else "from the weight"
+        kind = "learned" if self.rule.learned else kind if B is None else "fixed"
+        return Description(
+            type(self.rule).__name__,
+            below=self.rule.signal,
+            carries=False,
+            feedback=None if B is None else tuple(B.shape),
+            kind=kind,
+            seed=self.seed if drawn else None,
+        )
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def noise(self, module: nn.Module, W: Tensor) -> Tensor:
@@ -113,85 +123,84 @@ class TransportSite:
             return self.rule.noise(Site(self.site.path, *W.shape), generator).to(W)
 
 
-@dataclass(eq=False)
-class MapTap:
-    """A linear map whose weight learns from a broadcast error."""
+@dataclass(eq=False, kw_only=True)
+class _Tap(_Held):
+    """A place that hears a channel's error; what it does there is up to the running pass."""
 
-    site: Site
     channel: Channel
-    name: str
     index: int
-    held: bool = False
     swapped: bool = False
     """Whether `x` has the caller's first two axes swapped; the tap then has them as he does."""
-    on: bool = True
+
+    @property
+    def rule(self) -> AbstractBroadcast:
+        return self.channel.rule
+
+    def feedback(self, module: nn.Module, weights: Iterable[Tensor]) -> Tensor | None:
+        return self._feedback(module, self.rule.learned, weights)
+
+    def leave(self) -> None:
+        self.channel.forget(self)
+
+    def turned(self, y: Tensor) -> Tensor:
+        return y.transpose(0, 1) if self.swapped else y
+
+    def describe(self, module: nn.Module) -> Description:
+        return Description(
+            type(self.rule).__name__,
+            feedback=(self.site.rows, self.site.columns),
+            kind=("learned" if self.rule.learned else "fixed")
+            + ", shared" * bool(self.channel.shared),
+            seed=self.channel.seed,
+        )
+
+
+@dataclass(eq=False, kw_only=True)
+class MapTap(_Tap):
+    """A linear map whose weight learns from a broadcast error."""
 
     def __call__(
         self, module: nn.Module, x: Tensor, W: Tensor, b: Tensor | None, rows: slice | None = None
     ) -> Tensor:
-        channel = self.channel
         W = W if rows is None else W[rows]
-        if channel.probe is not None:
-            return self._turned(channel.probe.drop(self._turned(F.linear(x, W, b)), self.index))
-        if not self.on:
+        if (running := self.channel.running) is not None:
+            return running.map(self, module, x, W, b, rows)
+        if not (self.on and torch.is_grad_enabled()):
             return F.linear(x, W, b)
-        if not torch.is_grad_enabled():
-            channel.missed(self.site.path, [W])
-            return F.linear(x, W, b)
-        if channel.mode == "idle":
-            channel.outside(self.site.path)
-        count = self.site.rows if rows is None else rows.stop - rows.start
-        if W.shape[0] != count:
-            raise _redrawn(self.site, (count, W.shape[1]), W.shape)
-        y, tap = assign_map(x, W, b, send=channel.rule.sends, exact=channel.mode == "exact")
-        if channel.mode != "idle":
-            B = _feedback(self, module, channel.rule.learned, [W])
-            channel.push(self._turned(tap), B, self.index, rows)
-        return y
+        refuse_outside(self.site.path)
+        return assign_map(x, W, b, send=self.rule.sends)[0]
 
-    def _turned(self, y: Tensor) -> Tensor:
-        return y.transpose(0, 1) if self.swapped else y
+    def describe(self, module: nn.Module) -> Description:
+        sends = self.rule.sends
+        below = "" if sends else "none, but for paths around every map"
+        told = super().describe(module)
+        return replace(told, own=self.rule.signal, below=below, carries=sends)
 
 
-@dataclass(eq=False)
-class OutputTap:
+@dataclass(eq=False, kw_only=True)
+class OutputTap(_Tap):
     """A module whose output is cut: it goes on without its graph, and hears the error instead."""
 
-    site: Site
-    channel: Channel
-    name: str
-    index: int
-    held: bool = False
-    on: bool = True
-
     def __call__(self, module: nn.Module, out: Any) -> Any:
-        hidden = out if isinstance(out, Tensor) else out[0]
-        channel = self.channel
-        if channel.probe is not None:
-            cut = channel.probe.drop(hidden, self.index)
-        elif not self.on:
-            return out
-        elif channel.mode == "idle":
-            channel.outside(self.site.path)
-            return out
-        elif not torch.is_grad_enabled():
-            channel.missed(self.site.path, module.parameters())
-            return out
-        else:
-            if hidden.shape[-1] != self.site.rows:
-                raise RuleError(
-                    f"{self.site.path} returned {hidden.shape[-1]} features but its feedback was "
-                    f"drawn for {self.site.rows}: give the rule features={hidden.shape[-1]}"
-                )
-            B = _feedback(self, module, channel.rule.learned, weights_of(module))
-            channel.push(hidden, B, self.index)
-            cut = hidden if channel.mode == "exact" else hidden.detach()
-        if isinstance(out, Tensor):
-            return cut
-        return type(out)((cut, *out[1:]))
+        if (running := self.channel.running) is not None:
+            return on_first(lambda hidden: running.cut(self, module, hidden), out)
+        if self.on:
+            refuse_outside(self.site.path)
+        return out
+
+    def describe(self, module: nn.Module) -> Description:
+        return replace(super().describe(module), below="local backprop inside a block", cuts=True)
 
 
-def _redrawn(site: Site, drawn: Sequence[int], now: Sequence[int]) -> RuleError:
+def on_first(change: Callable[[Tensor], Tensor], out: Any) -> Any:
+    """Return what a module put out with its first tensor, or itself if it is one, changed."""
+    if isinstance(out, Tensor):
+        return change(out)
+    first = change(out[0])
+    return out if first is out[0] else type(out)((first, *out[1:]))
+
+
+def redrawn(site: Site, drawn: Sequence[int], now: Sequence[int]) -> RuleError:
     return RuleError(
         f"{site.path or 'this map'}: its weight has the shape {tuple(now)}, but its feedback was "
         f"drawn for {tuple(drawn)}: write revert(model) and convert it again"
@@ -202,23 +211,11 @@ def refuse_unrecorded(module: nn.Module) -> None:
     """Refuse for all parts of a module that will not be called to refuse for themselves.
 
     Without recording no rule acts, so that a fast path may take their place, but not in a pass
-    that is collected: see `Channel.missed`.
+    that is collected: see `Pass.missed`.
     """
     if torch.is_grad_enabled():
         return
     for part in module.modules():
         for tap in sites_of(part).values():
-            if isinstance(tap, MapTap | OutputTap):
-                tap.channel.missed(tap.site.path, part.parameters())
-
-
-def sites_of(module: nn.Module) -> dict[str, TransportSite | MapTap | OutputTap]:
-    """Return the places of rules that a module itself holds: by its weights' names, its output's
-    under an empty one."""
-    own = module.__dict__
-    sites = dict(own.get("_altprop_maps", {}))
-    if "_altprop_tap" in own:
-        sites[""] = own["_altprop_tap"]
-    if isinstance(own.get("_site"), TransportSite):  # a LocalLinear's own
-        sites["weight"] = own["_site"]
-    return sites
+            if isinstance(tap, _Tap) and tap.channel.running is not None:
+                tap.channel.running.missed(tap.site.path, part.parameters())

@@ -25,7 +25,7 @@ from altprop.equilibrium.solvers.solver import AbstractSolver, land
 from altprop.errors import ConfigError
 from altprop.transforms import refuse_vmap
 
-STACK = "_altprop_stack"  # where a module keeps the equilibrium that its blocks were made into
+CONVERTED = "_altprop"  # where a module keeps its record of `convert`, stacks of blocks among it
 
 
 class Equilibrium(nn.Module):
@@ -172,8 +172,8 @@ def equilibria(model: nn.Module) -> Iterator[tuple[str, Equilibrium]]:
     for path, module in model.named_modules():
         if isinstance(module, Equilibrium):
             yield path, module
-        stack = module.__dict__.get(STACK)
-        if stack is not None:
+        record = module.__dict__.get(CONVERTED)
+        for stack in () if record is None else record.stacks:
             yield f"{path}.{stack.name}".strip("."), stack.equilibrium
 
 

@@ -26,7 +26,7 @@ from altprop.equilibrium.solvers.solver import (
     sample_norm,
 )
 from altprop.errors import ConfigError, refuse_subclass
-from altprop.rule import AbstractRule, Seam
+from altprop.rule import AbstractRule, Scope, Seam
 
 
 class AbstractEstimator(AbstractRule):
@@ -41,6 +41,13 @@ class AbstractEstimator(AbstractRule):
         )
 
     seam: ClassVar[Seam] = "adjoint"
+
+    @property
+    def takes(self) -> frozenset[str]:
+        return frozenset({"maps", "blocks"})
+
+    def plan(self, scope: Scope) -> None:
+        scope.stack()
 
     @abstractmethod
     def attach(self, call: Call) -> Tensor:
