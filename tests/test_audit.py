@@ -41,8 +41,8 @@ from altprop import (
     finite_difference_errors,
 )
 from altprop.auditing.agreement import Agreements, Flag, compare, compare_all, summarise, t_quantile
-from altprop.auditing.audit import _trainable
-from altprop.auditing.report import Words
+from altprop.auditing.measure import trainable
+from altprop.auditing.rows import Words
 
 EXACT = Arm(BPTT(), Euler(0.3, 50))
 
@@ -378,9 +378,9 @@ def test_trials_must_have_the_same_parameters() -> None:
 
 
 def test_names_drop_what_all_parameters_share() -> None:
-    assert list(_trainable(Layer())) == ["W_Q", "W_K", "W_V", "W_O"]
-    assert list(_trainable(nn.Linear(2, 2))) == ["weight", "bias"]
-    both = list(_trainable(Layer(nn.Linear(16, 16))))
+    assert list(trainable(Layer())) == ["W_Q", "W_K", "W_V", "W_O"]
+    assert list(trainable(nn.Linear(2, 2))) == ["weight", "bias"]
+    both = list(trainable(Layer(nn.Linear(16, 16))))
     assert both[:3] == ["before.weight", "before.bias", "block.dynamics.attention.W_Q"]
 
 

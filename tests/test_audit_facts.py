@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import altprop as ap
 from altprop import AbstractArm
 from altprop.auditing.agreement import Agreement, Flag, compare, compare_all, summarise
-from altprop.auditing.report import Cost, Measured, Outcome, Reference, Row, Words
+from altprop.auditing.rows import Cost, Measured, Outcome, Reference, Row, Words
 
 Gradients = dict[str, Tensor]
 
