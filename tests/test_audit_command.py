@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -230,18 +231,18 @@ def test_the_gpt_audit_follows_each_rule_layer_by_layer_while_it_trains(
     words += ["--rules", "SignSymmetry,DirectFeedback,KolenPollack"]
     assert main([*words, "--json", str(json_file), "--png", str(png)]) == 0
     data = json.loads(json_file.read_text())
-    assert data["reference"] == "backprop" and set(data["controls"]) == {"backprop", "frozen"}
-    rows = {row["rule"]: row for row in data["rows"]}
-    assert list(rows) == ["SignSymmetry", "DirectFeedback", "KolenPollack"]
-    for row in rows.values():
-        assert row["steps"] == [0, 2, 4, 6, 8]
-        layers = ["tokens", "positions", "blocks.0", "blocks.1", "norm", "head"]
-        assert list(row["layers"]) == layers
-        assert all(len(found) == 5 for found in row["layers"].values())
-        head = row["layers"]["head"][0]  # what stands above every rule is exact
-        assert head["cosine"] == pytest.approx(1, abs=1e-6)
-    assert rows["DirectFeedback"]["layers"]["tokens"][0]["cosine"] == pytest.approx(1, abs=1e-5)
-    assert rows["SignSymmetry"]["layers"]["tokens"][0]["cosine"] < 0.99
+    assert data["reference"]["name"] == "backprop"
+    assert set(data["controls"]) == {"backprop", "frozen"}
+    assert list(data["rules"]) == ["SignSymmetry", "DirectFeedback", "KolenPollack"]
+    assert all(rule["steps"] == [0, 2, 4, 6, 8] for rule in data["rules"].values())
+    rows = {row["estimator"]: row["parameters"] for row in data["rows"]}
+    assert list(rows) == [f"{name}, step {at}" for name in data["rules"] for at in range(0, 9, 2)]
+    for layers in rows.values():
+        assert list(layers) == ["tokens", "positions", "blocks.0", "blocks.1", "norm", "head"]
+        # what stands above every rule is exact
+        assert layers["head"]["cosine"] == pytest.approx(1, abs=1e-6)
+    assert rows["DirectFeedback, step 0"]["tokens"]["cosine"] == pytest.approx(1, abs=1e-5)
+    assert rows["SignSymmetry, step 0"]["tokens"]["cosine"] < 0.99
     assert png.stat().st_size > 10_000
 
 
@@ -253,7 +254,10 @@ def test_the_gpt_audit_trains_for_exactly_the_steps_that_were_asked_for(
     words = ["--rules", "SignSymmetry", "--steps", str(count), "--json", str(file)]
     assert main(["audit", "--data", text, *GPT, "--batch", "2", *words]) == 0
     data = json.loads(file.read_text())
-    assert data["rows"][0]["steps"] == places
+    assert data["rules"]["SignSymmetry"]["steps"] == places
+    value = json.dumps([data["rules"]["SignSymmetry"]["value"]])
+    words = ["--rules", value, "--layers", "2", "--steps", str(count)]
+    assert shlex.split(data["command"])[-6:] == words
     assert bool(data["controls"]) == (count > 0)
 
 

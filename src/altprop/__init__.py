@@ -17,6 +17,7 @@ if TYPE_CHECKING:  # what the table below means, for type checkers and editors
     from altprop.auditing.arms import (
         AbstractArm as AbstractArm,
         Arm as Arm,
+        Installed as Installed,
         RuleArm as RuleArm,
     )
     from altprop.auditing.audit import audit as audit, audit_trials as audit_trials
@@ -134,7 +135,7 @@ if TYPE_CHECKING:  # what the table below means, for type checkers and editors
 
 _EXPORTS = {
     "altprop.auditing.agreement": "Agreement compare",
-    "altprop.auditing.arms": "AbstractArm Arm RuleArm",
+    "altprop.auditing.arms": "AbstractArm Arm Installed RuleArm",
     "altprop.auditing.audit": "audit audit_trials",
     "altprop.auditing.measure": "Trial finite_difference_errors",
     "altprop.auditing.report": "AuditReport",

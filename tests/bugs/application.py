@@ -231,14 +231,14 @@ BUGS = [
     ),
     Bug(
         _LAB + "audit_gpt.py",
-        'controls["frozen"] - audit.loss) / gap',
-        'controls["frozen"] - audit.loss) / controls["frozen"]',
+        "(controls['frozen'] - loss) / gap",
+        "(controls['frozen'] - loss) / controls['frozen']",
         "test_audit_gpt.py",
     ),
     Bug(
         _LAB + "audit_gpt.py",
-        "    with rules_off(copied):\n        exact",
-        "    if True:\n        exact",
-        "test_audit_gpt.py",
+        "if state.progress.step in places:",
+        "if state.progress.step == 0:",
+        "test_audit_command.py",
     ),
 ]

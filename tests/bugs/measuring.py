@@ -41,6 +41,12 @@ BUGS = [
         _FACTS,
     ),
     Bug("auditing/arms.py", "output=self.output, seed=self.seed)", "output=self.output)", _FACTS),
+    Bug(
+        "auditing/arms.py",
+        "return rules_off(model) if self.exact else nullcontext()",
+        "return nullcontext()",
+        "test_audit_gpt.py",
+    ),
     Bug("auditing/arms.py", "            revert(model)\n", "            pass\n", _FACTS),
     Bug(
         "auditing/audit.py",

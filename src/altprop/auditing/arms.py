@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
 from torch import nn
 
 from altprop.auditing.rows import Words
-from altprop.conversion.convert import convert, revert
+from altprop.conversion.convert import convert, revert, rules_off
 from altprop.equilibrium.estimators.estimator import AbstractEstimator
 from altprop.equilibrium.module import equilibria, using
 from altprop.equilibrium.solvers.solver import AbstractSolver
@@ -114,6 +114,28 @@ class RuleArm(AbstractArm):
     def describe(self) -> Words:
         short = _brief(self.rule) if isinstance(self.rule, AbstractRule) else repr(self.rule)
         return Words(self.name or short, repr(self.rule), None)
+
+
+@dataclass(frozen=True)
+class Installed(AbstractArm):
+    """Take a model by the rules that it is converted to already, feedback that it has learned too.
+
+    This is the arm for a look at a model while it trains; feedback itself is not compared.
+
+    **Arguments:** `exact`, whether its rules stand aside, for a reference; `name`, for tables.
+    """
+
+    exact: bool = False
+    name: str | None = None
+
+    def applied(self, model: nn.Module) -> AbstractContextManager[None]:
+        return rules_off(model) if self.exact else nullcontext()
+
+    def identity(self, model: nn.Module) -> Hashable:
+        return self.exact
+
+    def describe(self) -> Words:
+        return Words(self.name or ("exact" if self.exact else "its rules"), repr(self), None)
 
 
 # How a bare rule becomes an arm. A new seam adds its arm here, and nothing else changes.

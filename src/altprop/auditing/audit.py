@@ -30,6 +30,7 @@ def audit(
     *,
     repeats: int = 3,
     floor: float | None = None,
+    by: Callable[[str], str] | None = None,
 ) -> AuditReport:
     """Compare the gradients that `rules` give with that of a `reference`, per parameter.
 
@@ -40,7 +41,7 @@ def audit(
     `loss_fn(output, target)`, the scalar loss, or `None` where `model(input, target)` returns the
     loss itself (the way for a model that passes `cost=` on to its `Equilibrium`); `rules`,
     estimators, or an `Arm` each; `reference`, likewise, such as `Arm(BPTT(), Euler(0.1, 120))`;
-    `repeats` and `floor`, see `audit_trials`.
+    `repeats`, `floor` and `by`, see `audit_trials`.
 
     **Raises:** as `audit_trials`.
     """
@@ -61,7 +62,7 @@ def audit(
     several = isinstance(batch, list) and not (batch and isinstance(batch[0], Tensor))
     pairs = batch if several else [batch]
     trials = [trial(number, pair) for number, pair in enumerate(pairs)]
-    return audit_trials(trials, rules, reference, repeats=repeats, floor=floor)
+    return audit_trials(trials, rules, reference, repeats=repeats, floor=floor, by=by)
 
 
 def audit_trials(
@@ -71,13 +72,16 @@ def audit_trials(
     *,
     repeats: int = 3,
     floor: float | None = None,
+    by: Callable[[str], str] | None = None,
 ) -> AuditReport:
     """Compare gradients over several models, batches or seeds; see `audit`.
 
     **Arguments:** `trials`, drawn one by one; their models must have parameters of equal names.
     `repeats`, how often the first trial is timed (0: never), all arms in turn, after each has run
     once; the report has the medians. `floor`, the norm of a parameter's reference gradient,
-    relative to the whole, up to which it counts as noise and is left out (`None`: 32 eps).
+    relative to the whole, up to which it counts as noise and is left out (`None`: 32 eps). `by`,
+    from a parameter's name to that of the part, a layer say, with which it is compared as one
+    (`None`: each by itself).
 
     **Raises:** `ConfigError` for an arm that is the reference itself, arms of one name, no arm or
     trial, or a loss that is no scalar or depends on no trainable parameter; `RuleError` for an arm
@@ -102,7 +106,7 @@ def audit_trials(
     for trial in trials:
         _check_distinct(trial.model, exact, arms)
         with untouched(trial.model) as restore:
-            references, measured = measured_gradients(trial, exact)
+            references, measured = measured_gradients(trial, exact, by)
             if norms and norms[0].keys() != references.keys():
                 raise ConfigError(f"{trial.name}: its model has other parameters than the first")
             norms.append({name: float(g.double().norm()) for name, g in references.items()})
@@ -110,7 +114,7 @@ def audit_trials(
             titles.append(trial.name)
             for arm, found in zip(arms, outcomes, strict=True):
                 restore()
-                gradients, measured = measured_gradients(trial, arm)
+                gradients, measured = measured_gradients(trial, arm, by)
                 found.append(Outcome(*compare_all(gradients, references, floor), measured))
             if not costs:
                 costs = costs_of(trial, [exact, *arms], repeats, restore)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from altprop.auditing.arms import AbstractArm, as_arm
 from altprop.auditing.memory import peak_live_bytes
 from altprop.auditing.rows import Cost, Measured
+from altprop.conversion.learned import feedback_parameters
 from altprop.equilibrium.estimators.problem import Certificate
 from altprop.equilibrium.module import equilibria
 from altprop.errors import ConfigError
@@ -117,8 +118,13 @@ def untouched(model: nn.Module) -> Iterator[Callable[[], None]]:
 
 
 def trainable(model: nn.Module) -> Gradients:
-    """Return the trainable parameters by name, the common start of their names left out."""
-    leaves = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    """Return the trainable parameters by name, the common start of their names left out.
+
+    Learned feedback is none of them: what moves it is no gradient of the loss.
+    """
+    feedback = {id(p) for p in feedback_parameters(model)}
+    named = model.named_parameters()
+    leaves = {name: p for name, p in named if p.requires_grad and id(p) not in feedback}
     if not leaves:
         raise ConfigError(f"{type(model).__name__} has no trainable parameter to audit")
     paths = [name.split(".") for name in leaves]
@@ -143,8 +149,13 @@ def _gradients(trial: Trial, leaves: Gradients) -> Gradients:
     return dict(zip(leaves, found, strict=True))
 
 
-def measured_gradients(trial: Trial, arm: AbstractArm) -> tuple[Gradients, Measured]:
-    """Return the gradients, and what the certificates of all solves say once they are there."""
+def measured_gradients(
+    trial: Trial, arm: AbstractArm, by: Callable[[str], str] | None = None
+) -> tuple[Gradients, Measured]:
+    """Return the gradients, and what the certificates of all solves say once they are there.
+
+    **Arguments:** `by`, the part that a parameter belongs to: its gradients make one vector.
+    """
     certificates: list[Certificate] = []
 
     def keep(module: Any, _: Any, __: Any) -> None:
@@ -158,6 +169,11 @@ def measured_gradients(trial: Trial, arm: AbstractArm) -> tuple[Gradients, Measu
     finally:
         for hook in hooks:
             hook.remove()
+    if by is not None:
+        parts: dict[str, list[Tensor]] = {}
+        for name, gradient in gradients.items():
+            parts.setdefault(by(name), []).append(gradient.flatten())
+        gradients = {part: torch.cat(found) for part, found in parts.items()}
     return gradients, _measured(certificates)
 
 

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from altprop.auditing.rows import Reference, Row
 
-WIDE = 6  # more parameters than this make no columns of a terminal, but a digest
+WIDTH = 100  # of a terminal; parameters that would not fit make no columns, but a digest
 
 
 def tables(reference: Reference, rows: Sequence[Row], trials: int) -> Group:
@@ -20,7 +20,9 @@ def tables(reference: Reference, rows: Sequence[Row], trials: int) -> Group:
     **Arguments:** `trials`, how many there were.
     """
     names = list(rows[0].parameters)
-    columns = names if len(names) <= WIDE else []
+    beside = min(30, max(len(row.arm.name) for row in rows)) + 30  # the arm, the mean, the worst
+    fits = sum(max(8, len(name)) + 2 for name in names) <= WIDTH - beside
+    columns = names if fits else []
     return Group(
         _directions(reference, rows, columns, trials),
         _sizes(rows, columns),
@@ -41,7 +43,7 @@ def _directions(
 ) -> Table:
     digest = [] if columns else ["parts", "worst at"]
     title = f"Cosine to {reference.arm.name} ({trials} trial{'s' * (trials > 1)})"
-    table = _table(title, *columns, *digest, "mean ± 95 %", "worst")
+    table = _table(title, *columns, *digest, "mean ± 95 %" if trials > 1 else "mean", "worst")
     for row in rows:
         figures = {n: a.figures["cosine"] for n, a in row.parameters.items()}
         cells = [_cell(row, name, "cosine", 5) for name in columns]
@@ -73,19 +75,21 @@ def _sizes(rows: Sequence[Row], columns: Sequence[str]) -> Table:
 
 def _costs(reference: Reference, rows: Sequence[Row]) -> Table:
     heads = ["evaluations", "ms", "MiB", "free", "adjoint", "response"]
-    table = _table("Cost; worst residuals of the free phase and the adjoint", *heads)
     every: list[Reference | Row] = [reference, *rows]
-    for number, found in enumerate(every):
+    cells = []
+    for found in every:
         cost = found.as_dict()
         small = (cost["residuals"]["free"], cost["residuals"]["adjoint"], cost["response"])
-        table.add_row(
-            found.arm.name,
-            cut(cost["evaluations"], 1),
-            cut(cost["milliseconds"], 1),
-            cut(cost["peak_bytes"] / 2**20, 2),
-            *("–" if value is None else f"{value:.1e}" for value in small),
-            style="" if number else "dim",
-        )
+        own = [cut(cost["evaluations"], 1), cut(cost["milliseconds"], 1)]
+        own += [cut(cost["peak_bytes"] / 2**20, 2)]
+        cells.append([*own, *("–" if value is None else f"{value:.1e}" for value in small)])
+    kept = [i for i in range(len(heads)) if any(own[i] != "–" for own in cells)]
+    table = _table(
+        "Cost; worst residuals of the free phase and the adjoint", *(heads[i] for i in kept)
+    )
+    for found, own in zip(every, cells, strict=True):
+        style = "dim" if found is reference else ""
+        table.add_row(found.arm.name, *(own[i] for i in kept), style=style)
     return table
 
 

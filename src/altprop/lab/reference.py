@@ -34,8 +34,12 @@ from altprop import (
 )
 from altprop.lm.text import Batches, Corpus
 
+Count = Callable[[], object]
+
 RELAXATION = Euler(step=0.1, max_steps=120, tol=0.0)
 REFERENCE = Arm(BPTT(), RELAXATION, name="BPTT, 120 Euler steps of 0.1")
+DIRECTIONS = 4  # of finite differences
+CHECKS = 1 + DIRECTIONS * 4 * 4  # losses of `check_reference`: four for each of four parameters
 AT_REST = 1e-3  # the force residual up to which a state counts as a fixed point
 
 
@@ -99,10 +103,18 @@ def reference_trial(
     return (model.to(dtype), *batches.draw())
 
 
-def make_trial(corpus: Corpus, sizes: Sizes, seed: int) -> Trial:
-    """Return the problem of one seed as a trial of an audit."""
+def make_trial(corpus: Corpus, sizes: Sizes, seed: int, count: Count = lambda: None) -> Trial:
+    """Return the problem of one seed as a trial of an audit; `count` is called for every loss."""
     model, x, y = reference_trial(corpus, sizes, seed)
-    return Trial(model, partial(model, x, y), f"seed {seed}")
+    return Trial(model, _counted(partial(model, x, y), count), f"seed {seed}")
+
+
+def _counted(loss: Callable[[], Tensor], count: Count) -> Callable[[], Tensor]:
+    def counted() -> Tensor:
+        count()
+        return loss()
+
+    return counted
 
 
 def make_arms(phase_steps: int) -> list[Arm]:
@@ -206,7 +218,9 @@ def spectral_abscissa(
     return float(torch.linalg.eigvals(hessenberg[:, :size].double()).real.max())
 
 
-def check_reference(corpus: Corpus, sizes: Sizes, seed: int) -> dict[str, Any]:
+def check_reference(
+    corpus: Corpus, sizes: Sizes, seed: int, count: Count = lambda: None
+) -> dict[str, Any]:
     """Compare the reference itself with finite differences in float64, on a small instance.
 
     Its embedding is of unit scale: at 0.02 attention is so nearly uniform that the gradients of
@@ -214,7 +228,8 @@ def check_reference(corpus: Corpus, sizes: Sizes, seed: int) -> dict[str, Any]:
     """
     small = replace(sizes, batch=2, context=8, d_model=8 * sizes.heads, embedding_std=1.0)
     model, x, y = reference_trial(corpus, small, seed, torch.float64)
-    errors = finite_difference_errors(partial(model, x, y), model, REFERENCE)
+    loss = _counted(partial(model, x, y), count)
+    errors = finite_difference_errors(loss, model, REFERENCE, directions=DIRECTIONS)
     return {
         "instance": asdict(small),
         "dtype": "float64",
