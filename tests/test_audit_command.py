@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import io
 import json
 import random
 import shlex
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 from altprop import AuditReport, ConfigError, DampedAttention, DataError
 from altprop.lab.audit_command import audit
 from altprop.lab.cli import main
+from altprop.lab.display import counting
 from altprop.lab.reference import (
     REFERENCE,
     Rest,
@@ -278,3 +283,43 @@ def test_options_of_the_other_audit_are_refused(
     assert main(["audit", "--data", text, *words]) == 2
     error = capsys.readouterr().err
     assert part in error and error.count("\n") == 1
+
+
+AUDITS = {
+    "reference": ["--seeds=2", "--repeats=1", "--rows=AEP,Implicit", "--batch=2", "--context=8"],
+    "gpt": [*GPT, "--batch=2", "--steps=3", "--rules=SignSymmetry,FeedbackAlignment"],
+    "gpt at its start": [*GPT, "--batch=2", "--rules=SignSymmetry"],
+}
+
+
+@pytest.mark.parametrize("words", AUDITS.values(), ids=AUDITS)
+def test_an_audit_counts_exactly_what_it_computes(
+    words: list[str], text: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen: list[list[int]] = []
+
+    @contextmanager
+    def counted(total: int, what: str) -> Iterator[Callable[[], None]]:
+        made: list[int] = []
+        yield lambda: made.append(1)
+        seen.append([len(made), total])
+
+    for module in ("audit_command", "audit_gpt"):
+        monkeypatch.setattr(f"altprop.lab.{module}.counting", counted)
+    assert main(["audit", "--data", text, "--d_model=16", "--heads=2", *words]) == 0
+    ((made, total),) = seen
+    assert made == total > 0
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_what_takes_long_shows_on_a_terminal_alone_how_far_it_is_and_the_time_left(
+    terminal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=terminal, width=80)
+    monkeypatch.setattr("altprop.lab.display.Console", lambda: console)
+    with counting(4, "gradient") as count:
+        for _ in range(3):
+            count()
+    assert ("gradient 3/4" in out.getvalue() and "left" in out.getvalue()) == terminal
+    assert terminal or not out.getvalue().strip()
