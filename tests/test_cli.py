@@ -319,7 +319,9 @@ def test_help_of_a_command_shows_types_defaults_and_documentation(
     out = shown(capsys, "train", "--help")
     assert out.startswith("usage: altprop train [--option VALUE ...] Train a model. options:")
     assert "options: --steps Number of optimiser steps, 100% of them. (a whole number; def" in out
-    assert "--estimator How gradients are estimated. (one of AEP, EP; default: AEP(" in out
+    assert "How gradients are estimated. (an estimator; default: AEP(tol=1e-05))" in out
+    assert "--stabiliser (a solver or null; default: Anderson())" in out
+    assert out.endswith("estimator AEP, EP solver Anderson, Picard")
     assert "--name (text or null; default: null)" in out
     assert "--import import a Python module first" in out
 

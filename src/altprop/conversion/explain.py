@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from dataclasses import asdict, dataclass, replace
-from typing import Any, NamedTuple, cast
+from dataclasses import dataclass, replace
+from typing import NamedTuple, cast
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -52,10 +52,6 @@ class Table:
 
     rows: tuple[Row, ...]
     notes: tuple[str, ...]
-
-    def as_dicts(self) -> list[dict[str, Any]]:
-        """Return the rows as plain dictionaries, for JSON."""
-        return [asdict(row) for row in self.rows]
 
     def __str__(self) -> str:
         head = ("parameter", "rule", "signal", "feedback", "kind", "seed", "Wᵀ remains")

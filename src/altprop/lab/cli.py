@@ -239,19 +239,21 @@ def _help_on_class(option: str, hint: Any, name: str, default: object) -> None:
 
 
 def _help(said: Any, target: Any, more: Mapping[str, str], before: str = "") -> None:
-    """Print what the docstring of `said` is about, and what `target` takes."""
-    from altprop.lab.values import defaults_of, described, plain, types_of
+    """Print what the docstring of `said` is about, what `target` takes, and the choices once."""
+    from altprop.lab.values import brief, defaults_of, described, kinds_of, types_of
 
     print((inspect.getdoc(said) or "").partition("\n\n")[0] + "\n\noptions:")
-    lines, words, defaults = {}, _words_on(target), defaults_of(target)
-    for name, hint in types_of(target).items():
-        value = plain(defaults.get(name))
-        default = f"default: {'null' if value is None else value}"
-        default = default if name in defaults else "required"
-        lines[f"{before}{name}"] = f"{words.get(name, '')} ({described(hint)}; {default})".strip()
-    for name, text in {**lines, **more}.items():
-        start = f"  --{name:17} "
-        print(textwrap.fill(text, 100, initial_indent=start, subsequent_indent=" " * 22))
+    lines, words, defaults, types = {}, _words_on(target), defaults_of(target), types_of(target)
+    for name, hint in types.items():
+        default = f"default: {brief(defaults[name])}" if name in defaults else "required"
+        takes = described(hint, by_kind=True)
+        lines[f"--{before}{name}"] = f"{words.get(name, '')} ({takes}; {default})".strip()
+    lines |= {f"--{name}": text for name, text in more.items()}
+    if kinds := kinds_of(types.values()):
+        lines |= {"": "", "choices:": "written as in Python, such as AEP(tol=0.01)"} | kinds
+    for name, text in lines.items():
+        start = f"  {name:19} " if name[-1:] != ":" else f"{name:21} "
+        print(textwrap.fill(text, 100, initial_indent=start, subsequent_indent=" " * 22).rstrip())
 
 
 def _words_on(target: Any) -> dict[str, str]:

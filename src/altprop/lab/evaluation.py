@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from altprop.lab.guard import certificates, within
-from altprop.lm.text import gather
-
-if TYPE_CHECKING:
-    from altprop.lm.text import Ids
+from altprop.lm.text import Ids, gather
 
 
 class Evaluation(NamedTuple):

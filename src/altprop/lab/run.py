@@ -23,9 +23,8 @@ from altprop.files import write_whole
 from altprop.lab import checkpoint
 from altprop.lab.config import read_config, write_config
 from altprop.lab.settings import TrainConfig, is_run
-from altprop.lm.corpora import names_corpus
 from altprop.lm.model import LanguageModel
-from altprop.lm.text import Batches, CharTokenizer, Corpus, describe
+from altprop.lm.text import Batches, CharTokenizer, Corpus, describe, names_corpus
 
 
 class Stateful(Protocol):

@@ -335,23 +335,64 @@ def _members(hint: Any) -> Sequence[Any]:
 # In words
 
 
-def described(hint: Any) -> str:
-    """Return in words what an option takes."""
+def described(hint: Any, *, by_kind: bool = False) -> str:
+    """Return in words what an option takes; of a choice its kind, or every class there is."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
         return f"one of {', '.join(map(str, args))}"
     if origin in _LISTS:
         count = "" if origin is not tuple or args[-1] is Ellipsis else f"{len(args)} times "
-        return f"a list of {count}{described(args[0])}"
+        return f"a list of {count}{described(args[0], by_kind=by_kind)}"
     if origin in (dict, Mapping):
-        return f"a mapping of names to {described(args[1])}"
+        return f"a mapping of names to {described(args[1], by_kind=by_kind)}"
     if len(_members(hint)) > 1:
-        return " or ".join(map(described, args))
+        return " or ".join(described(a, by_kind=by_kind) for a in args)
     if base := base_of(hint):
-        return f"one of {', '.join(choices(base))}"
+        kind = _kind(base)
+        article = "an" if kind[0] in "aeiou" else "a"
+        return f"{article} {kind}" if by_kind else f"one of {', '.join(choices(base))}"
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
     words |= {NoneType: "null", Path: "a path"}
     return words.get(hint, str(getattr(hint, "__name__", hint)))
+
+
+def kinds_of(hints: Iterable[Any]) -> dict[str, str]:
+    """Return the choices that such options take, every one once, by the kind that it is of."""
+    kinds: dict[str, list[str]] = {}
+    wide: dict[str, str] = {}
+    todo = list(hints)
+    for hint in todo:  # it grows
+        if (base := base_of(hint)) is None:
+            todo += typing.get_args(hint)
+            continue
+        found: dict[str, list[str]] = {}
+        for name, cls in choices(base).items():
+            kind = next((c for c in cls.__mro__ if inspect.isabstract(c)), base)
+            found.setdefault(_kind(kind), []).append(name)
+        kinds |= found
+        if _kind(base) not in found:
+            wide[_kind(base)] = f"one of {', '.join(found)}"
+    return wide | {kind: ", ".join(names) for kind, names in kinds.items()}
+
+
+def _kind(base: type) -> str:
+    return base.__name__.removeprefix("Abstract").lower()
+
+
+def brief(value: Any) -> str:
+    """Write a value as shortly as it reads back: of a class what differs from its own defaults."""
+    if dataclasses.is_dataclass(value):
+        default = defaults_of(type(value))
+        given = {name: getattr(value, name) for name in types_of(type(value))}
+        said = [
+            f"{name}={repr(v) if isinstance(v, str) else brief(v)}"
+            for name, v in given.items()
+            if name not in default or v != default[name]
+        ]
+        return f"{type(value).__name__}({', '.join(said)})"
+    if isinstance(value, (tuple, list)):
+        return f"[{', '.join(map(brief, value))}]"
+    return "null" if value is None else str(value).lower() if type(value) is bool else str(value)
 
 
 def shown(value: Any) -> str:
