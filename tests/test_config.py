@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from altprop.errors import ConfigError
 from altprop.lab.config import read_config, read_values, to_yaml, write_config
-from altprop.lab.values import changed, fit
+from altprop.lab.values import fit
+from altprop.lab.words import changed
 
 
 class AbstractShape(ABC):

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 TINY = [word for name, value in SMALL.items() for word in (f"--{name}", str(value))]
-STANDS_FOR = {"RUN": "runs/old", "N": "0", "[CORPUS]": "mytext.txt"}
+STANDS_FOR = {"COMMAND": "data", "RUN": "runs/old", "N": "0", "[CORPUS]": "mytext.txt"}
 
 
 def commands(page: Path) -> list[list[str]]:
@@ -78,5 +78,5 @@ def test_every_command_on_the_page_works(
         elif command == "train":
             rest = ["runs/old/config.yaml" if "…" in word else word for word in rest]
             assert main([command, *data, *rest, *TINY]) == 0, words
-        else:  # those of another name than an option or a command end with 2
+        else:
             assert main([*words, *(["--tokens", "9"] if command == "sample" else [])]) == 0, words

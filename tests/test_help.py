@@ -7,9 +7,11 @@ import re
 import pytest
 
 import altprop as ap
+from altprop.lab.choices import choices, defaults_of, types_of
 from altprop.lab.cli import COMMANDS, main
+from altprop.lab.help import brief
 from altprop.lab.settings import TrainConfig
-from altprop.lab.values import brief, choices, defaults_of, fit, types_of
+from altprop.lab.values import fit
 
 
 def printed(command: str, capsys: pytest.CaptureFixture[str]) -> str:

@@ -18,20 +18,12 @@ from hypothesis import strategies as st
 
 import altprop as ap
 from altprop.errors import ConfigError
+from altprop.lab.choices import choices, types_of
 from altprop.lab.cli import main
 from altprop.lab.config import read_config, write_config
+from altprop.lab.help import brief
 from altprop.lab.settings import TrainConfig
-from altprop.lab.values import (
-    DEEPEST,
-    LONGEST,
-    Call,
-    brief,
-    choices,
-    fit,
-    parse,
-    plain,
-    types_of,
-)
+from altprop.lab.values import DEEPEST, LONGEST, Call, fit, parse, plain
 
 BASES = (ap.AbstractRule, ap.AbstractEstimator, ap.AbstractSolver, ap.AbstractStabiliser)
 # not those of other tests

@@ -187,7 +187,7 @@ BUGS = [
         "test_lists.py",
     ),
     Bug(
-        _LAB + "values.py",
+        _LAB + "choices.py",
         "{**others, **ours}",
         "{**ours, **others}",
         "test_values.py",
@@ -206,7 +206,7 @@ BUGS = [
         "test_values.py",
     ),
     Bug(
-        _LAB + "values.py",
+        _LAB + "words.py",
         "return Call(call.name, (), {**given, name: after})",
         "return Call(call.name, (), {name: after})",
         "test_config.py test_cli.py",

@@ -47,6 +47,12 @@ BUGS = [
         "return nullcontext()",
         "test_audit_gpt.py",
     ),
+    Bug(
+        "auditing/measure.py",
+        "if p.requires_grad and id(p) not in feedback}",
+        "if p.requires_grad}",
+        _FACTS,
+    ),
     Bug("auditing/arms.py", "            revert(model)\n", "            pass\n", _FACTS),
     Bug(
         "auditing/audit.py",

@@ -18,6 +18,7 @@ import altprop
 from altprop import AbstractRule, AuditReport, ConfigError, Trial, audit_trials
 from altprop.errors import unknown
 from altprop.lab.audit_gpt import audit_gpt
+from altprop.lab.choices import defaults_of
 from altprop.lab.display import counting
 from altprop.lab.reference import (
     CHECKS,
@@ -31,7 +32,7 @@ from altprop.lab.reference import (
     relax,
 )
 from altprop.lab.settings import TrainConfig
-from altprop.lab.values import defaults_of, plain
+from altprop.lab.values import plain
 from altprop.lm.text import Corpus, describe, load_corpus
 
 # what only one of the audits has, so that an option of the other is refused and not ignored
