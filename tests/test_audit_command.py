@@ -16,7 +16,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from altprop import AuditReport, ConfigError, DampedAttention, DataError
+from altprop import AuditReport, ConfigError, DataError
 from altprop.lab.audit_command import audit
 from altprop.lab.cli import main
 from altprop.lab.display import counting
@@ -29,7 +29,6 @@ from altprop.lab.reference import (
     make_trial,
     reference_trial,
     relax,
-    spectral_abscissa,
 )
 from altprop.lm.text import Corpus, load_corpus
 
@@ -138,17 +137,6 @@ def test_the_problem_has_the_scales_of_its_definition(corpus: Corpus) -> None:
         assert weight.shape == (256, 256) and float(weight.detach().std()) == pytest.approx(
             1 / 16, rel=0.05
         )
-
-
-def test_the_spectral_abscissa_is_that_of_the_whole_jacobian() -> None:
-    torch.manual_seed(0)
-    dynamics = DampedAttention(8, heads=2).double()
-    x = torch.randn(1, 4, 8, dtype=torch.float64)
-    linear = dynamics.linearise(x, x)
-    columns = [linear.jvp(e.reshape(x.shape)).flatten() for e in torch.eye(32, dtype=x.dtype)]
-    exact = float(torch.linalg.eigvals(torch.stack(columns, dim=1)).real.max())
-    assert spectral_abscissa(linear.jvp, x) == pytest.approx(exact, rel=1e-6)
-    assert spectral_abscissa(linear.jvp, x, directions=12) == pytest.approx(exact, rel=0.05)
 
 
 def test_a_relaxation_without_a_stable_fixed_point_is_called_so(corpus: Corpus) -> None:

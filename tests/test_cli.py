@@ -409,30 +409,6 @@ def test_bad_input_is_answered_in_one_line(
     assert not out and not CALLS
 
 
-FILES = [
-    ("stepz: 5", "{file}: unknown option stepz: did you mean steps?"),
-    ("steps: [", "{file}: not valid YAML: while parsing a flow node expected the node content"),
-    ("steps: x", "{file}: steps: expected a whole number, got 'x'"),
-    ("steps: null", "{file}: steps: expected a whole number, got null"),
-    ("5", "{file}: expected lines such as 'steps: 1000', got '5'"),
-    ("estimator: EPP(beta=2)", "{file}: estimator: unknown class 'EPP': did you mean EP?"),
-    ("estimator: os.system", "{file}: estimator: 'os.system' cannot stand in a value"),
-    ("import: os", "{file}: unknown option import"),
-]
-
-
-@pytest.mark.parametrize(("text", "message"), FILES)
-def test_a_bad_file_is_answered_in_one_line(
-    text: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    file = tmp_path / "run.yaml"
-    file.write_text(text)
-    assert main(["train", "--config", str(file)], TABLE) == 2
-    err = capsys.readouterr().err
-    assert err.startswith(f"altprop: error: {message.format(file=file)}")
-    assert err.count("\n") == 1
-
-
 # Ends that are no bad input
 
 

@@ -31,6 +31,7 @@ from altprop import (
     PublishedEP,
     Trial,
     finite_difference_errors,
+    spectrum,
 )
 from altprop.lm.text import Batches, Corpus
 
@@ -180,42 +181,9 @@ def relax(trial: Trial) -> Rest:
     certificate = trial.model.block.certificate
     assert certificate is not None
     residual = float(certificate.free_residual.max())
-    linear = trial.model.block.dynamics.linearise(certificate.state, certificate.input)
-    abscissa = spectral_abscissa(linear.jvp, certificate.state)
+    finite = bool(torch.isfinite(certificate.state).all())
+    abscissa = float(spectrum(certificate, dimension=40).abscissa.max()) if finite else math.nan
     return Rest(residual, RELAXATION.step * residual, abscissa)
-
-
-def spectral_abscissa(
-    jvp: Callable[[Tensor], Tensor], state: Tensor, directions: int = 40
-) -> float:
-    """Return the largest real part of an eigenvalue of `J`, about.
-
-    Arnoldi's method per sample, from a random start: the eigenvalues of `J` on a Krylov subspace
-    approach the outermost ones of `J` first. Source: Saad, "Numerical Methods for Large Eigenvalue
-    Problems", chapter 6.
-
-    **Arguments:** `jvp`, `v ↦ Jv`, both `(B, ...)`; `state`, of that shape; `directions`, the size
-    of the subspace.
-    """
-    if not bool(torch.isfinite(state).all()):
-        return math.nan
-    flat = state.flatten(1)
-    size = min(directions, flat.shape[1])
-    basis = flat.new_zeros(len(flat), size + 1, flat.shape[1])
-    hessenberg = flat.new_zeros(len(flat), size + 1, size)
-    start = torch.randn(flat.shape, generator=torch.Generator().manual_seed(0)).to(flat)
-    basis[:, 0] = start / start.norm(dim=1, keepdim=True)
-    for k in range(size):
-        w = jvp(basis[:, k].reshape(state.shape)).flatten(1)
-        found = basis[:, : k + 1]
-        for _ in range(2):  # the second pass removes what the first one's rounding left
-            shares = (found @ w.unsqueeze(2)).squeeze(2)
-            w = w - (shares.unsqueeze(1) @ found).squeeze(1)
-            hessenberg[:, : k + 1, k] += shares
-        length = w.norm(dim=1)
-        hessenberg[:, k + 1, k] = length
-        basis[:, k + 1] = w / length.clamp_min(torch.finfo(w.dtype).tiny).unsqueeze(1)
-    return float(torch.linalg.eigvals(hessenberg[:, :size].double()).real.max())
 
 
 def check_reference(
