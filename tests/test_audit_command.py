@@ -273,28 +273,31 @@ def test_options_of_the_other_audit_are_refused(
     assert part in error and error.count("\n") == 1
 
 
-AUDITS = {
-    "reference": ["--seeds=2", "--repeats=1", "--rows=AEP,Implicit", "--batch=2", "--context=8"],
-    "gpt": [*GPT, "--batch=2", "--steps=3", "--rules=SignSymmetry,FeedbackAlignment"],
-    "gpt at its start": [*GPT, "--batch=2", "--rules=SignSymmetry"],
+LONG = {
+    "reference": ["audit", "--seeds=2", "--repeats=1", "--rows=AEP,Implicit", "--context=8"],
+    "gpt": ["audit", *GPT, "--steps=3", "--rules=SignSymmetry,FeedbackAlignment"],
+    "gpt at its start": ["audit", *GPT, "--rules=SignSymmetry"],
+    "end of a run": ["train", *GPT, "--steps=1", "--sample=0", "--out=run"],
 }
 
 
-@pytest.mark.parametrize("words", AUDITS.values(), ids=AUDITS)
-def test_an_audit_counts_exactly_what_it_computes(
-    words: list[str], text: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("words", LONG.values(), ids=LONG)
+def test_what_takes_long_counts_exactly_what_it_computes(
+    words: list[str], text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen: list[list[int]] = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("altprop.lab.train.plot_run", lambda folder: folder)
+    seen: list[tuple[int, int]] = []
 
     @contextmanager
     def counted(total: int, what: str) -> Iterator[Callable[[], None]]:
         made: list[int] = []
         yield lambda: made.append(1)
-        seen.append([len(made), total])
+        seen.append((len(made), total))
 
-    for module in ("audit_command", "audit_gpt"):
+    for module in ("audit_command", "audit_gpt", "train"):
         monkeypatch.setattr(f"altprop.lab.{module}.counting", counted)
-    assert main(["audit", "--data", text, "--d_model=16", "--heads=2", *words]) == 0
+    assert main([*words, "--data", text, "--d_model=16", "--heads=2", "--batch=2"]) == 0
     ((made, total),) = seen
     assert made == total > 0
 
