@@ -91,7 +91,7 @@ def audit_gpt(
             controls[name] = trained(run, lambda state: None).loss
     problem = {k: plain(v) for k, v in vars(config).items() if k not in ("rule", "rules")}
     report = AuditReport(
-        reports[0].reference,
+        replace(reports[0].reference, norms={}),  # of every row another, as the weights change
         [row for report in reports for row in report.rows],
         reports[0].trials,
         {"problem": problem, "controls": controls, "rules": audits},
