@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import io
 import json
 import random
+import shlex
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
-from altprop import AuditReport, ConfigError, DampedAttention, DataError
+from altprop import AuditReport, ConfigError, DataError
 from altprop.lab.audit_command import audit
 from altprop.lab.cli import main
+from altprop.lab.display import counting
 from altprop.lab.reference import (
     REFERENCE,
     Rest,
@@ -23,7 +29,6 @@ from altprop.lab.reference import (
     make_trial,
     reference_trial,
     relax,
-    spectral_abscissa,
 )
 from altprop.lm.text import Corpus, load_corpus
 
@@ -134,17 +139,6 @@ def test_the_problem_has_the_scales_of_its_definition(corpus: Corpus) -> None:
         )
 
 
-def test_the_spectral_abscissa_is_that_of_the_whole_jacobian() -> None:
-    torch.manual_seed(0)
-    dynamics = DampedAttention(8, heads=2).double()
-    x = torch.randn(1, 4, 8, dtype=torch.float64)
-    linear = dynamics.linearise(x, x)
-    columns = [linear.jvp(e.reshape(x.shape)).flatten() for e in torch.eye(32, dtype=x.dtype)]
-    exact = float(torch.linalg.eigvals(torch.stack(columns, dim=1)).real.max())
-    assert spectral_abscissa(linear.jvp, x) == pytest.approx(exact, rel=1e-6)
-    assert spectral_abscissa(linear.jvp, x, directions=12) == pytest.approx(exact, rel=0.05)
-
-
 def test_a_relaxation_without_a_stable_fixed_point_is_called_so(corpus: Corpus) -> None:
     assert relax(make_trial(corpus, SIZES, 0)).verdict.startswith("stable fixed point")
     wild = relax(make_trial(corpus, replace(SIZES, scale=30.0), 0))
@@ -230,18 +224,18 @@ def test_the_gpt_audit_follows_each_rule_layer_by_layer_while_it_trains(
     words += ["--rules", "SignSymmetry,DirectFeedback,KolenPollack"]
     assert main([*words, "--json", str(json_file), "--png", str(png)]) == 0
     data = json.loads(json_file.read_text())
-    assert data["reference"] == "backprop" and set(data["controls"]) == {"backprop", "frozen"}
-    rows = {row["rule"]: row for row in data["rows"]}
-    assert list(rows) == ["SignSymmetry", "DirectFeedback", "KolenPollack"]
-    for row in rows.values():
-        assert row["steps"] == [0, 2, 4, 6, 8]
-        layers = ["tokens", "positions", "blocks.0", "blocks.1", "norm", "head"]
-        assert list(row["layers"]) == layers
-        assert all(len(found) == 5 for found in row["layers"].values())
-        head = row["layers"]["head"][0]  # what stands above every rule is exact
-        assert head["cosine"] == pytest.approx(1, abs=1e-6)
-    assert rows["DirectFeedback"]["layers"]["tokens"][0]["cosine"] == pytest.approx(1, abs=1e-5)
-    assert rows["SignSymmetry"]["layers"]["tokens"][0]["cosine"] < 0.99
+    assert data["reference"]["name"] == "backprop"
+    assert set(data["controls"]) == {"backprop", "frozen"}
+    assert list(data["rules"]) == ["SignSymmetry", "DirectFeedback", "KolenPollack"]
+    assert all(rule["steps"] == [0, 2, 4, 6, 8] for rule in data["rules"].values())
+    rows = {row["estimator"]: row["parameters"] for row in data["rows"]}
+    assert list(rows) == [f"{name}, step {at}" for name in data["rules"] for at in range(0, 9, 2)]
+    for layers in rows.values():
+        assert list(layers) == ["tokens", "positions", "blocks.0", "blocks.1", "norm", "head"]
+        # what stands above every rule is exact
+        assert layers["head"]["cosine"] == pytest.approx(1, abs=1e-6)
+    assert rows["DirectFeedback, step 0"]["tokens"]["cosine"] == pytest.approx(1, abs=1e-5)
+    assert rows["SignSymmetry, step 0"]["tokens"]["cosine"] < 0.99
     assert png.stat().st_size > 10_000
 
 
@@ -253,7 +247,10 @@ def test_the_gpt_audit_trains_for_exactly_the_steps_that_were_asked_for(
     words = ["--rules", "SignSymmetry", "--steps", str(count), "--json", str(file)]
     assert main(["audit", "--data", text, *GPT, "--batch", "2", *words]) == 0
     data = json.loads(file.read_text())
-    assert data["rows"][0]["steps"] == places
+    assert data["rules"]["SignSymmetry"]["steps"] == places
+    value = json.dumps([data["rules"]["SignSymmetry"]["value"]])
+    words = ["--rules", value, "--layers", "2", "--steps", str(count)]
+    assert shlex.split(data["command"])[-6:] == words
     assert bool(data["controls"]) == (count > 0)
 
 
@@ -274,3 +271,46 @@ def test_options_of_the_other_audit_are_refused(
     assert main(["audit", "--data", text, *words]) == 2
     error = capsys.readouterr().err
     assert part in error and error.count("\n") == 1
+
+
+LONG = {
+    "reference": ["audit", "--seeds=2", "--repeats=1", "--rows=AEP,Implicit", "--context=8"],
+    "gpt": ["audit", *GPT, "--steps=3", "--rules=SignSymmetry,FeedbackAlignment"],
+    "gpt at its start": ["audit", *GPT, "--rules=SignSymmetry"],
+    "end of a run": ["train", *GPT, "--steps=1", "--sample=0", "--out=run"],
+}
+
+
+@pytest.mark.parametrize("words", LONG.values(), ids=LONG)
+def test_what_takes_long_counts_exactly_what_it_computes(
+    words: list[str], text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("altprop.lab.train.plot_run", lambda folder: folder)
+    seen: list[tuple[int, int]] = []
+
+    @contextmanager
+    def counted(total: int, what: str) -> Iterator[Callable[[], None]]:
+        made: list[int] = []
+        yield lambda: made.append(1)
+        seen.append((len(made), total))
+
+    for module in ("audit_command", "audit_gpt", "train"):
+        monkeypatch.setattr(f"altprop.lab.{module}.counting", counted)
+    assert main([*words, "--data", text, "--d_model=16", "--heads=2", "--batch=2"]) == 0
+    ((made, total),) = seen
+    assert made == total > 0
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_what_takes_long_shows_on_a_terminal_alone_how_far_it_is_and_the_time_left(
+    terminal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=terminal, width=80)
+    monkeypatch.setattr("altprop.lab.display.Console", lambda: console)
+    with counting(4, "gradient") as count:
+        for _ in range(3):
+            count()
+    assert ("gradient 3/4" in out.getvalue() and "left" in out.getvalue()) == terminal
+    assert terminal or not out.getvalue().strip()

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import altprop as ap
 from altprop import AbstractArm
 from altprop.auditing.agreement import Agreement, Flag, compare, compare_all, summarise
-from altprop.auditing.report import Cost, Measured, Outcome, Reference, Row, Words
+from altprop.auditing.rows import Cost, Measured, Outcome, Reference, Row, Words
 
 Gradients = dict[str, Tensor]
 
@@ -109,6 +109,31 @@ def test_another_seed_is_another_arm_with_another_feedback() -> None:
     with pytest.raises(ap.ConfigError, match="is the reference itself"):
         ap.audit(network(), batches(), mean_square, [ap.RuleArm(rule, seed=0, name="b")], arms[0])
     ap.audit(network(), batches(), mean_square, [arms[1]], arms[0], repeats=0)
+
+
+def test_a_converted_model_is_audited_as_it_stands_part_by_part_and_its_feedback_is_no_part() -> (
+    None
+):
+    rule = ap.KolenPollack()
+    drawn = ap.audit(
+        network(), batches(), mean_square, [ap.RuleArm(rule, seed=3)], ap.Backprop(), repeats=0
+    )
+    model = ap.convert(network(), rule, seed=3)
+    arms, exact = [ap.Installed()], ap.Installed(exact=True)
+    each = ap.audit(model, batches(), mean_square, arms, exact, repeats=0)
+    assert each.rows[0].parameters == drawn.rows[0].parameters
+    layers = ap.audit(
+        model, batches(), mean_square, arms, exact, repeats=0, by=lambda name: name.split(".")[0]
+    )
+    assert list(layers.rows[0].parameters) == ["0", "2"]
+    assert layers.rows[0].whole == drawn.rows[0].whole
+
+    first = [flat({n: g for n, g in taken(network(), b).items() if n[0] == "0"}) for b in batches()]
+    assert layers.reference.norms["0"] == pytest.approx(sum(float(g.norm()) for g in first) / 3)
+    with torch.no_grad():
+        ap.feedback_parameters(model)[-1].mul_(-1)  # what it has learned is what is looked at
+    other = ap.audit(model, batches(), mean_square, arms, exact, repeats=0)
+    assert other.rows[0].parameters["0.weight"] != each.rows[0].parameters["0.weight"]
 
 
 def test_a_frozen_parameter_is_no_part_of_an_audit() -> None:

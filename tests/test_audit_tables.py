@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 import altprop as ap
-from altprop.auditing import report as audit_report
 from altprop.auditing.agreement import Agreement, Flag
-from altprop.auditing.report import Cost, Measured, Outcome, Reference, Row, Words, cut
+from altprop.auditing.rows import Cost, Measured, Outcome, Reference, Row, Words
+from altprop.auditing.tables import cut
 
 WHOLE = (
     Agreement(0.75, 1.2, 0.11, 0.61, True),
@@ -112,7 +112,7 @@ def test_a_file_is_written_whole_or_not_at_all(
     def fail(source: object, target: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(audit_report.os, "replace", fail)
+    monkeypatch.setattr("os.replace", fail)
     with pytest.raises(ap.DataError, match="No space left on device"):
         report(3).write_json(path)
     assert path.read_text() == before and list(tmp_path.iterdir()) == [path]
@@ -122,8 +122,6 @@ def test_times_are_medians_in_milliseconds_of_every_arm_in_turn(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     import torch
-
-    from altprop.auditing import audit as auditing
 
     took = iter([0.001, 0.1, 0.003, 0.2, 0.5, 0.9])  # the reference's and the arm's, in turn
     now, running = 0.0, False
@@ -135,7 +133,7 @@ def test_times_are_medians_in_milliseconds_of_every_arm_in_turn(
         running = not running
         return now
 
-    monkeypatch.setattr(auditing.time, "perf_counter", clock)
+    monkeypatch.setattr("time.perf_counter", clock)
     x, y = torch.randn(2, 3, 4)
     report = ap.audit(
         torch.nn.Linear(4, 4),

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from altprop.errors import ConfigError
 from altprop.lab.config import read_config, read_values, to_yaml, write_config
-from altprop.lab.values import changed, fit
+from altprop.lab.values import fit
+from altprop.lab.words import changed
 
 
 class AbstractShape(ABC):
@@ -188,9 +189,7 @@ BAD: list[tuple[str, str]] = [
     ("shape: Plain", "unknown class 'Plain'"),
     ("shape: test_config.Circle", "'test_config.Circle' cannot stand in a value"),
     ("shape: Square", r"shape.side is missing: write Square\(side=…\)"),
-    ("shape: Circle(radus=1)", "shape.radus of Circle: did you mean shape.radius"),
     ("shape: Circle(1, 2, 3)", "shape: 3 values for Circle: it takes radius, inner"),
-    ("shape: Circle(1, radius=1)", "shape: 'radius' stands twice: keep one of them"),
     ("shape: Circle(radius=x)", "shape.radius: expected a number, got x()"),
     (
         "shape: Circle(inner=Circle(1, 2))",

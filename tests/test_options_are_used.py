@@ -231,7 +231,7 @@ def test_every_option_of_audit_changes_the_figures_or_is_refused(
 ) -> None:
     assert AUDIT.keys() == inspect.signature(audit).parameters.keys()
     # none of them is a figure that is looked at here, and all take long
-    monkeypatch.setattr("altprop.auditing.audit.peak_live_bytes", lambda *_: 0)
+    monkeypatch.setattr("altprop.auditing.measure.peak_live_bytes", lambda *_: 0)
     monkeypatch.setattr("altprop.lab.audit_command.relax", lambda trial: Rest(0.0, 0.0, -1.0))
     checked = {
         "relative_error": 0.0,

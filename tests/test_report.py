@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from altprop import CheckpointError, ConfigError
-from altprop.lab import checkpoint, report
+from altprop import CheckpointError
+from altprop.lab import report
 from altprop.lab.display import Display
 from altprop.lab.evaluation import Evaluation
 from altprop.lab.report import plot_run, read_metrics
@@ -97,20 +96,6 @@ def test_an_evaluation_at_no_fixed_point_is_marked_in_the_picture(tmp_path: Path
     assert not has_colour(matplotlib.image.imread(plot_run(write(tmp_path, records))), RED)
     records.append({"step": 2, "validation_loss": 2.0, "validation_settled": False})
     assert has_colour(matplotlib.image.imread(plot_run(write(tmp_path, records))), RED)
-
-
-def test_without_matplotlib_the_run_is_whole_and_says_what_to_install(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    result = train(small(tmp_path / "run", sample=5))
-    assert len(result.sample) == 5
-    assert checkpoint.load(tmp_path / "run" / "last.safetensors").notes["progress"]["step"] == 8
-    assert 'no curves: plots need matplotlib: pip install "altprop[plots]"' in " ".join(
-        capsys.readouterr().out.split()
-    )
-    with pytest.raises(ConfigError, match="pip install"):
-        plot_run(tmp_path / "run")
 
 
 def test_metrics_that_are_none_are_refused(tmp_path: Path) -> None:

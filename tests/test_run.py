@@ -110,6 +110,38 @@ def test_the_printed_command_goes_on_also_in_a_folder_with_spaces_and_quotes(
     assert len(steps(folder)) == 8
 
 
+OWN = """
+from dataclasses import dataclass
+from altprop import AbstractSolver, Anderson
+
+@dataclass(frozen=True)
+class OwnSolver(AbstractSolver):
+    tol: float = 1e-3
+    max_steps: int = 20
+    def solve(self, *args, **kwargs):
+        return Anderson(tol=self.tol, max_steps=self.max_steps).solve(*args, **kwargs)
+"""
+
+
+def test_the_printed_command_imports_what_the_run_needs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    Path("own_parts.py").write_text(OWN)
+    config = small(tmp_path / "run", block="damped", stabiliser=None)
+    own = ["--import", "own_parts", "--estimator", "AEP(solver=OwnSolver())", "--solver"]
+    with monkeypatch.context() as patch:
+        when_logged(patch, 2, interrupt)
+        argv = ["train", *words(config, "block"), "--stabiliser", "null", *own, "Anderson"]
+        assert main(argv) == 130
+    command = shlex.split(capsys.readouterr().out.splitlines()[-1])
+    assert command[:4] == ["altprop", "train", "--import", "own_parts"]
+    done = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert len(steps(tmp_path / "run")) == 8
+
+
 def test_a_second_interrupt_stops_at_once_and_keeps_the_last_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,7 +16,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from altprop.errors import AltpropError, CheckpointError, ConfigError, DataError
-from altprop.lm import text
 from altprop.lm.text import (
     Batches,
     CharTokenizer,
@@ -55,7 +54,7 @@ def test_decoding_inverts_encoding(sample: str) -> None:
 def test_the_vocabulary_is_the_sorted_distinct_characters(sample: str) -> None:
     tokenizer = CharTokenizer.from_text(sample)
     assert list(tokenizer.vocab) == sorted(set(sample))
-    assert len(tokenizer) == tokenizer.size == len(set(sample))
+    assert len(tokenizer) == len(set(sample))
 
 
 @given(texts)
@@ -76,7 +75,7 @@ def test_a_vocabulary_file_shows_its_characters(tmp_path: Path) -> None:
 def test_encoding_in_pieces_is_encoding(monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = CharTokenizer.from_text(SAMPLE)
     whole = tokenizer.encode(SAMPLE)
-    monkeypatch.setattr(text, "CHUNK", 7)
+    monkeypatch.setattr("altprop.lm.text.tokenizer.CHUNK", 7)
     assert np.array_equal(tokenizer.encode(SAMPLE), whole)
 
 
@@ -206,8 +205,8 @@ def test_batches_go_on_from_the_state_of_their_generator() -> None:
     expected = [x for x, _ in (batches.draw(), batches.draw())]
     generator = torch.Generator()
     generator.set_state(state)
-    resumed = iter(Batches(tokens(), 4, 8, generator))
-    assert all(torch.equal(next(resumed)[0], x) for x in expected)
+    resumed = Batches(tokens(), 4, 8, generator)
+    assert all(torch.equal(resumed.draw()[0], x) for x in expected)
 
 
 def test_batches_reach_the_first_and_the_last_window_and_no_further() -> None:
@@ -350,7 +349,7 @@ def test_a_foreign_id_is_found_in_any_piece(
     ids = np.fromfile(folder / "train.bin", dtype=np.uint16)
     ids[-1] = len(set(SAMPLE))
     ids.tofile(folder / "train.bin")
-    monkeypatch.setattr(text, "CHUNK", 7)
+    monkeypatch.setattr("altprop.lm.text.prepared.CHUNK", 7)
     with pytest.raises(DataError, match=f"holds the id {len(set(SAMPLE))}, but"):
         load_corpus(folder)
 

@@ -18,10 +18,12 @@ from hypothesis import strategies as st
 
 import altprop as ap
 from altprop.errors import ConfigError
+from altprop.lab.choices import choices, types_of
 from altprop.lab.cli import main
 from altprop.lab.config import read_config, write_config
+from altprop.lab.help import brief
 from altprop.lab.settings import TrainConfig
-from altprop.lab.values import DEEPEST, LONGEST, Call, choices, fit, parse, plain, types_of
+from altprop.lab.values import DEEPEST, LONGEST, Call, fit, parse, plain
 
 BASES = (ap.AbstractRule, ap.AbstractEstimator, ap.AbstractSolver, ap.AbstractStabiliser)
 # not those of other tests
@@ -69,6 +71,8 @@ def test_every_choice_reads_back_from_its_repr(base: type, name: str, tmp_path: 
         assert fit(base, repr(value), "x") == value
         assert type(fit(base, repr(value), "x")) is type(value)
         assert plain(value) == repr(value)
+        assert fit(base, brief(value), "x") == value
+    assert brief(default) == f"{name}()"
     assert (default != changed) == bool(types_of(type(default)))
     assert fit(base, name, "x") == fit(base, f" {name}( ) ", "x") == default
 

@@ -14,16 +14,18 @@ __version__ = "0.1.0.dev0"
 
 if TYPE_CHECKING:  # what the table below means, for type checkers and editors
     from altprop.auditing.agreement import Agreement as Agreement, compare as compare
-    from altprop.auditing.report import AuditReport as AuditReport
-    from altprop.auditing.audit import (
+    from altprop.auditing.arms import (
         AbstractArm as AbstractArm,
         Arm as Arm,
+        Installed as Installed,
         RuleArm as RuleArm,
+    )
+    from altprop.auditing.audit import audit as audit, audit_trials as audit_trials
+    from altprop.auditing.measure import (
         Trial as Trial,
-        audit as audit,
-        audit_trials as audit_trials,
         finite_difference_errors as finite_difference_errors,
     )
+    from altprop.auditing.report import AuditReport as AuditReport
     from altprop.auditing.step import (
         StepAudit as StepAudit,
         StepRow as StepRow,
@@ -142,10 +144,10 @@ if TYPE_CHECKING:  # what the table below means, for type checkers and editors
 
 _EXPORTS = {
     "altprop.auditing.agreement": "Agreement compare",
+    "altprop.auditing.arms": "AbstractArm Arm Installed RuleArm",
+    "altprop.auditing.audit": "audit audit_trials",
+    "altprop.auditing.measure": "Trial finite_difference_errors",
     "altprop.auditing.report": "AuditReport",
-    "altprop.auditing.audit": (
-        "AbstractArm Arm RuleArm Trial audit audit_trials finite_difference_errors"
-    ),
     "altprop.auditing.step": "StepAudit StepRow Verdict audit_step",
     "altprop.auditing.watch": "Read Reading Watched watch",
     "altprop.conversion.convert": "convert revert rules_off",

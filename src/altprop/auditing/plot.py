@@ -9,7 +9,8 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
-from altprop.auditing.report import AuditReport, Row, cut
+from altprop.auditing.rows import Reference, Row
+from altprop.auditing.tables import cut
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart; more parameters than these are
 # shown in a colour scale from first to last.
@@ -17,15 +18,15 @@ FEW = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00")
 GROUP = 0.82  # the width of a group of bars; groups are 1 apart
 
 
-def draw(report: AuditReport) -> Figure:
-    """Draw a report; a bar is the mean over the trials, its whisker their range."""
-    names = list(report.rows[0].parameters)
+def draw(reference: Reference, rows: Sequence[Row], trials: int) -> Figure:
+    """Draw an audit; a bar is the mean over the trials, its whisker their range."""
+    names = list(rows[0].parameters)
     few = len(names) <= len(FEW)
     if few:
         colours: Sequence[Any] = FEW[: len(names)]
     else:
         colours = [colormaps["viridis"](i / (len(names) - 1)) for i in range(len(names))]
-    width = min(20.0, max(6.5, 1.0 + 1.25 * len(report.rows)))
+    width = min(20.0, max(6.5, 1.0 + 1.25 * len(rows)))
     figure = Figure(figsize=(width, 6.4), layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True)
     for axis, key, label in (
@@ -33,23 +34,22 @@ def draw(report: AuditReport) -> Figure:
         (lower, "norm_ratio", "norm ratio  ‖ĝ‖ / ‖g‖"),
     ):
         for place, name in enumerate(names):
-            _bars(axis, report, key, name, place, colours)
-        for group, row in enumerate(report.rows):
+            _bars(axis, rows, key, name, place, colours)
+        for group, row in enumerate(rows):
             _caption(axis, row, key, group)
         axis.axhline(1, color="0.3", linewidth=0.8, zorder=0.5)
         axis.set_ylabel(label)
         axis.grid(axis="y", color="0.9", zorder=0)
         axis.spines[["top", "right"]].set_visible(False)
         axis.tick_params(axis="x", length=0)
-    _frame(upper, lower, report)
+    _frame(upper, lower, rows)
     lower.set_xticks(
-        range(len(report.rows)),
-        [row.arm.name.replace(" (", "\n(").replace(", ", ",\n") for row in report.rows],
+        range(len(rows)),
+        [row.arm.name.replace(" (", "\n(").replace(", ", ",\n") for row in rows],
     )
-    lower.set_xlim(-0.6, len(report.rows) - 0.4)
-    trials = len(report.trials)
+    lower.set_xlim(-0.6, len(rows) - 0.4)
     figure.suptitle(
-        f"Gradients beside {report.reference.arm.name}"
+        f"Gradients beside {reference.arm.name}"
         + (f"; mean and range of {trials} trials" if trials > 1 else ""),
         x=0.01,
         ha="left",
@@ -68,11 +68,11 @@ def draw(report: AuditReport) -> Figure:
 
 
 def _bars(
-    axis: Any, report: AuditReport, key: str, name: str, place: int, colours: Sequence[Any]
+    axis: Any, rows: Sequence[Row], key: str, name: str, place: int, colours: Sequence[Any]
 ) -> None:
     """Draw one parameter's bars; a cross stands where there is no figure."""
     size = GROUP / len(colours)
-    for group, row in enumerate(report.rows):
+    for group, row in enumerate(rows):
         agreements = row.parameters[name]
         values = [v for t in agreements.trials if (v := getattr(t, key)) is not None]
         x = group + (place - (len(colours) - 1) / 2) * size
@@ -106,13 +106,13 @@ def _caption(axis: Any, row: Row, key: str, group: int) -> None:
     )
 
 
-def _frame(upper: Any, lower: Any, report: AuditReport) -> None:
+def _frame(upper: Any, lower: Any, rows: Sequence[Row]) -> None:
     """Set the axes so that perfect agreement stands at the same place in every audit."""
-    cosines = [v for row in report.rows if (v := row.worst("cosine")) is not None]
+    cosines = [v for row in rows if (v := row.worst("cosine")) is not None]
     upper.set_ylim(min(0.0, 1.08 * min(cosines, default=0.0)), 1.05)
     ratios = [
         r
-        for row in report.rows
+        for row in rows
         for a in row.parameters.values()
         for t in a.trials
         if (r := t.norm_ratio) is not None and r > 0

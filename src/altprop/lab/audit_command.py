@@ -5,8 +5,9 @@ from __future__ import annotations
 import platform
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
+from json import dumps
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,10 @@ import altprop
 from altprop import AbstractRule, AuditReport, ConfigError, Trial, audit_trials
 from altprop.errors import unknown
 from altprop.lab.audit_gpt import audit_gpt
+from altprop.lab.choices import defaults_of
+from altprop.lab.display import counting
 from altprop.lab.reference import (
+    CHECKS,
     REFERENCE,
     RELAXATION,
     Rest,
@@ -28,8 +32,14 @@ from altprop.lab.reference import (
     relax,
 )
 from altprop.lab.settings import TrainConfig
+from altprop.lab.values import plain
 from altprop.lm.text import Corpus, describe, load_corpus
 
+# what only one of the audits has, so that an option of the other is refused and not ignored
+_OWN = {
+    "equilibrium": ("seeds", "rows", "repeats", "phase_steps", "scale", "damping"),
+    "gpt": ("rules", "layers", "steps"),
+}
 FINITE_DIFFERENCES = 1e-6  # the relative error up to which the reference counts as confirmed
 
 
@@ -53,7 +63,7 @@ def audit(
     steps: int = 0,
     json: Path | None = None,
     png: Path | None = None,
-) -> AuditReport | None:
+) -> AuditReport:
     """Compare the gradients of learning rules with an exact one.
 
     With `--model gpt` the `--rules` are compared with backprop on a GPT, layer by layer, at its
@@ -85,22 +95,21 @@ def audit(
         png: File to write a picture to; needs matplotlib.
 
     Returns:
-        The report that was printed; nothing of a gpt.
+        The report that was printed.
     """
-    if model not in ("equilibrium", "gpt"):
-        raise unknown("model", model, ("equilibrium", "gpt"))
+    options = dict(locals())
+    if model not in _OWN:
+        raise unknown("model", model, _OWN)
+    default = defaults_of(audit)
+    foreign = [name for other, names in _OWN.items() if other != model for name in names]
+    if given := [f"--{name}" for name in foreign if options[name] != default[name]]:
+        raise ConfigError(f"the audit of model {model} has no {', '.join(given)}: leave that out")
     if json is not None and json == png:
         raise ConfigError(f"json and png are both {json}: give each a file of its own")
+    for path in (json, png):
+        if path is not None:
+            AuditReport.check_target(path, plot=path is png)
     if model == "gpt":
-        _refuse_others(
-            "gpt",
-            seeds=seeds != 3,
-            rows=rows is not None,
-            repeats=repeats != 3,
-            phase_steps=phase_steps != 100,
-            scale=scale != 1,
-            damping=damping != 1,
-        )
         if not rules:
             raise ConfigError(
                 "--model gpt needs rules: write --rules FeedbackAlignment,SignSymmetry"
@@ -109,98 +118,96 @@ def audit(
             raise ConfigError(f"steps is {steps}, expected at least 0")
         config = TrainConfig(
             data=data, model="gpt", layers=layers, d_model=d_model, heads=heads, context=context,
-            batch=batch, seed=seed, steps=max(1, steps), warmup=min(100, steps // 10),
+            batch=batch, seed=seed, steps=max(1, steps), warmup=min(100, steps // 10), device="cpu",
         )  # fmt: skip
-        table, checks = audit_gpt(rules, config, json, png, training=steps > 0)
-        console = Console(width=None if sys.stdout.isatty() else 100, highlight=False)
-        console.print(table)
-        for line in [*checks, *(f"wrote {path}" for path in (json, png) if path)]:
-            console.print(line, markup=False)
-        return None
-    _refuse_others("equilibrium", rules=bool(rules), layers=layers != 4, steps=steps != 0)
-    for path in (json, png):
-        if path is not None:
-            AuditReport.check_target(path, plot=path is png)
-    if seeds < 1:
-        raise ConfigError(f"seeds is {seeds}, expected at least 1")
+        report, said = audit_gpt(rules, config, training=steps > 0)
+    else:
+        sizes = Sizes(batch, context, d_model, heads, scale, damping)
+        every = range(seed, seed + seeds)
+        report, said = _audit_reference(data, every, rows, repeats, phase_steps, sizes)
+    made = {
+        "versions": {
+            "altprop": altprop.__version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+        "threads": torch.get_num_threads(),
+        "command": _command({k: v for k, v in options.items() if k not in foreign}),
+    }
+    report = replace(report, extra={**report.extra, **made})
+    console = Console(width=None if sys.stdout.isatty() else 100, highlight=False)
+    console.print(report)
+    if json is not None:
+        said.append(f"wrote {report.write_json(json)}")
+    if png is not None:
+        said.append(f"wrote {report.plot(png)}")
+    for line in said:
+        console.print(line, markup=False)
+    return report
+
+
+def _audit_reference(
+    data: str,
+    seeds: Sequence[int],
+    rows: tuple[str, ...] | None,
+    repeats: int,
+    phase_steps: int,
+    sizes: Sizes,
+) -> tuple[AuditReport, list[str]]:
+    """Audit the estimators on the reference problem; return a report and what is to be said of it.
+
+    **Raises:** `ConfigError` for no seed, and for rows that are not there.
+    """
+    if not seeds:
+        raise ConfigError(f"seeds is {len(seeds)}, expected at least 1")
     arms = {arm.describe().name: arm for arm in make_arms(phase_steps)}
     if rows == ():
         raise ConfigError(f"rows is empty: leave it out, or name some of {', '.join(arms)}")
     for row in rows or ():
         if row not in arms:
             raise unknown("row", row, arms)
+    chosen = [arm for name, arm in arms.items() if rows is None or name in rows]
     corpus = load_corpus(data)
-    sizes = Sizes(batch, context, d_model, heads, scale, damping)
-    console = Console(width=None if sys.stdout.isatty() else 100)
     rests: list[Rest] = []
 
-    with console.status("") as status:
+    def trials() -> Iterator[Trial]:
+        for seed in seeds:
+            trial = make_trial(corpus, sizes, seed, count)
+            rests.append(relax(trial))
+            yield trial
 
-        def trials() -> Iterator[Trial]:
-            for number in range(seeds):
-                status.update(f"seed {number + 1} of {seeds}")
-                trial = make_trial(corpus, sizes, seed + number)
-                rests.append(relax(trial))
-                yield trial
-
-        chosen = [arm for name, arm in arms.items() if rows is None or name in rows]
+    # the arms and the reference, once for every seed and on the first also for times and memory
+    losses = (len(chosen) + 1) * (len(seeds) + repeats + 1) + len(seeds)
+    with counting(losses + CHECKS, "gradient") as count:
         report = audit_trials(trials(), chosen, REFERENCE, repeats=repeats)
-        status.update("checking the reference by finite differences")
-        checked = check_reference(corpus, sizes, seed)
+        checked = check_reference(corpus, sizes, seeds[0], count)
 
     rest = Rest(
         max(r.force_residual for r in rests),
         max(r.step_residual for r in rests),
         max(r.abscissa for r in rests),
     )
-    options = {"data": data, "seeds": seeds, "seed": seed, "repeats": repeats,
-               "phase_steps": phase_steps, "batch": batch, "context": context,
-               "d_model": d_model, "heads": heads, "scale": scale, "damping": damping}  # fmt: skip
-    report = replace(
-        report,
-        extra={
-            "seeds": list(range(seed, seed + seeds)),
-            "free_phase": {
-                "solver": repr(RELAXATION),
-                **asdict(rest),
-                "verdict": rest.verdict,
-                "trials": [asdict(r) for r in rests],
-            },
-            "finite_difference": checked,
-            "problem": {
-                **asdict(sizes),
-                "loss": "mean cross-entropy over all tokens",
-                "corpus": _identity(corpus),
-            },
-            "versions": {
-                "altprop": altprop.__version__,
-                "torch": torch.__version__,
-                "python": platform.python_version(),
-            },
-            "threads": torch.get_num_threads(),
-            "command": _command({**options, "rows": _as_list(rows)}),
+    found = {
+        "seeds": list(seeds),
+        "free_phase": {
+            "solver": repr(RELAXATION),
+            **asdict(rest),
+            "verdict": rest.verdict,
+            "trials": [asdict(r) for r in rests],
         },
-    )
-    console.print(report.table())
-    console.print(f"Free phase ({_seeds(seeds)}): {rest.verdict}; step residual "
-                  f"{rest.step_residual:.1e}.", highlight=False)  # fmt: skip
-    console.print(_finite_differences(checked), highlight=False)
-    if json is not None:
-        console.print(f"wrote {report.write_json(json)}", highlight=False)
-    if png is not None:
-        console.print(f"wrote {report.plot(png)}", highlight=False)
-    return report
-
-
-def _refuse_others(model: str, **given: bool) -> None:
-    """Refuse options that belong to the audit of the other model, rather than ignore them."""
-    names = [f"--{name}" for name, is_given in given.items() if is_given]
-    if names:
-        raise ConfigError(f"the audit of model {model} has no {', '.join(names)}: leave that out")
-
-
-def _seeds(count: int) -> str:
-    return "1 seed" if count == 1 else f"worst of {count} seeds"
+        "finite_difference": checked,
+        "problem": {
+            **asdict(sizes),
+            "loss": "mean cross-entropy over all tokens",
+            "corpus": _identity(corpus),
+        },
+    }
+    worst = "1 seed" if len(seeds) == 1 else f"worst of {len(seeds)} seeds"
+    said = [
+        f"Free phase ({worst}): {rest.verdict}; step residual {rest.step_residual:.1e}.",
+        _finite_differences(checked),
+    ]
+    return replace(report, extra=found), said
 
 
 def _finite_differences(checked: dict[str, Any]) -> str:
@@ -218,14 +225,11 @@ def _identity(corpus: Corpus) -> dict[str, Any]:
     return {key: facts[key] for key in keys}
 
 
-def _as_list(rows: tuple[str, ...] | None) -> str | None:
-    """Write names as the command line reads them back."""
-    return None if rows is None else "[" + ", ".join(f'"{row}"' for row in rows) + "]"
-
-
-def _command(options: dict[str, Any]) -> str:
+def _command(options: Mapping[str, Any]) -> str:
+    """Return the words that compute the same figures again."""
     words = ["altprop", "audit"]
     for name, value in options.items():
-        if value is not None:
-            words += [f"--{name}", str(value)]
+        if value is not None and name not in ("json", "png"):
+            text = dumps(plain(value)) if isinstance(value, tuple) else str(value)
+            words += [f"--{name}", text]
     return shlex.join(words)

@@ -11,11 +11,8 @@ import errno
 import importlib
 import inspect
 import os
-import re
 import sys
-import textwrap
 import typing
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -115,8 +112,11 @@ def _call(prog: str, function: Callable[..., Any], argv: Sequence[str]) -> None:
     The keyword-only parameters of the function are options; the others may also be written without
     their name. If its only parameter is a dataclass, the fields of that are the options.
     """
+    from altprop.lab.choices import defaults_of, no_option, types_of
     from altprop.lab.config import read_values, to_yaml
-    from altprop.lab.values import changed, defaults_of, fit, no_option, types_of
+    from altprop.lab.help import help_on_class, print_help
+    from altprop.lab.values import fit
+    from altprop.lab.words import changed, pairs_of
 
     parameters = list(inspect.signature(function).parameters.values())
     target: Any = function
@@ -126,7 +126,7 @@ def _call(prog: str, function: Callable[..., Any], argv: Sequence[str]) -> None:
     places = [p.name for p in parameters if p.kind is not p.KEYWORD_ONLY and target is function]
     types, values = types_of(target), defaults_of(target)
     option = {name: name.upper() if name in places else f"--{name}" for name in types}
-    pairs = _pairs(prog, argv, [name for name, hint in types.items() if hint is bool], places)
+    pairs = pairs_of(prog, argv, [name for name, hint in types.items() if hint is bool], places)
     for name, text in pairs:
         if name not in _EVERYWHERE and name.partition(".")[0] not in types:
             parts = (f"{n}.{p}" for n, v in values.items() for p in getattr(v, "__dict__", ()))
@@ -140,11 +140,11 @@ def _call(prog: str, function: Callable[..., Any], argv: Sequence[str]) -> None:
     if helped := [name for name in asked if name.rpartition(".")[2] == "help"]:
         name, _, _ = helped[0].rpartition(".")
         if name:
-            _help_on_class(name, types.get(name), asked[helped[0]], values.get(name))
+            help_on_class(name, types.get(name), asked[helped[0]], values.get(name))
         else:
             shown = [f"[{p.upper()}]" if p in values else p.upper() for p in places]
             print("usage:", *[prog, *shown, "[--option VALUE ...]"], end="\n\n")
-            _help(function, target, _EVERYWHERE)
+            print_help(function, target, _EVERYWHERE)
         return
     for name, text in pairs:
         if name == "config":
@@ -176,42 +176,6 @@ _EVERYWHERE = {
 }
 
 
-def _pairs(
-    prog: str, argv: Sequence[str], switches: Sequence[str], places: Sequence[str]
-) -> list[tuple[str, str | None]]:
-    """Return the name of each option that is written, in order, and what is written for it."""
-    words, free, options = deque(argv), deque(places), True
-    pairs: list[tuple[str, str | None]] = []
-    while words:
-        word = words.popleft()
-        name, equals, value = word.partition("=")
-        key = name.removeprefix("--").replace("-", "_")
-        if options and word == "--":
-            options = False
-        elif not (options and _is_option(word)):
-            if not free:
-                raise ConfigError(f"unexpected argument {word!r}: {prog} --help lists the options")
-            pairs.append((free.popleft(), word))
-        elif word == "-h":
-            pairs.append(("help", None))
-        elif not name.startswith("--"):
-            raise ConfigError(f"unknown option {name}: {prog} --help lists the options")
-        elif equals:
-            pairs.append((key, value))
-        elif key in ("help", "print_config"):
-            pairs.append((key, ""))
-        elif key in switches and not (words and words[0] in ("true", "false")):
-            pairs.append((key, "true"))
-        else:
-            pairs.append((key, words.popleft() if words and not _is_option(words[0]) else None))
-    for place in places[: len(places) - len(free)]:
-        if sum(name == place for name, _ in pairs) > 1:
-            raise ConfigError(
-                f"{place.upper()} is given twice, by its place and as --{place}: give it once"
-            )
-    return pairs
-
-
 def _import(module: str) -> None:
     """Import what the command line names, also from the working folder."""
     if not all(part.isidentifier() for part in module.split(".")):
@@ -222,51 +186,3 @@ def _import(module: str) -> None:
         importlib.import_module(module)
     except ImportError as error:
         raise ConfigError(f"--import {module}: {error}") from error
-
-
-def _help_on_class(option: str, hint: Any, name: str, default: object) -> None:
-    """Print what the class `name` takes that an option of this type may be, or the default's."""
-    from altprop.lab.values import Call, base_of, choices, looked_up
-
-    if (base := base_of(hint)) is None:
-        raise ConfigError(f"unknown option --{option}.help: --{option} takes no class")
-    if not name and default is None:
-        raise ConfigError(
-            f"--{option}.help: name a class after it, one of {', '.join(choices(base))}"
-        )
-    cls, _ = looked_up(base, Call(name or type(default).__name__), f"--{option}")
-    _help(cls, cls, {}, f"{option}.")
-
-
-def _help(said: Any, target: Any, more: Mapping[str, str], before: str = "") -> None:
-    """Print what the docstring of `said` is about, and what `target` takes."""
-    from altprop.lab.values import defaults_of, described, plain, types_of
-
-    print((inspect.getdoc(said) or "").partition("\n\n")[0] + "\n\noptions:")
-    lines, words, defaults = {}, _words_on(target), defaults_of(target)
-    for name, hint in types_of(target).items():
-        value = plain(defaults.get(name))
-        default = f"default: {'null' if value is None else value}"
-        default = default if name in defaults else "required"
-        lines[f"{before}{name}"] = f"{words.get(name, '')} ({described(hint)}; {default})".strip()
-    for name, text in {**lines, **more}.items():
-        start = f"  --{name:17} "
-        print(textwrap.fill(text, 100, initial_indent=start, subsequent_indent=" " * 22))
-
-
-def _words_on(target: Any) -> dict[str, str]:
-    """Return what the section `Args:` of a docstring says of each argument."""
-    found: dict[str, str] = {}
-    for line in (inspect.getdoc(target) or "").partition("Args:\n")[2].splitlines():
-        if line[:1].strip():
-            break  # the next section
-        if start := re.match(r" {4}(\w+): (.*)", line):
-            found[name := start[1]] = start[2]
-        elif found and line.strip():
-            found[name] += f" {line.strip()}"
-    return found
-
-
-def _is_option(word: str) -> bool:
-    """Tell an option from a value such as `-`, `-1` or `-.5`."""
-    return word.startswith("-") and (word[1:2] == "-" or word[1:2].isalpha())

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,15 +36,8 @@ class Display:
         self._started, self._first = time.monotonic(), done
         self._live: Live | None = None
         if self._console.is_terminal:
-            self._bar = Bar(
-                TextColumn("step {task.completed}/{task.total}"),
-                BarColumn(bar_width=None),
-                TimeRemainingColumn(compact=True),
-                TextColumn("left"),
-                console=self._console,
-                expand=True,
-            )
-            self._task = self._bar.add_task("", total=total, completed=done)
+            self._bar = _bar(self._console)
+            self._task = self._bar.add_task("step", total=total, completed=done)
             self._figures = Text()
             self._live = Live(Group(self._bar, self._figures), console=self._console)
 
@@ -120,6 +115,27 @@ class Display:
         made = step - self._first
         left = (time.monotonic() - self._started) / max(1, made) * (self._total - step)
         return f"{int(left // 60)}:{int(left % 60):02d} left"
+
+
+@contextmanager
+def counting(total: int, what: str) -> Iterator[Callable[[], None]]:
+    """Show on a terminal how much of `total` is done and the time left; count by what it gives."""
+    console = Console()
+    with _bar(console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda: bar.advance(task)
+
+
+def _bar(console: Console, **options: Any) -> Bar:
+    return Bar(
+        TextColumn("{task.description} {task.completed}/{task.total}"),
+        BarColumn(bar_width=None),
+        TimeRemainingColumn(compact=True),
+        TextColumn("left"),
+        console=console,
+        expand=True,
+        **options,
+    )
 
 
 def _doubt(seen: Evaluation) -> str:

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from altprop.lab.guard import certificates, within
-from altprop.lm.text import gather
-
-if TYPE_CHECKING:
-    from altprop.lm.text import Ids
+from altprop.lm.text import Ids, gather
 
 
 class Evaluation(NamedTuple):
@@ -35,12 +33,13 @@ def evaluate(
     batch: int,
     device: torch.device,
     free_limit: float = math.inf,
+    count: Callable[[], object] = lambda: None,
 ) -> Evaluation:
     """Return what a model makes of fixed windows.
 
     **Arguments:** `held_out`, inputs and targets, each int64 `(N, T)`; `batch`, how many windows at
     a time; `free_limit`, the largest free residual of a state that counts as settled (solves of a
-    fixed number of steps always do).
+    fixed number of steps always do); `count`, called after every batch.
     """
     total, settled = 0.0, True
     residuals = [0.0]
@@ -53,6 +52,7 @@ def evaluate(
         for seen in certificates(model):
             residuals.append(float(seen.free_residual.max()))
             settled = settled and within(free_limit, seen.result, seen.free_residual)
+        count()
     model.train(training)
     worst = float(torch.tensor(residuals, dtype=torch.float64).max())  # which keeps NaN, unlike max
     return Evaluation(total / len(ids), worst, settled)

@@ -31,11 +31,16 @@ from altprop import (
     PublishedEP,
     Trial,
     finite_difference_errors,
+    spectrum,
 )
 from altprop.lm.text import Batches, Corpus
 
+Count = Callable[[], object]
+
 RELAXATION = Euler(step=0.1, max_steps=120, tol=0.0)
 REFERENCE = Arm(BPTT(), RELAXATION, name="BPTT, 120 Euler steps of 0.1")
+DIRECTIONS = 4  # of finite differences
+CHECKS = 1 + DIRECTIONS * 4 * 4  # losses of `check_reference`: four for each of four parameters
 AT_REST = 1e-3  # the force residual up to which a state counts as a fixed point
 
 
@@ -99,10 +104,18 @@ def reference_trial(
     return (model.to(dtype), *batches.draw())
 
 
-def make_trial(corpus: Corpus, sizes: Sizes, seed: int) -> Trial:
-    """Return the problem of one seed as a trial of an audit."""
+def make_trial(corpus: Corpus, sizes: Sizes, seed: int, count: Count = lambda: None) -> Trial:
+    """Return the problem of one seed as a trial of an audit; `count` is called for every loss."""
     model, x, y = reference_trial(corpus, sizes, seed)
-    return Trial(model, partial(model, x, y), f"seed {seed}")
+    return Trial(model, _counted(partial(model, x, y), count), f"seed {seed}")
+
+
+def _counted(loss: Callable[[], Tensor], count: Count) -> Callable[[], Tensor]:
+    def counted() -> Tensor:
+        count()
+        return loss()
+
+    return counted
 
 
 def make_arms(phase_steps: int) -> list[Arm]:
@@ -168,45 +181,14 @@ def relax(trial: Trial) -> Rest:
     certificate = trial.model.block.certificate
     assert certificate is not None
     residual = float(certificate.free_residual.max())
-    linear = trial.model.block.dynamics.linearise(certificate.state, certificate.input)
-    abscissa = spectral_abscissa(linear.jvp, certificate.state)
+    finite = bool(torch.isfinite(certificate.state).all())
+    abscissa = float(spectrum(certificate, dimension=40).abscissa.max()) if finite else math.nan
     return Rest(residual, RELAXATION.step * residual, abscissa)
 
 
-def spectral_abscissa(
-    jvp: Callable[[Tensor], Tensor], state: Tensor, directions: int = 40
-) -> float:
-    """Return the largest real part of an eigenvalue of `J`, about.
-
-    Arnoldi's method per sample, from a random start: the eigenvalues of `J` on a Krylov subspace
-    approach the outermost ones of `J` first. Source: Saad, "Numerical Methods for Large Eigenvalue
-    Problems", chapter 6.
-
-    **Arguments:** `jvp`, `v ↦ Jv`, both `(B, ...)`; `state`, of that shape; `directions`, the size
-    of the subspace.
-    """
-    if not bool(torch.isfinite(state).all()):
-        return math.nan
-    flat = state.flatten(1)
-    size = min(directions, flat.shape[1])
-    basis = flat.new_zeros(len(flat), size + 1, flat.shape[1])
-    hessenberg = flat.new_zeros(len(flat), size + 1, size)
-    start = torch.randn(flat.shape, generator=torch.Generator().manual_seed(0)).to(flat)
-    basis[:, 0] = start / start.norm(dim=1, keepdim=True)
-    for k in range(size):
-        w = jvp(basis[:, k].reshape(state.shape)).flatten(1)
-        found = basis[:, : k + 1]
-        for _ in range(2):  # the second pass removes what the first one's rounding left
-            shares = (found @ w.unsqueeze(2)).squeeze(2)
-            w = w - (shares.unsqueeze(1) @ found).squeeze(1)
-            hessenberg[:, : k + 1, k] += shares
-        length = w.norm(dim=1)
-        hessenberg[:, k + 1, k] = length
-        basis[:, k + 1] = w / length.clamp_min(torch.finfo(w.dtype).tiny).unsqueeze(1)
-    return float(torch.linalg.eigvals(hessenberg[:, :size].double()).real.max())
-
-
-def check_reference(corpus: Corpus, sizes: Sizes, seed: int) -> dict[str, Any]:
+def check_reference(
+    corpus: Corpus, sizes: Sizes, seed: int, count: Count = lambda: None
+) -> dict[str, Any]:
     """Compare the reference itself with finite differences in float64, on a small instance.
 
     Its embedding is of unit scale: at 0.02 attention is so nearly uniform that the gradients of
@@ -214,7 +196,8 @@ def check_reference(corpus: Corpus, sizes: Sizes, seed: int) -> dict[str, Any]:
     """
     small = replace(sizes, batch=2, context=8, d_model=8 * sizes.heads, embedding_std=1.0)
     model, x, y = reference_trial(corpus, small, seed, torch.float64)
-    errors = finite_difference_errors(partial(model, x, y), model, REFERENCE)
+    loss = _counted(partial(model, x, y), count)
+    errors = finite_difference_errors(loss, model, REFERENCE, directions=DIRECTIONS)
     return {
         "instance": asdict(small),
         "dtype": "float64",

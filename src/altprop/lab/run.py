@@ -10,7 +10,7 @@ import os
 import shlex
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, TextIO, cast
 
@@ -21,11 +21,11 @@ from torch.optim.swa_utils import AveragedModel
 from altprop import CheckpointError
 from altprop.files import write_whole
 from altprop.lab import checkpoint
+from altprop.lab.choices import types_of
 from altprop.lab.config import read_config, write_config
 from altprop.lab.settings import TrainConfig, is_run
-from altprop.lm.corpora import names_corpus
 from altprop.lm.model import LanguageModel
-from altprop.lm.text import Batches, CharTokenizer, Corpus, describe
+from altprop.lm.text import Batches, CharTokenizer, Corpus, describe, names_corpus
 
 
 class Stateful(Protocol):
@@ -154,7 +154,8 @@ class Run:
 
     def resume_options(self) -> str:
         """Return the options that go on with this run, ready for a shell."""
-        return f"--config {shlex.quote(str(self.folder / 'config.yaml'))} --resume"
+        imports = "".join(f"--import {module} " for module in sorted(_homes(self.config)))
+        return f"{imports}--config {shlex.quote(str(self.folder / 'config.yaml'))} --resume"
 
     def restore(self, state: State) -> None:
         """Take everything back to the last checkpoint, the metrics too.
@@ -258,3 +259,15 @@ def _stored(config: TrainConfig) -> TrainConfig:
     if not names_corpus(data):
         data = str(Path(data).expanduser().absolute())
     return replace(config, data=data, out=None, resume=False, overwrite=False)
+
+
+def _homes(value: Any) -> set[str]:
+    """Return the modules of the classes in a value that are not altprop's: those to `--import`."""
+    own = set()
+    if is_dataclass(value):
+        own = {type(value).__module__}
+        value = {name: getattr(value, name) for name in types_of(type(value))}
+    inside = value.values() if isinstance(value, Mapping) else value
+    if isinstance(value, (tuple, list, Mapping)):
+        own = own.union(*map(_homes, inside))
+    return {module for module in own if module.partition(".")[0] != "altprop"}

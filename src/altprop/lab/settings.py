@@ -16,7 +16,7 @@ from altprop import (
     JacobianHinge,
 )
 from altprop.errors import unknown
-from altprop.lab.values import defaults_of
+from altprop.lab.choices import defaults_of
 from altprop.lm.blocks import ESTIMATOR, SOLVER, ModelConfig
 
 

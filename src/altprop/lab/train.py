@@ -1,4 +1,4 @@
-"""The training loop: one function that reads from top to bottom and knows no rule by name."""
+"""The one training loop, `steps`: it reads from top to bottom and knows no rule by name."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from altprop import ConfigError, ConvergenceError, convert
 from altprop.errors import suggest
-from altprop.lab.display import Display
+from altprop.lab.display import Display, counting
 from altprop.lab.evaluation import count_tiles, evaluate, tiles
 from altprop.lab.guard import Guard
 from altprop.lab.report import plot_run
@@ -60,19 +60,11 @@ def train(config: TrainConfig) -> TrainResult:
     corpus = load_corpus(config.data)
     check_context(corpus, config.context)
     device = pick_device(config.device)
-    with torch.random.fork_rng():
-        torch.manual_seed(config.seed)
-        model = build_model(config, len(corpus.tokenizer)).to(device)
-    optimiser = make_optimiser(model, config)
-    batches = Batches(
-        corpus.train, config.batch, config.context, torch.Generator().manual_seed(config.seed)
-    )
+    state, guard = begin(config, corpus)
     held_out = windows(corpus.validation, config.eval_windows, config.context, seed=0)
-    guard = Guard(config, torch.Generator().manual_seed(config.seed + 1))
-    rehearse(model, held_out, device)
+    rehearse(state.model, held_out, device)
 
     run = Run.open(config, corpus)
-    state = State(model, optimiser, batches, guard.state, averaged(model, config))
     if config.resume:
         run.restore(state)
     progress = state.progress
@@ -80,35 +72,9 @@ def train(config: TrainConfig) -> TrainResult:
         display.note(
             f"{corpus.description}: {len(corpus.train):,} tokens, vocabulary of "
             f"{len(corpus.tokenizer)}\n"
-            f"{count_parameters(model):,} parameters; run folder {run.folder}"
+            f"{count_parameters(state.model):,} parameters; run folder {run.folder}"
         )
-        while progress.step < config.steps and not interrupted() and not guard.lost(progress):
-            clock = time.perf_counter()
-            rate = learning_rate(config, progress.step)
-            for group in optimiser.param_groups:
-                group["lr"] = rate
-            ids, targets = (t.to(device) for t in batches.draw())
-            optimiser.zero_grad(set_to_none=True)
-            with dropping(config, progress.step):
-                _, loss = model(ids, targets)
-                loss.backward()
-            measured = guard.check(model, optimiser, float(loss.detach()), progress)
-            norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip)
-            optimiser.step()
-
-            progress.step += 1
-            if state.average is not None and not progress.in_a_row():  # of applied steps alone
-                state.average.update_parameters(model)
-            seconds = time.perf_counter() - clock
-            record = {
-                "step": progress.step,
-                "loss": float(loss.detach()),
-                "lr": rate,
-                "gradient_norm": float(norm),
-                **measured,
-                "refused": progress.refused,
-                "tokens_per_second": ids.numel() / seconds,
-            }
+        for record in steps(config, state, guard):
             run.log(record)
             display.step(record)
             if progress.step % config.eval_every == 0 or progress.step == config.steps:
@@ -120,6 +86,8 @@ def train(config: TrainConfig) -> TrainResult:
                     progress.best_loss = seen.loss
                     run.save("best", state, resumable=False)
                 run.save("last", state, resumable=True)
+            if interrupted():
+                break
         if progress.step < config.steps:
             run.save("last", state, resumable=True)
 
@@ -133,9 +101,9 @@ def train(config: TrainConfig) -> TrainResult:
         )
         raise KeyboardInterrupt
     parts = tiles(corpus.validation, config.final_windows, config.context)
-    final = evaluate(state.judged, parts, config.batch, device, config.free_limit)
     used, there = len(parts[0]), count_tiles(corpus.validation, config.context)
-    with run:
+    with run, counting(-(-used // config.batch), "final validation") as count:
+        final = evaluate(state.judged, parts, config.batch, device, config.free_limit, count)
         coverage = {"final_windows": used, "validation_windows": there}
         run.log({"step": progress.step, **final.record("final_validation"), **coverage})
     text = write_sample(state.judged.eval(), corpus, config, device, display)
@@ -150,6 +118,60 @@ def train(config: TrainConfig) -> TrainResult:
         refused=progress.refused,
         sample=text,
     )
+
+
+def begin(config: TrainConfig, corpus: Corpus) -> tuple[State, Guard]:
+    """Return what a run starts from, all of it drawn from its seed, and the guard of its steps.
+
+    **Raises:** as `build_model` and `pick_device`.
+    """
+    with torch.random.fork_rng():
+        torch.manual_seed(config.seed)
+        model = build_model(config, len(corpus.tokenizer)).to(pick_device(config.device))
+    drawn = torch.Generator().manual_seed(config.seed)
+    batches = Batches(corpus.train, config.batch, config.context, drawn)
+    guard = Guard(config, torch.Generator().manual_seed(config.seed + 1))
+    optimiser = make_optimiser(model, config)
+    return State(model, optimiser, batches, guard.state, averaged(model, config)), guard
+
+
+def steps(config: TrainConfig, state: State, guard: Guard) -> Iterator[dict[str, Any]]:
+    """Make the steps that are left, and yield after each what was measured of it.
+
+    Whoever asks for the next step may look at the state, save it, or ask for no more. A run that
+    the guard gives up ends before `config.steps`.
+
+    **Raises:** `ConvergenceError` if a step fails under `on_failure="stop"`.
+    """
+    model, optimiser, progress = state.model, state.optimiser, state.progress
+    device = next(model.parameters()).device
+    while progress.step < config.steps and not guard.lost(progress):
+        clock = time.perf_counter()
+        rate = learning_rate(config, progress.step)
+        for group in optimiser.param_groups:
+            group["lr"] = rate
+        ids, targets = (t.to(device) for t in state.batches.draw())
+        optimiser.zero_grad(set_to_none=True)
+        with dropping(config, progress.step):
+            _, loss = model(ids, targets)
+            loss.backward()
+        measured = guard.check(model, optimiser, float(loss.detach()), progress)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+        optimiser.step()
+
+        progress.step += 1
+        if state.average is not None and not progress.in_a_row():  # of applied steps alone
+            state.average.update_parameters(model)
+        seconds = time.perf_counter() - clock
+        yield {
+            "step": progress.step,
+            "loss": float(loss.detach()),
+            "lr": rate,
+            "gradient_norm": float(norm),
+            **measured,
+            "refused": progress.refused,
+            "tokens_per_second": ids.numel() / seconds,
+        }
 
 
 def build_model(config: TrainConfig, vocabulary: int) -> LanguageModel:

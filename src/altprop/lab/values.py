@@ -9,33 +9,36 @@ text can import or run anything, wherever it comes from.
 from __future__ import annotations
 
 import ast
-import dataclasses
-import difflib
-import inspect
 import math
 import os
-import re
-import types
 import typing
 import warnings
 from abc import ABC
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import NoneType
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
-import altprop
 from altprop.errors import AltpropError, ConfigError, suggest
+from altprop.lab.choices import (
+    LISTS,
+    at,
+    base_of,
+    choices,
+    defaults_of,
+    described,
+    members_of,
+    no_option,
+    shown,
+    types_of,
+)
 
 LONGEST = 10_000  # characters of a text
 DEEPEST = 30  # calls and lists in one another
 _BITS = 10_000  # of a whole number: Python writes no longer ones
-_LISTS = (tuple, list, Sequence)
 _EXAMPLE = "such as AEP(tol=0.01, solver=GMRES())"
 _WORDS = {"inf": math.inf, "nan": math.nan, "null": None, "true": True, "false": False}
 _NO: Any = object()  # what does not fit
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -116,28 +119,6 @@ def _once(names: Sequence[Any], values: Sequence[Any]) -> dict[str, Any]:
 # From a tree to a value
 
 
-def choices(base: type) -> dict[str, type]:
-    """Return the dataclasses that are a `base`, by the names that stand for them.
-
-    Of altprop these are its exports, of other modules that are imported all public classes.
-    """
-    for name in altprop.__all__:
-        getattr(altprop, name)  # an export is imported on first use
-    ours: dict[str, type] = {}
-    others: dict[str, type] = {}
-    todo = [base]
-    for cls in todo:  # it grows
-        todo += cls.__subclasses__()
-        name = cls.__name__
-        if name[0] == "_" or not dataclasses.is_dataclass(cls) or inspect.isabstract(cls):
-            continue
-        if cls.__module__.partition(".")[0] != "altprop":
-            others[name] = cls
-        elif getattr(altprop, name, None) is cls:
-            ours[name] = cls
-    return dict(sorted({**others, **ours}.items()))
-
-
 def fit(hint: Any, value: Any, place: str) -> Any:
     """Return `value` as the type `hint` wants it, with every class that it calls built.
 
@@ -148,7 +129,7 @@ def fit(hint: Any, value: Any, place: str) -> Any:
 
     **Raises:** `ConfigError` for a value that does not fit, or that a class refuses.
     """
-    members, base = _members(hint), base_of(hint)
+    members, base = members_of(hint), base_of(hint)
     if base and isinstance(value, dict) and value.keys() - {"init_args"} == {"class_path"}:
         given = value.get("init_args", {})  # of a run before choices were written as in Python
         if isinstance(given, dict) and all(isinstance(name, str) for name in given):
@@ -159,7 +140,7 @@ def fit(hint: Any, value: Any, place: str) -> Any:
             return result
     if base and isinstance(value, Call):
         return _built(base, value, place)
-    holds_others = base or any(typing.get_origin(m) in (*_LISTS, dict, Mapping) for m in members)
+    holds_others = base or any(typing.get_origin(m) in (*LISTS, dict, Mapping) for m in members)
     if isinstance(value, str) and holds_others:
         tree = at(place, lambda: parse(value))
         if tree != value:
@@ -173,7 +154,7 @@ def _as(member: Any, value: Any, place: str) -> Any:
     if origin is Literal:
         same = (a for a in args if a == value and type(a) is type(value) or str(a) == value)
         return next(same, _NO)
-    if origin in _LISTS and isinstance(value, (list, tuple)):
+    if origin in LISTS and isinstance(value, (list, tuple)):
         wanted = args[:1] * len(value) if origin is not tuple or args[-1] is Ellipsis else args
         if len(wanted) != len(value):
             return _NO
@@ -185,20 +166,23 @@ def _as(member: Any, value: Any, place: str) -> Any:
                 raise ConfigError(f"{place}: the name {key} is no text: write '{key}'")
         return {key: fit(args[1], item, f"{place}.{key}") for key, item in value.items()}
     try:
-        if member is bool and isinstance(value, str):
-            return {"true": True, "false": False}.get(value.lower(), _NO)
-        if member is int and isinstance(value, str):
-            return int(value)
-        if member is float and type(value) in (int, str):
-            return float(value)
-    except (ValueError, OverflowError):
+        if isinstance(value, str) or (member is float and type(value) is int):
+            value = _READ.get(member, lambda same: same)(value)
+    except (ValueError, OverflowError, KeyError):
         return _NO
-    if member is Path and isinstance(value, str):
-        return Path(os.path.expanduser(value))  # a shell leaves the ~ of --out=~/run to us
     if member is int and (type(value) is not int or value.bit_length() > _BITS):
         return _NO
     kind = origin or member
     return value if kind is Any or isinstance(kind, type) and isinstance(value, kind) else _NO
+
+
+# what a text says where one of these is wanted; a shell leaves the ~ of --out=~/run to us
+_READ: dict[Any, Callable[[Any], Any]] = {
+    bool: lambda text: {"true": True, "false": False}[text.lower()],
+    int: int,
+    float: float,
+    Path: lambda text: Path(os.path.expanduser(text)),
+}
 
 
 def _built(base: type, call: Call, place: str) -> Any:
@@ -235,45 +219,6 @@ def looked_up(base: type, call: Call, place: str) -> tuple[Any, dict[str, Any]]:
     return known[call.name], at(place, lambda: _once(*given))
 
 
-# From the command line
-
-
-def word(hint: Any, text: str) -> Any:
-    """Return what a word of the command line says where a `hint` is wanted, still to be fitted."""
-    members = _members(hint)
-    if text == "null" and NoneType in members:
-        return None
-    items = [typing.get_args(m)[0] for m in members if typing.get_origin(m) in _LISTS]
-    if items == [str] and not text.lstrip().startswith("["):
-        commas = r",(?![^(\[]*[)\]])"  # none of those inside brackets
-        return [item.strip() for item in re.split(commas, text) if item.strip()]
-    if items:
-        value = parse(text) if text.strip() else []
-        return value if isinstance(value, list) else [value]
-    return text
-
-
-def changed(hint: Any, value: Any, path: Sequence[str], text: str, place: str) -> Any:
-    """Return `value` with another word for the one field that a dotted path such as `tol` names."""
-    if not path:
-        return at(place, lambda: word(hint, text))
-    if (base := base_of(hint)) is None:
-        raise no_option(f"{place}.", ".".join(path), [])
-    call = at(place, lambda: parse(value if isinstance(value, str) else repr(value)))
-    if not isinstance(call, Call):
-        raise ConfigError(f"{place}: name a class first, one of {', '.join(choices(base))}")
-    cls, given = looked_up(base, call, place)
-    hints, (name, *rest) = types_of(cls), path
-    if name not in hints:
-        raise no_option(f"{place}.", name, hints, call.name)
-    before = given.get(name, defaults_of(cls).get(name))
-    after = changed(hints[name], before, rest, text, f"{place}.{name}")
-    return Call(call.name, (), {**given, name: after})
-
-
-# From a value to a text
-
-
 def plain(value: Any) -> Any:
     """Return a value of a configuration as YAML holds it: a choice becomes its text.
 
@@ -302,81 +247,3 @@ def plain(value: Any) -> Any:
         f"a configuration cannot hold {shown(value)} of type {type(value).__name__} ({why}): use "
         "numbers, texts, paths, lists, mappings, and public dataclasses of these"
     )
-
-
-# What a function or dataclass takes
-
-
-def types_of(target: Any) -> dict[str, Any]:
-    """Return the types of what a function or dataclass takes, by name."""
-    hints = typing.get_type_hints(target)
-    return {name: hints[name] for name in inspect.signature(target).parameters}
-
-
-def defaults_of(target: Any) -> dict[str, Any]:
-    """Return the defaults of what a function or dataclass takes, without what it must be given."""
-    found = {p.name: p.default for p in inspect.signature(target).parameters.values()}
-    for f in dataclasses.fields(target) if dataclasses.is_dataclass(target) else ():
-        if f.init and f.default_factory is not dataclasses.MISSING:
-            found[f.name] = f.default_factory()
-    return {k: value for k, value in found.items() if value is not inspect.Parameter.empty}
-
-
-def base_of(hint: Any) -> type | None:
-    """Return the abstract class of which an option takes a choice."""
-    return next((m for m in _members(hint) if isinstance(m, type) and ABC in m.__mro__), None)
-
-
-def _members(hint: Any) -> Sequence[Any]:
-    union = typing.get_origin(hint) in (typing.Union, types.UnionType)
-    return typing.get_args(hint) if union else (hint,)
-
-
-# In words
-
-
-def described(hint: Any) -> str:
-    """Return in words what an option takes."""
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin is Literal:
-        return f"one of {', '.join(map(str, args))}"
-    if origin in _LISTS:
-        count = "" if origin is not tuple or args[-1] is Ellipsis else f"{len(args)} times "
-        return f"a list of {count}{described(args[0])}"
-    if origin in (dict, Mapping):
-        return f"a mapping of names to {described(args[1])}"
-    if len(_members(hint)) > 1:
-        return " or ".join(map(described, args))
-    if base := base_of(hint):
-        return f"one of {', '.join(choices(base))}"
-    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-    words |= {NoneType: "null", Path: "a path"}
-    return words.get(hint, str(getattr(hint, "__name__", hint)))
-
-
-def shown(value: Any) -> str:
-    """Return a value that was given, on one line that is not too long."""
-    try:
-        text = "null" if value is None else repr(value)
-    except ValueError:  # Python writes no number of thousands of digits
-        return "a number of too many digits"
-    return text if len(text) <= 80 else f"{text[:77]}..."
-
-
-def no_option(start: str, name: str, names: Iterable[str], owner: str = "") -> ConfigError:
-    """Return the error for an option or argument that is not there, with the nearest that is."""
-    names = list(names)
-    near = [n for n in names if n.rpartition(".")[2] == name or n.startswith(name)]
-    near += difflib.get_close_matches(name, names, n=1, cutoff=0.6)
-    takes = f"it takes {', '.join(names) or 'nothing'}" if owner else "--help lists the options"
-    hint = f"did you mean {start}{near[0]}?" if near else takes
-    option = f"{start}{name}" if len(name) <= 80 else f"{start}{name[:77]}..."
-    return ConfigError(f"unknown option {option}{owner and ' of ' + owner}: {hint}")
-
-
-def at(place: str, read: Callable[[], T]) -> T:
-    """Return what `read` returns, or name the place in its error."""
-    try:
-        return read()
-    except ConfigError as error:
-        raise ConfigError(f"{place}: {error}") from error

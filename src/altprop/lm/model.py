@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as nnf
@@ -221,14 +221,6 @@ class FeedForward(nn.Module):
 LanguageModel = EquilibriumLM | GPT
 
 
-@runtime_checkable
-class Extendable(Protocol):
-    """A model that can read new tokens beside a cache of earlier ones."""
-
-    def extend(self, ids: Tensor, cache: Any = None) -> tuple[Tensor, Any]:
-        """Return the logits after the last of new tokens, `(B, t) → (B, V)`, and the new cache."""
-
-
 def embed(model: LanguageModel, ids: Tensor, start: int = 0) -> Tensor:
     """Return the token and position embeddings of `ids`, `(B, T) → (B, T, C)`.
 
@@ -282,9 +274,9 @@ def stream(
     """Continue `ids`, `(B, T)`, by `count` sampled tokens, and yield each, `(B, 1)`, as it comes.
 
     Each token is read from the last context of tokens, by the same definition of the model as in
-    training. While the context is not full, a model that is `Extendable` reads the new
-    token beside a cache of the earlier ones, which is exact. Past it the window slides, which with
-    learned absolute positions changes every state, so the window is read anew for each token.
+    training. While the context is not full, the model reads the new token beside a cache of the
+    earlier ones, which is exact. Past it the window slides, which with learned absolute positions
+    changes every state, so the window is read anew for each token.
 
     **Arguments:** `temperature` divides the logits, and 0 takes the likeliest token; `top_k` keeps
     only the likeliest so many; `generator` (on the CPU) makes the draws repeatable.
@@ -311,7 +303,7 @@ def _stream(
     context = model.config.context
     cache, unread = None, ids
     for _ in range(count):
-        if isinstance(model, Extendable) and ids.shape[1] <= context:
+        if ids.shape[1] <= context:
             logits, cache = model.extend(unread, cache)
         else:
             logits = model(ids[:, -context:])[0][:, -1]

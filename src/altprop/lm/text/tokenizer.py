@@ -1,0 +1,128 @@
+"""Turns text into integers and back, a character at a time."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from altprop.errors import CheckpointError, DataError
+from altprop.files import write_whole
+
+Ids = NDArray[np.unsignedinteger[Any]]
+
+CHUNK = 1 << 22  # characters or ids that are looked at in one piece
+VOCAB_FORMAT = "altprop-characters-1"
+
+
+@dataclass(frozen=True)
+class CharTokenizer:
+    """Maps each character of a vocabulary to its position in it, and back.
+
+    `from_text` sorts the vocabulary by code point; one that comes with somebody else's tokens keeps
+    its order. Raises DataError when `vocab` is empty or not distinct single characters.
+    """
+
+    vocab: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "vocab", tuple(self.vocab))
+        if not self.vocab:
+            raise DataError("the vocabulary is empty: expected at least one character")
+        seen: set[str] = set()
+        for index, char in enumerate(self.vocab):
+            if not isinstance(char, str) or len(char) != 1 or "\ud800" <= char <= "\udfff":
+                raise DataError(f"entry {index} of the vocabulary is not a single character")
+            if char in seen:
+                raise DataError(f"the vocabulary holds {char!r} twice: its entries must differ")
+            seen.add(char)
+
+    @classmethod
+    def from_text(cls, text: str) -> CharTokenizer:
+        """Take the sorted distinct characters of `text` as the vocabulary."""
+        return cls(tuple(sorted(set(text))))
+
+    @classmethod
+    def from_json(cls, path: str | Path) -> CharTokenizer:
+        """Read what `to_json` wrote.
+
+        Raises CheckpointError when the file is missing, truncated or foreign, and DataError when
+        its characters make no vocabulary.
+        """
+        expected = f"expected the file that CharTokenizer.to_json writes ({VOCAB_FORMAT})"
+        try:
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
+        except (ValueError, RecursionError) as error:
+            raise CheckpointError(f"{path} is damaged or not JSON: {expected}") from error
+        if not isinstance(content, dict) or content.get("format") != VOCAB_FORMAT:
+            raise CheckpointError(f"{path} is not a vocabulary: {expected}")
+        characters = content.get("characters")
+        if not isinstance(characters, list):
+            raise CheckpointError(f"{path} has no list of characters: {expected}")
+        return cls(tuple(characters))
+
+    def to_json(self, path: str | Path) -> None:
+        """Write the vocabulary as JSON that a person can read, the characters in order of id."""
+        content = {"format": VOCAB_FORMAT, "size": len(self), "characters": list(self.vocab)}
+        write_whole(Path(path), json.dumps(content, ensure_ascii=False, indent=1) + "\n")
+
+    def __len__(self) -> int:
+        return len(self.vocab)
+
+    @cached_property
+    def _ids(self) -> NDArray[np.int64]:
+        # By code point; one entry more than the largest, to which every larger one is clipped.
+        points = [ord(char) for char in self.vocab]
+        table = np.full(max(points) + 2, -1, dtype=np.int64)
+        table[points] = np.arange(len(points))
+        return table
+
+    def encode(self, text: str) -> Ids:
+        """Return the ids of `text`: uint16, or uint32 for more than 65535 characters.
+
+        Raises DataError that names the characters outside the vocabulary.
+        """
+        width: type[np.unsignedinteger[Any]] = np.uint32 if len(self) > 65535 else np.uint16
+        ids = np.empty(len(text), dtype=width)
+        for start in range(0, len(text), CHUNK):
+            piece = text[start : start + CHUNK].encode("utf-32-le", "surrogatepass")
+            points = np.frombuffer(piece, dtype="<u4")
+            found = self._ids[np.minimum(points, len(self._ids) - 1)]
+            if found.min() < 0:
+                self._refuse(text)
+            ids[start : start + len(found)] = found
+        return ids
+
+    def _refuse(self, text: str) -> NoReturn:
+        foreign = sorted(set(text) - set(self.vocab))
+        shown = ", ".join(repr(char) for char in foreign[:10])
+        more = f" and {len(foreign) - 10} more" if len(foreign) > 10 else ""
+        raise DataError(
+            f"the vocabulary of {len(self)} characters lacks {shown}{more}: "
+            "remove or replace them, or train on a corpus that contains them"
+        )
+
+    def decode(self, ids: ArrayLike | Iterable[int]) -> str:
+        """Return the text of a one-dimensional sequence of ids; DataError for a foreign id."""
+        array = np.asarray(ids if hasattr(ids, "__array__") else list(ids))  # type: ignore[arg-type]
+        if array.size == 0:
+            return ""
+        if array.ndim != 1 or array.dtype.kind not in "iu":
+            raise DataError(
+                f"cannot decode {array.dtype} of shape {array.shape}: expected a row of integers"
+            )
+        low, high = int(array.min()), int(array.max())
+        if low < 0 or high >= len(self):
+            raise DataError(
+                f"cannot decode the id {low if low < 0 else high}: "
+                f"the vocabulary has the ids 0 to {len(self) - 1}"
+            )
+        return "".join(map(self.vocab.__getitem__, array.tolist()))
