@@ -40,7 +40,7 @@ def size(z: Tensor) -> Tensor:
 
 
 def error(found: Tensor, wanted: Tensor) -> float:
-    return float((found - wanted).norm() / wanted.norm())
+    return float(((found - wanted).norm() / wanted.norm()).detach())
 
 
 def worst(found: Gradients, wanted: Gradients) -> float:

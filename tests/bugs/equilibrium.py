@@ -8,7 +8,7 @@ _EQ = "equilibrium/"
 _HINGE = _EQ + "test_hinge_of_the_call.py test_equilibrium_hinge.py"
 _NOISE = _EQ + "test_noise.py"
 _APART = _EQ + "test_interaction.py"
-_MODULE = "test_equilibrium_module.py"
+_MODULE = _EQ + "test_module.py"
 _DYNAMICS = "test_dynamics.py"
 
 BUGS = [
@@ -54,13 +54,13 @@ BUGS = [
         _EQ + "estimators/problem.py",
         "own = with_limits(solver or self.solver, tol, max_steps)",
         "own = with_limits(self.solver, tol, max_steps)",
-        "equilibrium/test_contrasts_and_own_solvers.py",
+        _EQ + "estimators/test_adjoints.py",
     ),
     Bug(
         _EQ + "estimators/problem.py",
         "return self._linearised() if at is None else self._system.linearise(at)",
         "return self._linearised()",
-        _EQ + "test_estimator_facts.py",
+        _EQ + "estimators/test_adjoints.py",
     ),
     Bug(
         _EQ + "module.py",
@@ -72,7 +72,7 @@ BUGS = [
         _EQ + "first_tokens.py",
         "start[:, k:] + moved",
         "start[:, k:]",
-        _EQ + "test_prefix.py",
+        _EQ + "test_first_tokens.py",
         harmless="a start is a guess: another one costs an evaluation more or less",
     ),
     Bug(

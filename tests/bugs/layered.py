@@ -42,7 +42,7 @@ BUGS = [
         _EQ + "dynamics/layered.py",
         "levels[level + 1] = levels[level + 1] + part.jvp(levels[level])",
         "levels[level + 1] = part.jvp(levels[level])",
-        "equilibrium/test_estimators_on_layers.py",
+        _EQ + "estimators/test_exact.py",
     ),
     Bug(
         _EQ + "dynamics/layered.py",

@@ -194,7 +194,7 @@ BUGS = [
         "assign.py",
         "a = applied(_OnceOnly, a, cotangent, force)",
         "pass",
-        "test_equilibrium_module.py test_equilibrium_contract.py",
+        "equilibrium/test_module.py",
     ),
     Bug(
         "assign.py",

@@ -10,40 +10,33 @@ from torch import Tensor
 
 import altprop as ap
 from altprop.equilibrium.estimators.problem import Adjoint, Problem
+from systems import System, error, worst
 
-ESTIMATORS = [ap.Implicit(tol=1e-9), ap.AEP(tol=1e-9), ap.AEP(tol=1e-9, start="zero")]
 TIGHT = ap.Anderson(tol=1e-11, max_steps=400)
 
 
-def dynamics(
-    prefix: int, dtype: torch.dtype = torch.float64, width: int = 16
-) -> ap.DampedAttention:
+def window(prefix: int, width: int = 16) -> System:
     torch.manual_seed(0)
-    made = ap.DampedAttention(width, heads=2).to(dtype)
-    made.prefix = prefix
-    return made
+    dynamics = ap.DampedAttention(width, heads=2).double()
+    dynamics.prefix = prefix
+    x = torch.randn(3, 20, width, dtype=torch.float64)
+    w = torch.linspace(-1, 1, x.numel(), dtype=torch.float64).view(x.shape)
+    return System(dynamics, x, lambda z: (z * w).sum() + (z**2).sum(), TIGHT)
 
 
-def gradient(block: ap.Equilibrium, x: Tensor) -> tuple[Tensor, list[Tensor], ap.Certificate]:
-    x = x.clone().requires_grad_()
-    z = block(x)
-    parts = torch.autograd.grad(
-        (z * torch.linspace(-1, 1, z.numel()).view(z.shape).to(z)).sum() + (z**2).sum(),
-        [x, *block.parameters()],
-    )
-    assert block.certificate is not None
-    return z.detach(), list(parts), block.certificate
-
-
-@pytest.mark.parametrize("estimator", ESTIMATORS, ids=repr)
+@pytest.mark.parametrize(
+    "estimator",
+    [ap.Implicit(tol=1e-9), ap.AEP(tol=1e-9), ap.AEP(tol=1e-9, start="zero")],
+    ids=repr,
+)
 def test_the_state_and_the_gradient_stay(estimator: ap.AbstractEstimator) -> None:
-    x = torch.randn(3, 20, 16, dtype=torch.float64)
-    found, wanted = (gradient(ap.Equilibrium(dynamics(k), TIGHT, estimator), x) for k in (2, 0))
-    assert torch.allclose(found[0], wanted[0], rtol=1e-8, atol=1e-9)
-    for mine, theirs in zip(found[1], wanted[1], strict=True):
-        assert float((mine - theirs).norm()) <= 1e-7 * float(theirs.norm())
-    residual = found[2].adjoint_residual
-    assert residual is not None and float(residual.max()) <= 1e-9
+    parts, whole = window(2), window(0)
+    assert worst(parts.gradients(estimator), whole.gradients(estimator)) <= 1e-7
+    block = parts.block(estimator)
+    z = block(parts.x)
+    assert error(z, whole.block()(whole.x)) <= 1e-8
+    parts.cost(z).backward()
+    assert float(block.certificate.adjoint_residual.max()) <= 1e-9
 
 
 @dataclass(frozen=True)
@@ -65,24 +58,24 @@ class Checked(ap.AbstractEstimator):
 
 @pytest.mark.parametrize("tol", [1e-1, 1e-3, 1e-6])
 def test_the_remainder_is_the_residual_of_the_whole_window(tol: float) -> None:
-    x = torch.randn(3, 20, 16, dtype=torch.float64)
-    gradient(ap.Equilibrium(dynamics(2), TIGHT, Checked(tol=tol)), x)
+    window(2).gradients(Checked(tol=tol))
 
 
 def test_it_saves_evaluations_where_attention_averages() -> None:
-    x = 0.02 * torch.randn(4, 64, 64)
-    counts = []
-    for k in (0, 8):
-        block = ap.Equilibrium(dynamics(k, x.dtype, 64), estimator=ap.Implicit())
-        _, _, seen = gradient(block, x)
+    x, counts = 0.02 * torch.randn(4, 64, 64), []
+    for prefix in (0, 8):
+        dynamics = window(prefix, 64).dynamics.float()
+        block = ap.Equilibrium(dynamics, estimator=ap.Implicit())
+        block(x).square().sum().backward()
+        seen = block.certificate
         counts.append((seen.free_evaluations, seen.adjoint_evaluations))
     assert counts[1][0] <= counts[0][0] - 2 and counts[1][1] < 0.8 * counts[0][1]
 
 
 def test_a_sample_without_a_cotangent_gets_none() -> None:
     x = torch.randn(2, 20, 16, requires_grad=True)
-    ap.Equilibrium(dynamics(2, x.dtype), estimator=ap.Implicit())(x)[0].sum().backward()
-    assert x.grad is not None and float(x.grad[1].abs().max()) == 0 < float(x.grad[0].abs().max())
+    ap.Equilibrium(window(2).dynamics.float(), estimator=ap.Implicit())(x)[0].sum().backward()
+    assert float(x.grad[1].abs().max()) == 0 < float(x.grad[0].abs().max())
 
 
 @pytest.mark.parametrize(
@@ -91,7 +84,7 @@ def test_a_sample_without_a_cotangent_gets_none() -> None:
     ids=["a relaxation in time", "a short window", "a fixed number of steps"],
 )
 def test_others_solve_the_window_as_a_whole(solver: ap.AbstractSolver, tokens: int) -> None:
-    this, seen = dynamics(2, torch.float32), set()
+    this, seen = window(2).dynamics.float(), set()
     this.register_forward_hook(lambda _, given, __: seen.add(given[0].shape[1]))
     ap.Equilibrium(this, solver)(torch.randn(2, tokens, 16))
     assert seen == {tokens}

@@ -1,16 +1,19 @@
-"""Batches without samples and windows without tokens: as torch's modules, nothing and zeros."""
+"""Batches without samples, windows without tokens, and a user's default device or dtype."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import altprop as ap
+from altprop.testing import check_dynamics
 
 PLAIN = ap.Euler(step=0.5, max_steps=5)
+
+
 SOLVERS = [
     ap.Anderson(),
     PLAIN,
@@ -20,6 +23,8 @@ SOLVERS = [
     ap.Scattered(),
     ap.Fallback(),
 ]
+
+
 ESTIMATORS = [
     ap.AEP(),
     ap.AEP(start="zero", sides=4),
@@ -55,13 +60,23 @@ KINDS: dict[str, Callable[[], ap.AbstractDynamics]] = {
     "side by side": lambda: ap.Layered(blocks(), phases="synchronous"),
     "own": own,
 }
+
+
 ANALYTIC = ("damped", "gated", "thick")
+
+
 SHAPES = [(0, 5, 8), (3, 0, 8)]
+
+
 LONG = (0, 700, 8)  # to attention
 
 
 def cost(z: Tensor) -> Tensor:
     return z.square().sum()
+
+
+def fits(estimator: ap.AbstractEstimator, kind: str) -> bool:
+    return kind in ANALYTIC or not isinstance(estimator, ap.HolomorphicEP)
 
 
 def check(block: ap.Equilibrium, shape: tuple[int, ...]) -> None:
@@ -79,22 +94,15 @@ def check(block: ap.Equilibrium, shape: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_estimator_gives_nothing_and_zero_gradients(kind: str) -> None:
+def test_every_solver_and_estimator_gives_nothing_and_zero_gradients(kind: str) -> None:
     dynamics = KINDS[kind]()
-    for estimator in ESTIMATORS:
-        if isinstance(estimator, ap.HolomorphicEP) and kind not in ANALYTIC:
-            continue
-        for shape in SHAPES:
-            check(ap.Equilibrium(dynamics, PLAIN, estimator), shape)
-    check(ap.Equilibrium(dynamics), LONG)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_every_solver_does(kind: str) -> None:
-    dynamics = KINDS[kind]()
-    for solver in SOLVERS:
-        for shape in SHAPES:
+    for shape in SHAPES:
+        for estimator in ESTIMATORS:
+            if fits(estimator, kind):
+                check(ap.Equilibrium(dynamics, PLAIN, estimator), shape)
+        for solver in SOLVERS:
             check(ap.Equilibrium(dynamics, solver), shape)
+    check(ap.Equilibrium(dynamics), LONG)
 
 
 @pytest.mark.parametrize("kind", ANALYTIC)
@@ -154,3 +162,87 @@ def test_an_empty_window_teaches_nothing_about_a_stacks_axes() -> None:
         z.sum().backward()
         assert z.shape == shape
     assert stack.certificate.adjoint_residual.shape == (2,)
+
+
+# a default device or dtype changes where parameters are made, and nothing else
+
+
+TRIALS = [(solver, ap.AEP()) for solver in SOLVERS]
+TRIALS += [(ap.Euler(step=0.5, max_steps=5), estimator) for estimator in ESTIMATORS]
+TRIALS += [(ap.Anderson(), ap.Implicit(solver=solver)) for solver in (ap.GMRES(), ap.Scattered())]
+
+
+@pytest.fixture
+def _defaults() -> Iterator[None]:
+    yield
+    torch.set_default_device(None)
+    torch.set_default_dtype(torch.float32)
+
+
+def step(block: ap.Equilibrium, x: Tensor) -> list[Tensor]:
+    """Return the gradients of one training step, stabiliser included, and the spectrum."""
+    block.zero_grad()
+    hinge = ap.JacobianHinge(target=1e-3, every=1)
+    leaf = x.clone().requires_grad_()
+    torch.manual_seed(5)
+
+    def cost(z: Tensor) -> Tensor:
+        return z.square().sum()
+
+    cost(block(leaf, cost=cost)).backward()
+    hinge.apply(block, hinge.init(torch.Generator("cpu").manual_seed(0)), 0)
+    found = ap.spectrum(block.certificate, dimension=4)
+    return [leaf.grad, *(p.grad for p in block.parameters()), found.values]
+
+
+@pytest.mark.usefixtures("_defaults")
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_default_device_changes_no_step(kind: str) -> None:
+    dynamics, x = KINDS[kind](), torch.randn(2, 3, 8)
+    for solver, estimator in TRIALS:
+        if not fits(estimator, kind):
+            continue
+        block = ap.Equilibrium(dynamics, solver, estimator, on_failure="accept")
+        torch.set_default_device(None)
+        wanted = step(block, x)
+        torch.set_default_device("meta")  # where any tensor that is made without a device is lost
+        for own, reference in zip(step(block, x), wanted, strict=True):
+            assert own.device.type == "cpu"
+            assert torch.equal(own, reference) or bool(reference.isnan().any())
+
+
+@pytest.mark.usefixtures("_defaults")
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_default_dtype_is_that_of_the_parameters_and_of_nothing_else(kind: str) -> None:
+    torch.set_default_dtype(torch.float64)
+    dynamics, x = KINDS[kind](), torch.randn(2, 3, 8)
+    assert {p.dtype for p in dynamics.parameters()} == {torch.float64}
+    ap.Equilibrium(dynamics)(x).sum().backward()
+    dynamics.float()
+    for solver, estimator in TRIALS[:9]:
+        block = ap.Equilibrium(dynamics, solver, estimator, on_failure="accept")
+        found = step(block, x.float())
+        assert {t.dtype for t in found[:-1]} == {torch.float32}
+        assert found[-1].dtype == torch.complex64 and block.certificate.state.dtype == torch.float32
+
+
+@pytest.mark.usefixtures("_defaults")
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_built_on_the_meta_device_relaxes_once_it_has_numbers(kind: str) -> None:
+    torch.manual_seed(0)
+    real, x = KINDS[kind](), torch.randn(2, 3, 8)
+    with torch.device("meta"):
+        empty = KINDS[kind]()
+    assert all(p.is_meta for p in empty.parameters())
+    with pytest.raises(ap.ConfigError, match="meta device, which has no numbers") as error:
+        ap.Equilibrium(empty)(x.to("meta"))
+    assert "\n" not in str(error.value)
+    empty.to_empty(device="cpu").load_state_dict(real.state_dict())
+    assert torch.equal(ap.Equilibrium(empty)(x), ap.Equilibrium(real)(x))
+
+
+@pytest.mark.usefixtures("_defaults")
+def test_the_contract_of_dynamics_runs_under_a_default_device() -> None:
+    dynamics, x = KINDS["damped"]().double(), torch.randn(2, 3, 8).double()
+    torch.set_default_device("meta")
+    check_dynamics(dynamics, x)

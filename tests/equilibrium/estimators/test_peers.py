@@ -6,35 +6,27 @@ import warnings
 
 import pytest
 import torch
-from instances import System, error, exact, system
+from torch import Tensor
 
 import altprop as ap
+from systems import KINDS, System, error, exact, flat, system
 
 
-def flat(s: System, x: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
-    parts = torch.autograd.grad(s.cost(z), [x, *s.dynamics.parameters()])
-    return torch.cat([p.flatten() for p in parts])
+def by(s: System, x: Tensor, z: Tensor) -> Tensor:
+    return flat(torch.autograd.grad(s.cost(z), [x, *s.dynamics.parameters()]))
 
 
-@pytest.mark.parametrize("kind", ["damped", "gated"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_torchdeq_with_implicit_differentiation_agrees_with_implicit(kind: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torchdeq = pytest.importorskip("torchdeq")
     s = system(kind, seed=0)
-    deq = torchdeq.get_deq(
-        ift=True,
-        f_solver="anderson",
-        b_solver="anderson",
-        f_max_iter=200,
-        b_max_iter=200,
-        f_tol=1e-11,
-        b_tol=1e-11,
-    )
-    x = s.x.clone().requires_grad_()
-    step = s.dynamics.step
+    solvers = {"f_solver": "anderson", "b_solver": "anderson", "f_max_iter": 200}
+    deq = torchdeq.get_deq(ift=True, **solvers, b_max_iter=200, f_tol=1e-11, b_tol=1e-11)
+    x, step = s.x.clone().requires_grad_(), s.dynamics.step
     out, _ = deq(lambda z: z + step * s.dynamics(z, x), x.detach().clone())
-    assert error(flat(s, x, out[-1]), exact(s)) < 1e-5
+    assert error(by(s, x, out[-1]), exact(s)) < 1e-5
 
 
 class Root(torch.nn.Module):
@@ -49,7 +41,7 @@ class Root(torch.nn.Module):
         return torch.func.functional_call(self.dynamics, named, (z, x))
 
 
-@pytest.mark.parametrize("kind", ["damped", "gated"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_xitorch_agrees_with_implicit(kind: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -68,5 +60,5 @@ def test_xitorch_agrees_with_implicit(kind: str) -> None:
                 maxiter=500,
                 bck_options={"method": "exactsolve"},
             )
-            found = flat(s, x, z)
+            found = by(s, x, z)
     assert error(found, exact(s)) < 1e-5
