@@ -5,7 +5,7 @@ from __future__ import annotations
 from bugs.bug import Bug
 
 _EQ = "equilibrium/"
-_HINGE = _EQ + "test_hinge_of_the_call.py test_equilibrium_hinge.py"
+_HINGE = _EQ + "test_hinge.py"
 _NOISE = _EQ + "test_noise.py"
 _APART = _EQ + "test_interaction.py"
 _MODULE = _EQ + "test_module.py"
@@ -17,7 +17,7 @@ BUGS = [
         _EQ + "dynamics/driven.py",
         "Driven(self._dynamics, self.x.detach(), args, kwargs)",
         "Driven(self._dynamics, self.x.detach())",
-        _HINGE + " " + _NOISE,
+        _EQ + "test_system_of_a_call.py",
     ),
     Bug(
         _EQ + "dynamics/driven.py",
@@ -152,15 +152,17 @@ BUGS = [
         _EQ + "spectra.py",
         "return (products.jvp(v) + products.vjp(v)) / 2",
         "return products.jvp(v)",
-        "test_spectra.py",
+        _EQ + "test_spectra.py",
     ),
     Bug(
         _EQ + "spectra.py",
         "columns.squeeze(2).permute(1, 2, 0)",
         "columns.squeeze(2).permute(1, 0, 2)",
-        "test_spectra.py",
+        _EQ + "test_spectra.py",
     ),
-    Bug(_EQ + "spectra.py", "        cache = extension.remember(own)\n", "", "test_spectra.py"),
+    Bug(
+        _EQ + "spectra.py", "        cache = extension.remember(own)\n", "", _EQ + "test_spectra.py"
+    ),
     Bug(
         _EQ + "stability.py",
         "2 * self.weight * self.every * (measured - margin)",
@@ -177,31 +179,31 @@ BUGS = [
         _EQ + "stability.py",
         "blocks.unit(v + blocks.unit(remainder))",
         "blocks.unit(v + remainder)",
-        "test_equilibrium_hinge.py",
+        _HINGE,
     ),
     Bug(
         _EQ + "stability.py",
         '{"batch": 0, "sample": 1, "token": 2}[kind]',
         '{"batch": 0, "sample": 0, "token": 2}[kind]',
-        "test_equilibrium_hinge.py",
+        _HINGE,
     ),
     Bug(
         _EQ + "stability.py",
         "slope * blocks.unit(pulled), v * (slope > 0)",
         "slope * v, v * (slope > 0)",
-        "test_equilibrium_hinge.py",
+        _HINGE,
     ),
     Bug(
         _EQ + "stability.py",
         "per_sample(system.step * size / (2 * h), z) * v",
         "per_sample(size / (2 * h), z) * v",
-        "test_equilibrium_hinge.py",
+        _HINGE,
     ),
     Bug(
         _EQ + "stability.py",
         "slope * blocks.unit(pulled), v * (slope > 0)",
         "slope * blocks.unit(pulled), v",
-        "test_equilibrium_hinge.py",
+        _HINGE,
     ),
     Bug(
         _EQ + "dynamics/linearised.py",
@@ -219,13 +221,13 @@ BUGS = [
         _EQ + "contraction.py",
         "system.force(z + system.step * force)",
         "system.force(z + force)",
-        "equilibrium/test_gate_hinge.py",
+        _EQ + "test_gate_hinge.py",
     ),
     Bug(
         _EQ + "contraction.py",
         "(ratio - target).clamp_min(0) * ratio",
         "(ratio - target).clamp_min(0)",
-        "equilibrium/test_gate_hinge.py",
+        _EQ + "test_gate_hinge.py",
     ),
     Bug(
         _EQ + "exact.py",

@@ -1,22 +1,19 @@
-"""What evaluates a force after a call evaluates the system of that call."""
+"""What evaluates a force after a call, a hinge or a spectrum, evaluates the system of that call."""
 
 from __future__ import annotations
 
-import copy
 import gc
-import pickle
 import weakref
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from instances import TIGHT, system
 from torch import Tensor, nn
 
 import altprop as ap
+from systems import EXACT, TIGHT, system
 
-NEAR = ap.Implicit(tol=1e-11, max_steps=300)
 HINGE = ap.JacobianHinge(target=1e-3, every=1)
 
 
@@ -47,29 +44,28 @@ def with_mask(z: Tensor, x: Tensor, mask: Tensor, W: Tensor) -> Tensor:
 
 
 X = torch.randn(2, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+
+
 MASK = torch.tensor([1.0, 0, 1, 1, 0, 2], dtype=torch.float64)
 
 
 def pair(force: Callable[..., Tensor], fixed: Callable[..., Tensor]) -> list[ap.Equilibrium]:
     """Return two blocks with one weight: by the force itself, and by what the call makes of it."""
     W = nn.Parameter(0.4 * torch.randn(6, 6, dtype=torch.float64))
-    return [ap.Equilibrium(ap.from_function(f, W=W), TIGHT, NEAR) for f in (force, fixed)]
+    return [ap.Equilibrium(ap.from_function(f, W=W), TIGHT, EXACT) for f in (force, fixed)]
 
 
 def test_the_hinge_measures_the_further_arguments_of_the_call() -> None:
+    block, fixed = pair(with_mask, lambda z, x, W: with_mask(z, x, MASK, W))
+    block(X, MASK).sum().backward()
+    fixed(X).sum().backward()
+    same(block, fixed)
     block, fixed = pair(with_gain, lambda z, x, W: with_gain(z, x, W, gain=0.9))
     block(X, gain=0.9).sum().backward()
     fixed(X).sum().backward()
     same(block, fixed)
     block(X).sum().backward()  # and of the last one
     assert HINGE.apply(block, HINGE.init(torch.Generator()), 0)["jacobian_gain"] < 1e-5
-
-
-def test_the_hinge_measures_under_the_mask_of_the_call() -> None:
-    block, fixed = pair(with_mask, lambda z, x, W: with_mask(z, x, MASK, W))
-    block(X, MASK).sum().backward()
-    fixed(X).sum().backward()
-    same(block, fixed)
 
 
 class Dropped(nn.Module):
@@ -89,14 +85,11 @@ class Dropped(nn.Module):
 
 def test_the_hinge_measures_with_the_draws_of_the_call_and_draws_nothing_itself() -> None:
     force = Dropped()
-    block = ap.Equilibrium(ap.from_function(force), TIGHT, NEAR)
+    block = ap.Equilibrium(ap.from_function(force), TIGHT, EXACT)
     block(X).sum().backward()
     mask = force.masks[0]
-    fixed = ap.Equilibrium(
-        ap.from_function(lambda z, x: x - z + mask * torch.tanh(force.W(z)) / 2, force.W),
-        TIGHT,
-        NEAR,
-    )
+    by_mask = lambda z, x: x - z + mask * torch.tanh(force.W(z)) / 2  # noqa: E731
+    fixed = ap.Equilibrium(ap.from_function(by_mask, force.W), TIGHT, EXACT)
     fixed(X).sum().backward()
     drawn = torch.get_rng_state()
     same(block, fixed)
@@ -108,22 +101,16 @@ def test_spectra_are_those_of_the_call() -> None:
     block, fixed = pair(with_mask, lambda z, x, W: with_mask(z, x, MASK, W))
     block(X, MASK).sum().backward()
     z = fixed(X).detach()
-    seen = block.certificate
-    wanted = ap.spectrum(fixed.dynamics, z, X)
+    found, wanted = ap.spectrum(block.certificate), ap.spectrum(fixed.dynamics, z, X)
     for name in ("abscissa", "radius", "step_limit"):
-        assert torch.allclose(getattr(ap.spectrum(seen), name), getattr(wanted, name))
-    wanted_abscissa = ap.numerical_abscissa(fixed.dynamics, z, X)
-    assert torch.allclose(ap.numerical_abscissa(seen), wanted_abscissa)
-
-
-@pytest.mark.parametrize("kind", ["damped", "gated"])
-def test_token_spectra_of_a_call_are_those_of_its_state(kind: str) -> None:
-    s = system(kind, seed=1)
-    block = ap.Equilibrium(s.dynamics, TIGHT, NEAR)
+        assert torch.allclose(getattr(found, name), getattr(wanted, name))
+    numerical = ap.numerical_abscissa(fixed.dynamics, z, X)
+    assert torch.allclose(ap.numerical_abscissa(block.certificate), numerical)
+    s = system("gated", seed=1)
+    block = s.block()
     z = block(s.x).detach()
-    for of in (ap.spectrum, ap.token_spectrum):
-        wanted = of(s.dynamics, z, s.x).abscissa
-        assert torch.allclose(of(block.certificate).abscissa, wanted, rtol=1e-7)
+    tokens = ap.token_spectrum(s.dynamics, z, s.x).abscissa
+    assert torch.allclose(ap.token_spectrum(block.certificate).abscissa, tokens, rtol=1e-7)
 
 
 def test_the_spectrum_of_a_force_with_dropout_has_one_mask() -> None:
@@ -214,7 +201,7 @@ def test_a_certificate_keeps_nothing_of_autograd(kind: str) -> None:
     x, mask = (Traced.apply(t, graph) for t in (X.clone().requires_grad_(), scale))
     further: tuple[Any, ...] = ()
     if kind == "damped":
-        block = ap.Equilibrium(ap.DampedAttention(6, 2).double(), TIGHT, NEAR)
+        block = ap.Equilibrium(ap.DampedAttention(6, 2).double(), TIGHT, EXACT)
         x = x.unsqueeze(1)
     elif kind == "own":
         block, further = pair(with_mask, with_mask)[0], (mask,)
@@ -239,11 +226,3 @@ def test_a_certificate_keeps_nothing_of_autograd(kind: str) -> None:
     del x, mask, z, kept, further
     gc.collect()
     assert len(graph) == 2 and all(token() is None for token in graph)
-
-
-def test_copies_of_a_module_leave_the_system_behind() -> None:
-    block = ap.Equilibrium(ap.DampedAttention(6, 2))
-    block(torch.randn(2, 3, 6)).sum().backward()
-    for twin in (copy.deepcopy(block), pickle.loads(pickle.dumps(block))):
-        assert twin.certificate is None
-        assert HINGE.apply(twin, HINGE.init(torch.Generator()), 0) == {}

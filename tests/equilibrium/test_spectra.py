@@ -8,17 +8,17 @@ from torch import Tensor
 
 import altprop as ap
 from altprop.equilibrium.spectra import token_blocks
-from helpers import Task, damped, gated
+from systems import System, damped, gated
 
 TASKS = {"damped": lambda: damped(2, 4, 6, scale=1.5), "gated": lambda: gated(2, 4, 6)}
 
 
 @pytest.fixture(params=TASKS)
-def this(request: pytest.FixtureRequest) -> Task:
+def this(request: pytest.FixtureRequest) -> System:
     return TASKS[request.param]()
 
 
-def per_sample(this: Task) -> Tensor:
+def per_sample(this: System) -> Tensor:
     """Return each sample's dense Jacobian at `z = x`, `(B, n, n)`."""
     n = this.x[0].numel()
     rows = [
@@ -28,7 +28,7 @@ def per_sample(this: Task) -> Tensor:
     return torch.stack([row.reshape(n, n) for row in rows])
 
 
-def test_arnoldi_finds_the_outermost_eigenvalues_complex_pairs_included(this: Task) -> None:
+def test_arnoldi_finds_the_outermost_eigenvalues_complex_pairs_included(this: System) -> None:
     exact = torch.linalg.eigvals(per_sample(this))
     found = ap.spectrum(this.dynamics, this.x, this.x)
     assert torch.allclose(found.abscissa, exact.real.amax(1), rtol=1e-5)
@@ -48,21 +48,21 @@ def test_a_degenerate_jacobian_is_no_breakdown() -> None:
     assert torch.allclose(found.values, torch.tensor(-2.0, dtype=torch.complex128))
 
 
-def test_token_blocks_are_the_diagonal_blocks_of_the_jacobian(this: Task) -> None:
+def test_token_blocks_are_the_diagonal_blocks_of_the_jacobian(this: System) -> None:
     B, T, C = this.x.shape
     dense = per_sample(this).view(B, T, C, T, C)
     wanted = torch.stack([dense[:, t, :, t] for t in range(T)], 1)
     assert torch.allclose(token_blocks(this.dynamics, this.x, this.x), wanted, atol=1e-12)
 
 
-def test_the_tokens_spectra_together_are_that_of_the_whole(this: Task) -> None:
+def test_the_tokens_spectra_together_are_that_of_the_whole(this: System) -> None:
     tokens = ap.token_spectrum(this.dynamics, this.x, this.x)
     exact = torch.linalg.eigvals(per_sample(this))
     assert torch.allclose(tokens.abscissa.amax(1), exact.real.amax(1), rtol=1e-8)
     assert torch.allclose(tokens.radius.amax(1), exact.abs().amax(1), rtol=1e-8)
 
 
-def test_the_numerical_abscissa_is_that_of_the_symmetric_part(this: Task) -> None:
+def test_the_numerical_abscissa_is_that_of_the_symmetric_part(this: System) -> None:
     J = per_sample(this)
     wanted = torch.linalg.eigvalsh((J + J.mT) / 2)[:, -1]
     assert torch.allclose(ap.numerical_abscissa(this.dynamics, this.x, this.x), wanted)
