@@ -77,7 +77,7 @@ BUGS = [
         "testing/dynamics.py",
         "        for mode in (False, True):\n",
         "        for mode in (False,):\n",
-        "equilibrium/test_interaction.py",
+        "equilibrium/dynamics/test_interaction.py",
     ),
     Bug(
         "testing/dynamics.py",

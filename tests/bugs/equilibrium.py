@@ -6,10 +6,10 @@ from bugs.bug import Bug
 
 _EQ = "equilibrium/"
 _HINGE = _EQ + "test_hinge.py"
-_NOISE = _EQ + "test_noise.py"
-_APART = _EQ + "test_interaction.py"
+_NOISE = _EQ + "dynamics/test_noise.py"
+_APART = _EQ + "dynamics/test_interaction.py"
 _MODULE = _EQ + "test_module.py"
-_DYNAMICS = "test_dynamics.py"
+_DYNAMICS = _EQ + "dynamics/test_dynamics.py"
 
 BUGS = [
     Bug(_EQ + "dynamics/driven.py", "        self._draws = draws\n", "        pass\n", _NOISE),
@@ -79,7 +79,7 @@ BUGS = [
         _EQ + "dynamics/damped.py",
         "self.step = 1 / (1 + scale * damping)",
         "self.step = 1 / (1 + damping)",
-        "test_dynamics.py",
+        _DYNAMICS,
     ),
     Bug(
         _EQ + "dynamics/attention.py",
@@ -91,7 +91,7 @@ BUGS = [
         _EQ + "dynamics/gated.py",
         "to_x = du + (1 - self._alpha) * dw",
         "to_x = du + dw",
-        _DYNAMICS + " " + _EQ + "test_record.py",
+        _DYNAMICS,
     ),
     Bug(
         _EQ + "dynamics/gated.py",
@@ -115,7 +115,7 @@ BUGS = [
         _EQ + "dynamics/damped.py",
         "pulled = a if self._scale == 1 else self._scale * a",
         "pulled = a",
-        _DYNAMICS + " " + _EQ + "test_record.py",
+        _DYNAMICS,
     ),
     Bug(
         _EQ + "dynamics/linearised.py",
@@ -133,20 +133,20 @@ BUGS = [
         _EQ + "dynamics/linearised.py",
         "return self._project(a * self._weight)",
         "return self._project(a) * self._weight",
-        _DYNAMICS + " " + _EQ + "test_record.py",
+        _DYNAMICS,
     ),
     Bug(
         _EQ + "dynamics/linearised.py",
         "gradients[slot] = weight if weight is None else weight.mul_(self._roots[slot])",
         "gradients[slot] = weight",
-        _DYNAMICS + " " + _EQ + "test_record.py",
+        _DYNAMICS,
     ),
     Bug(
         _EQ + "dynamics/products.py",
         "        if kept is None:  # hooks on saved tensors gave a copy\n"
         "            kept = again()\n",
         "",
-        _EQ + "test_record.py",
+        _EQ + "dynamics/test_record.py",
     ),
     Bug(
         _EQ + "spectra.py",
@@ -209,13 +209,13 @@ BUGS = [
         _EQ + "dynamics/linearised.py",
         "yield 1, own * (da * (v - self.value)).sum(-1, keepdim=True) * q",
         "yield 1, own * (da * v).sum(-1, keepdim=True) * q",
-        "test_dynamics.py",
+        _DYNAMICS,
     ),
     Bug(
         _EQ + "dynamics/linearised.py",
         "yield 1, ds.diagonal(dim1=-2, dim2=-1).unsqueeze(-1) * self._q",
         "yield 1, self._p.diagonal(dim1=-2, dim2=-1).unsqueeze(-1) * self._q",
-        "test_dynamics.py test_equilibrium_contract.py",
+        _DYNAMICS,
     ),
     Bug(
         _EQ + "contraction.py",
@@ -239,12 +239,12 @@ BUGS = [
         _EQ + "dynamics/analytic.py",
         "tail = erfc_right(torch.where(left, -z, z)) / 2",
         "tail = erfc_right(z) / 2",
-        _EQ + "test_analytic.py",
+        _EQ + "dynamics/test_analytic.py",
     ),
     Bug(
         _EQ + "dynamics/analytic.py",
         "scores = q @ k.transpose(-1, -2) * (C // heads) ** -0.5",
         "scores = q @ k.mH * (C // heads) ** -0.5",
-        _EQ + "test_analytic.py",
+        _EQ + "dynamics/test_analytic.py",
     ),
 ]

@@ -10,14 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from instances import TIGHT, system
 from torch import Tensor, nn
 
 import altprop as ap
+from altprop.equilibrium.dynamics import conduct
 from altprop.testing import check_dynamics
-
-NEAR = ap.Implicit(tol=1e-11, max_steps=300)
-Force = Callable[[Tensor, Tensor], Tensor]
+from systems import EXACT, TIGHT, flat, system
 
 
 class Own(ap.AbstractDynamics):
@@ -61,8 +59,16 @@ def as_function(*parts: nn.Module) -> ap.AbstractDynamics:
     return ap.from_function(lambda z, x: x - z + torch.tanh(body(z)) / 3, body)
 
 
-def state(dynamics: nn.Module) -> dict[str, Tensor]:
-    return {name: b.clone() for name, b in dynamics.named_buffers()}
+def state(module: nn.Module) -> dict[str, Tensor]:
+    return {name: b.clone() for name, b in module.named_buffers()}
+
+
+def still(module: nn.Module, before: dict[str, Tensor]) -> bool:
+    return all(torch.equal(b, before[name]) for name, b in module.named_buffers())
+
+
+def normal(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64)
 
 
 MIXING: dict[str, Callable[[], nn.Module]] = {
@@ -77,26 +83,22 @@ MIXING: dict[str, Callable[[], nn.Module]] = {
 
 @pytest.mark.parametrize("kind", MIXING)
 @pytest.mark.parametrize("make", [as_function, Own])
-@pytest.mark.parametrize(
-    ("estimator", "solver"),
-    [(ap.AEP(), TIGHT), (NEAR, TIGHT), (ap.BPTT(), ap.Euler(step=1.0, max_steps=9))],
-    ids=["AEP", "Implicit", "BPTT"],
-)
+@pytest.mark.parametrize("estimator", [ap.AEP(), EXACT, ap.BPTT()], ids=lambda e: type(e).__name__)
 def test_batch_statistics_are_refused_before_anything_changes(
-    kind: str, make: Any, estimator: Any, solver: Any
+    kind: str, make: Any, estimator: ap.AbstractEstimator
 ) -> None:
     dynamics = make(nn.Linear(4, 4), MIXING[kind]()).double()
-    block, before = ap.Equilibrium(dynamics, solver, estimator), state(dynamics)
+    block, before = (
+        ap.Equilibrium(dynamics, ap.Euler(step=1.0, max_steps=9), estimator),
+        state(dynamics),
+    )
     with pytest.raises(ap.RuleError, match=r"batch norm \(\w+\).*LayerNorm or GroupNorm") as error:
-        block(torch.randn(6, 4, dtype=torch.float64))
+        block(normal(6, 4))
     assert "\n" not in str(error.value) and block.certificate is None
-    assert all(torch.equal(b, before[name]) for name, b in dynamics.named_buffers())
-
-
-def test_batch_norm_without_statistics_is_refused_in_evaluation_mode_as_well() -> None:
-    dynamics = as_function(nn.Linear(4, 4), MIXING["without statistics"]()).double().eval()
-    with torch.no_grad(), pytest.raises(ap.RuleError, match="batch norm"):  # unseen by the products
-        ap.Equilibrium(dynamics)(torch.randn(6, 4, dtype=torch.float64))
+    assert still(dynamics, before)
+    if kind == "without statistics":
+        with torch.no_grad(), pytest.raises(ap.RuleError, match="batch norm"):
+            block.eval()(normal(6, 4))  # in evaluation mode as well, unseen by the products
 
 
 def test_batch_norm_that_a_force_only_closes_over_is_seen() -> None:
@@ -113,7 +115,7 @@ def test_in_evaluation_mode_batch_norm_is_a_map_like_any_other() -> None:
         if b.is_floating_point():
             b += 0.3
     x, v = torch.randn(2, 6, 4, dtype=torch.float64)
-    block = ap.Equilibrium(dynamics, TIGHT, NEAR)
+    block = ap.Equilibrium(dynamics, TIGHT, EXACT)
     leaf = x.clone().requires_grad_()
     block(leaf).square().sum().backward()
     ends = [block(x + move * v).detach().square().sum() for move in (1e-5, -1e-5)]
@@ -127,22 +129,19 @@ def test_in_evaluation_mode_batch_norm_is_a_map_like_any_other() -> None:
 def test_a_force_that_changes_its_buffers_is_refused_and_they_are_put_back(
     kind: str, make: Any
 ) -> None:
-    part = (
-        Counter() if kind == "counter" else nn.utils.parametrizations.spectral_norm(nn.Linear(4, 4))
-    )
-    dynamics = make(nn.Linear(4, 4), part).double()
+    spectral = nn.utils.parametrizations.spectral_norm(nn.Linear(4, 4))
+    dynamics = make(nn.Linear(4, 4), Counter() if kind == "counter" else spectral).double()
     before = state(dynamics)
-    for estimator in (ap.AEP(), NEAR):
+    for estimator in (ap.AEP(), EXACT):
         with pytest.raises(ap.RuleError, match="changes its buffers .*evaluation mode") as error:
-            ap.Equilibrium(dynamics, TIGHT, estimator)(torch.randn(3, 4, dtype=torch.float64))
-        assert "\n" not in str(error.value)
-        assert all(torch.equal(b, before[name]) for name, b in dynamics.named_buffers())
+            ap.Equilibrium(dynamics, TIGHT, estimator)(normal(3, 4))
+        assert "\n" not in str(error.value) and still(dynamics, before)
     if kind == "spectral norm":  # in evaluation mode it iterates no further
         block = ap.Equilibrium(dynamics.eval())
-        block(torch.randn(3, 4, dtype=torch.float64)).sum().backward()
+        block(normal(3, 4)).sum().backward()
         with pytest.raises(ap.RuleError, match="changes its buffers"):
-            block.train()(torch.randn(3, 4, dtype=torch.float64))
-        assert all(torch.equal(b, before[name]) for name, b in dynamics.named_buffers())
+            block.train()(normal(3, 4))
+        assert still(dynamics, before)
 
 
 def test_a_buffer_that_changes_later_on_is_found_as_well() -> None:
@@ -156,29 +155,26 @@ def test_a_buffer_that_changes_later_on_is_found_as_well() -> None:
         block(x)
 
 
-def forces() -> dict[str, Force]:
-    W = 0.3 * torch.randn(4, 4, dtype=torch.float64)
-    return {
-        "batch mean": lambda z, x: x - z + torch.tanh(z @ W - z.mean(0)) / 3,
-        "sums from the first": lambda z, x: x - z + torch.tanh(z.cumsum(0) @ W) / 9,
-        "sums from the last": lambda z, x: x - z + torch.tanh(z.flip(0).cumsum(0).flip(0)) / 9,
-        "neighbours": lambda z, x: x - z + torch.tanh(z.roll(1, 0) @ W) / 3,
-        "time first": SeqFirst(),
-        "time first, causal": SeqFirst(mask=True),
-    }
+W = 0.3 * torch.randn(4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+FORCES: dict[str, Callable[[], Any]] = {
+    "batch mean": lambda: lambda z, x: x - z + torch.tanh(z @ W - z.mean(0)) / 3,
+    "sums from the first": lambda: lambda z, x: x - z + torch.tanh(z.cumsum(0) @ W) / 9,
+    "sums from the last": lambda: lambda z, x: x - z + torch.tanh(z.flip(0).cumsum(0).flip(0)) / 9,
+    "neighbours": lambda: lambda z, x: x - z + torch.tanh(z.roll(1, 0) @ W) / 3,
+    "time first": lambda: SeqFirst(),
+    "time first, causal": lambda: SeqFirst(mask=True),
+}
 
 
-@pytest.mark.parametrize("kind", forces())
+@pytest.mark.parametrize("kind", FORCES)
 @pytest.mark.parametrize("estimator", [ap.AEP(), ap.Implicit(), ap.EP(), ap.OneStep()], ids=str)
 def test_samples_that_interact_are_refused_in_the_first_call(
     kind: str, estimator: ap.AbstractEstimator
 ) -> None:
-    force = forces()[kind]
-    block = ap.Equilibrium(ap.from_function(force), estimator=estimator)
-    x = torch.randn(5, 3, 4, dtype=torch.float64, requires_grad=True)
+    block = ap.Equilibrium(ap.from_function(FORCES[kind]()), estimator=estimator)
     for _ in range(4):  # and in every one after it
         with pytest.raises(ap.RuleError, match="samples interact.*must lie on axis 0") as error:
-            block(x)
+            block(normal(5, 3, 4).requires_grad_())
         assert "\n" not in str(error.value)
 
 
@@ -190,31 +186,16 @@ def test_transposed_inside_the_force_a_batch_has_the_sum_of_its_samples_gradient
     dynamics = ap.from_function(
         lambda z, x: inner(z.transpose(0, 1), x.transpose(0, 1)).transpose(0, 1), inner
     )
-    block = ap.Equilibrium(dynamics, TIGHT, NEAR)
-    x = torch.randn(3, 3, 4, dtype=torch.float64)  # a square, so that no axis is known by its size
+    block = ap.Equilibrium(dynamics, TIGHT, EXACT)
+    x = normal(3, 3, 4)  # a square, so that no axis is known by its size
 
     def gradient(batch: Tensor) -> Tensor:
         block.zero_grad()
         block(batch).square().sum().backward()
-        return torch.cat([p.grad.flatten() for p in inner.parameters()])
+        return flat([p.grad for p in inner.parameters()])
 
-    whole, parts = gradient(x), sum(gradient(one) for one in x.split(1))
-    assert torch.allclose(whole, parts, rtol=1e-8, atol=1e-10)
-
-
-def test_a_stabiliser_does_not_ask_what_the_call_has_asked(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    from altprop.equilibrium.dynamics import conduct
-
-    asked, seeing = [], conduct.seeing
-    monkeypatch.setattr(conduct, "seeing", lambda *given: asked.append(0) or seeing(*given))
-    block = ap.Equilibrium(as_function(nn.Linear(4, 4).double()), TIGHT, ap.Implicit())
-    block(torch.randn(3, 4, dtype=torch.float64)).sum().backward()
-    assert len(asked) == 1
-    hinge = ap.JacobianHinge(target=1e-6, every=1, token_target=None)
-    told = hinge.apply(block, hinge.init(torch.Generator()), step=0)
-    assert told["jacobian_gain"] > 0 and len(asked) == 1
+    parts = sum(gradient(one) for one in x.split(1))
+    assert torch.allclose(gradient(x), parts, rtol=1e-8, atol=1e-10)
 
 
 def test_what_a_closed_gate_hides_is_found_when_it_opens() -> None:
@@ -222,7 +203,7 @@ def test_what_a_closed_gate_hides_is_found_when_it_opens() -> None:
     block = ap.Equilibrium(
         ap.from_function(lambda z, x, g: x - z + g * torch.tanh(z.mean(0)) + z / 9, g=gate)
     )
-    x = torch.randn(4, 3, dtype=torch.float64)
+    x = normal(4, 3)
     block(x).sum().backward()
     with torch.no_grad():
         gate += 0.3
@@ -250,27 +231,40 @@ def test_a_lost_sample_is_no_sign_of_interaction() -> None:
     block(x).nansum().backward()
 
 
+# when it is asked
+
+
 def test_the_question_costs_nothing_once_it_was_answered() -> None:
-    calls = 0
-    W = nn.Linear(4, 4).double()
+    calls: list[int] = []
+    inner = nn.Linear(4, 4).double()
 
     def force(z: Tensor, x: Tensor) -> Tensor:
-        nonlocal calls
-        calls += 1
-        return x - z + torch.tanh(W(z)) / 3
+        calls.append(0)
+        return x - z + torch.tanh(inner(z)) / 3
 
-    block = ap.Equilibrium(ap.from_function(force, W), ap.Euler(step=1.0, max_steps=20), NEAR)
-    x, made = torch.randn(3, 4, dtype=torch.float64), []
-    for _ in range(17):
-        before = calls
-        block(x)
-        made.append(calls - before - block.certificate.free_evaluations)
-    asked = {1, 2, 4, 8, 16}
-    assert made == [int(call in asked) for call in range(1, 18)]
-    before = calls
+    block = ap.Equilibrium(ap.from_function(force, inner), ap.Euler(step=1.0, max_steps=20), EXACT)
+
+    def asked() -> int:
+        calls.clear()
+        block(normal(3, 4))
+        return len(calls) - block.certificate.free_evaluations
+
+    assert [call for call in range(1, 18) if asked()] == [1, 2, 4, 8, 16]
     with torch.no_grad():
-        block(x)  # where nothing is recorded there is no question
-    assert calls - before == block.certificate.free_evaluations
+        assert not asked()  # where nothing is recorded there is no question
+
+
+def test_a_stabiliser_does_not_ask_what_the_call_has_asked(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked, seeing = [], conduct.seeing
+    monkeypatch.setattr(conduct, "seeing", lambda *given: asked.append(0) or seeing(*given))
+    block = ap.Equilibrium(as_function(nn.Linear(4, 4).double()), TIGHT, ap.Implicit())
+    block(normal(3, 4)).sum().backward()
+    assert len(asked) == 1
+    hinge = ap.JacobianHinge(target=1e-6, every=1, token_target=None)
+    told = hinge.apply(block, hinge.init(torch.Generator()), step=0)
+    assert told["jacobian_gain"] > 0 and len(asked) == 1
 
 
 @pytest.mark.parametrize("kind", ["damped", "gated", "thick"])
@@ -302,20 +296,20 @@ class Named(ap.AbstractDynamics):
 
 
 @pytest.mark.parametrize("how", [copy.deepcopy, lambda b: pickle.loads(pickle.dumps(b))])
-@pytest.mark.parametrize("called", [False, True])
-def test_copies_and_compiled_modules_ask_as_well(how: Any, called: bool) -> None:
-    x = torch.randn(3, 4)
-    right = ap.Equilibrium(Named(mixing=False))
-    if called:
+def test_copies_and_compiled_modules_ask_as_well(how: Any) -> None:
+    x, right = torch.randn(3, 4), ap.Equilibrium(Named(mixing=False))
+    for _ in range(2):  # never called, and called
+        how(right)(x).sum().backward()
         right(x)
-    how(right)(x).sum().backward()
-    with pytest.raises(ap.RuleError, match="samples interact"):
-        how(ap.Equilibrium(Named(mixing=True)))(x)
     wrong = ap.Equilibrium(Named(mixing=True))
     torch.compiler.reset()
-    with pytest.raises(ap.RuleError, match="samples interact"):
-        torch.compile(wrong, backend="eager")(x)
+    for block in (how(wrong), torch.compile(wrong, backend="eager")):
+        with pytest.raises(ap.RuleError, match="samples interact"):
+            block(x)
     torch.compiler.reset()
+
+
+# and by the contract
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -334,9 +328,9 @@ def test_the_contract_of_dynamics_finds_it_in_any_mode(
     dynamics = Own(nn.Linear(4, 4), copy.deepcopy(part)).double().train(training)
     before = state(dynamics)
     with pytest.raises(AssertionError, match=message):
-        check_dynamics(dynamics, torch.randn(3, 4, dtype=torch.float64))
+        check_dynamics(dynamics, normal(3, 4))
     assert dynamics.training == training and dynamics.parts[1].training == training
-    assert all(torch.equal(b, before[name]) for name, b in dynamics.named_buffers())
+    assert still(dynamics, before)
 
 
 def test_the_contract_of_dynamics_passes_what_keeps_it_with_dropout() -> None:

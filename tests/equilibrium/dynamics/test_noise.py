@@ -10,12 +10,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as nnf
-from instances import TIGHT
 from torch import Tensor, nn
 
 import altprop as ap
+from systems import EXACT, TIGHT, flat
 
-NEAR = ap.Implicit(tol=1e-11, max_steps=300)
 PLAIN = ap.Euler(step=0.5, max_steps=12)
 ANNOUNCED = "draws random numbers.*draws='replayed'.*draws='fresh'"
 
@@ -47,9 +46,12 @@ X = torch.randn(3, 4, dtype=torch.float64, generator=torch.Generator().manual_se
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_a_force_that_draws_without_a_word_is_announced_once(training: bool) -> None:
-    dynamics = noisy().train(training)
-    block = ap.Equilibrium(dynamics, TIGHT, NEAR)
+@pytest.mark.parametrize("part", [nn.Identity(), nn.Dropout(0.4)], ids=["alone", "with dropout"])
+def test_a_force_that_draws_without_a_word_is_announced_once(
+    part: nn.Module, training: bool
+) -> None:
+    dynamics = noisy(part=part).train(training)
+    block = ap.Equilibrium(dynamics, TIGHT, EXACT)
     with pytest.warns(RuntimeWarning, match=ANNOUNCED) as said:
         block(X)
     assert len(said) == 1 and "\n" not in str(said[0].message)
@@ -82,7 +84,7 @@ def test_replayed_draws_are_the_same_in_all_evaluations_of_a_call(
         lambda z, x: x - z + torch.tanh(dynamics.inner(z)) / 3 + 0.1 * noise, dynamics.inner
     )
     wanted = X.clone().requires_grad_()
-    ap.Equilibrium(fixed, TIGHT, NEAR)(wanted).square().sum().backward()
+    ap.Equilibrium(fixed, TIGHT, EXACT)(wanted).square().sum().backward()
     assert torch.allclose(leaf.grad, wanted.grad, rtol=1e-7)
     block(X)
     assert dynamics.distinct() == 2
@@ -95,7 +97,8 @@ def test_replayed_draws_are_the_same_in_all_evaluations_of_a_call(
 )
 def test_dropout_needs_no_word(part: nn.Module) -> None:
     given = nn.Sequential(nn.Linear(4, 4), part).double()
-    block = ap.Equilibrium(ap.from_function(lambda z, x: x - z + given(z) / 9, given), TIGHT, NEAR)
+    dynamics = ap.from_function(lambda z, x: x - z + given(z) / 9, given)
+    block = ap.Equilibrium(dynamics, TIGHT, EXACT)
     first = block(X)
     first.sum().backward()
     assert not torch.equal(first, block(X))
@@ -111,27 +114,14 @@ def test_dropout_inside_attention_and_beside_the_given_modules_needs_none_either
         return x - z + drop(attention(z, z, z, need_weights=False)[0]) / 9
 
     x = torch.randn(2, 3, 4, dtype=torch.float64)
-    ap.Equilibrium(ap.from_function(force, attention), TIGHT, NEAR)(x).sum().backward()
-
-
-def test_noise_beside_dropout_is_announced_all_the_same() -> None:
-    dynamics = noisy(part=nn.Dropout(0.4))
-    block = ap.Equilibrium(dynamics, TIGHT, NEAR)
-    with pytest.warns(RuntimeWarning, match=ANNOUNCED):
-        block(X)
-    assert dynamics.part.training
+    ap.Equilibrium(ap.from_function(force, attention), TIGHT, EXACT)(x).sum().backward()
 
 
 def test_dropout_that_is_a_function_is_announced() -> None:
-    block = ap.Equilibrium(
-        ap.from_function(lambda z, x: x - z + nnf.dropout(torch.tanh(z), 0.3) / 3), TIGHT, NEAR
-    )
+    force = lambda z, x: x - z + nnf.dropout(torch.tanh(z), 0.3) / 3  # noqa: E731
     with pytest.warns(RuntimeWarning, match=ANNOUNCED):
-        block(X)
-    said = ap.from_function(
-        lambda z, x: x - z + nnf.dropout(torch.tanh(z), 0.3) / 3, draws="replayed"
-    )
-    ap.Equilibrium(said, TIGHT, NEAR)(X)
+        ap.Equilibrium(ap.from_function(force), TIGHT, EXACT)(X)
+    ap.Equilibrium(ap.from_function(force, draws="replayed"), TIGHT, EXACT)(X)
 
 
 def test_fresh_noise_is_new_in_every_evaluation() -> None:
@@ -143,23 +133,18 @@ def test_fresh_noise_is_new_in_every_evaluation() -> None:
 
 
 def test_backprop_through_a_noisy_relaxation_is_that_of_its_path() -> None:
-    """Against the relaxation written out, with the noise that was drawn."""
     dynamics = noisy("fresh", part=nn.Dropout(0.3))
-    block = ap.Equilibrium(dynamics, PLAIN, ap.BPTT())
-    leaf, other = (X.clone().requires_grad_() for _ in range(2))
-    torch.manual_seed(7)
-    block(leaf).square().sum().backward()
-    got = [leaf.grad, *(p.grad.clone() for p in dynamics.parameters())]
-    dynamics.zero_grad()
-    torch.manual_seed(7)
-    z = other
-    for _ in range(PLAIN.max_steps):
-        z = z + PLAIN.step * dynamics(z, other)
-    z.square().sum().backward()
-    for own, wanted in zip(
-        got, [other.grad, *(p.grad for p in dynamics.parameters())], strict=True
-    ):
-        assert torch.allclose(own, wanted, rtol=1e-12, atol=1e-14)
+    block, found = ap.Equilibrium(dynamics, PLAIN, ap.BPTT()), []
+    for by_hand in (False, True):
+        leaf = X.clone().requires_grad_()
+        dynamics.zero_grad()
+        torch.manual_seed(7)
+        z = leaf if by_hand else block(leaf)
+        for _ in range(PLAIN.max_steps if by_hand else 0):
+            z = z + PLAIN.step * dynamics(z, leaf)
+        z.square().sum().backward()
+        found.append(flat([leaf.grad, *(p.grad for p in dynamics.parameters())]))
+    assert torch.allclose(*found, rtol=1e-12, atol=1e-14)
 
 
 def test_a_linearisation_of_a_noisy_force_has_one_draw() -> None:
@@ -209,14 +194,12 @@ def test_other_words_for_draws_are_refused(draws: Any) -> None:
 
 def test_a_force_that_draws_nothing_is_left_alone() -> None:
     inner = nn.Linear(4, 4).double()
-    block = ap.Equilibrium(
-        ap.from_function(lambda z, x: x - z + torch.tanh(inner(z)) / 3, inner), TIGHT, NEAR
-    )
+    quiet = ap.from_function(lambda z, x: x - z + torch.tanh(inner(z)) / 3, inner)
     drawn = torch.get_rng_state()
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
-        block(X).sum().backward()
-    assert not said and torch.equal(torch.get_rng_state(), drawn)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ap.Equilibrium(quiet, TIGHT, EXACT)(X).sum().backward()
+    assert torch.equal(torch.get_rng_state(), drawn)
 
 
 @pytest.mark.parametrize("training", [True, False])
