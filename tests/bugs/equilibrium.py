@@ -233,7 +233,7 @@ BUGS = [
         _EQ + "exact.py",
         "residual = found.residual / (1 + sample_norm(found.value))",
         "residual = found.residual",
-        "test_rules_off.py",
+        "rules/test_rules_off.py",
     ),
     Bug(
         _EQ + "dynamics/analytic.py",

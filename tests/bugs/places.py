@@ -6,7 +6,8 @@ from bugs.bug import Bug
 
 _REFUSALS = "test_convert_refusals.py"
 _AROUND = "test_convert_surroundings.py"
-_BROADCAST = "rules/test_broadcast_formulas.py"
+_BROADCAST = "rules/test_broadcast.py"
+_LEARNED = "rules/test_learned_feedback.py"
 _LAYOUTS = "test_layouts.py test_layouts_measured.py"
 _ATTENTION = "test_attention_arguments.py"
 
@@ -68,13 +69,13 @@ BUGS = [
         "conversion/probes.py",
         "            place.on = True\n",
         "            pass\n",
-        "rules/test_grape_formulas.py " + _BROADCAST,
+        "rules/test_grape.py " + _BROADCAST,
     ),
     Bug(
         "conversion/probes.py",
         "            module.training = True\n",
         "            pass\n",
-        "rules/test_grape_formulas.py " + _BROADCAST,
+        "rules/test_grape.py " + _BROADCAST,
     ),
     Bug(
         "conversion/probes.py",
@@ -95,9 +96,7 @@ BUGS = [
         "        return int(step)\n",
         "test_surgery.py test_rules_broadcast.py test_rules.py",
     ),
-    Bug(
-        "conversion/sites.py", "        return B.detach()\n", "        return B\n", "test_frozen.py"
-    ),
+    Bug("conversion/sites.py", "        return B.detach()\n", "        return B\n", _LEARNED),
     Bug(
         "assign.py",
         "(0, 0, rows.start, len(W) - rows.stop)",
@@ -126,7 +125,7 @@ BUGS = [
         "conversion/convert.py",
         "nn.Parameter(value, requires_grad=not frozen)",
         "nn.Parameter(value)",
-        "test_frozen.py",
+        _LEARNED,
     ),
     Bug(
         "conversion/convert.py",
@@ -175,13 +174,13 @@ BUGS = [
         "conversion/learned.py",
         "key=lambda p: (not p.requires_grad, p.dim() < 2)",
         "key=lambda p: not p.requires_grad",
-        "test_feedback_optimisers.py",
+        _LEARNED,
     ),
     Bug(
         "conversion/learned.py",
         "if any(w.requires_grad for w in found[2])",
         "if True",
-        "test_frozen.py test_feedback_optimisers.py",
+        _LEARNED,
     ),
     Bug(
         "conversion/unfit.py",
@@ -200,13 +199,13 @@ BUGS = [
         "assign.py",
         "            to_W = flat.t().mm(_matrix(x))\n",
         "            to_W = (flat / len(flat)).t().mm(_matrix(x))\n",
-        "rules/test_formulas.py",
+        "rules/test_transport.py",
     ),
     Bug(
         "assign.py",
         "learns = W.requires_grad or (B is not None and B.requires_grad)",
         "learns = W.requires_grad",
-        "test_frozen.py",
+        _LEARNED,
     ),
     Bug("assign.py", "signal = g if ctx.exact else tap", "signal = tap", _BROADCAST),
     Bug(
@@ -219,7 +218,7 @@ BUGS = [
         "assign.py",
         "x, W, b, B = _autocast(x, W, b, B)",
         "x, W, b, _ = _autocast(x, W, b, B)",
-        "test_convert.py test_rules_contract.py",
+        "test_convert.py testing/test_rules_contract.py",
     ),
     # conversion/attention.py, linear.py
     Bug("conversion/attention.py", "mask + padding", "mask", _ATTENTION),

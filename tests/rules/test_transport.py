@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from uneven import close
 
 import altprop as ap
 
@@ -48,19 +48,11 @@ def run(rule: ap.AbstractRule, shape: tuple[int, int], layer: nn.Linear | None =
     B = getattr(layer, "B", None)
     layer.zero_grad()
     layer(x).backward(g)
-    assert x.grad is not None
     B = None if B is None else B.detach().clone()
     return Pass(layer, x.detach(), g, layer.weight.detach().clone(), B, x.grad)
 
 
-def close(got: Tensor | None, want: Tensor, tolerance: float = 1e-12) -> None:
-    assert got is not None and got.shape == want.shape
-    size = max(1.0, float(want.abs().max()))
-    assert float((got - want).abs().max()) <= tolerance * size
-
-
 def fixed(W: Tensor, B: Tensor | None) -> Tensor:
-    assert B is not None
     return B
 
 
@@ -72,7 +64,6 @@ def equal_columns(std: float) -> Callable[[Tensor, Tensor | None], Tensor]:
     """`N(0, std²)` has columns of norm `std √out` on average: each column is given that norm."""
 
     def matrix(W: Tensor, B: Tensor | None) -> Tensor:
-        assert B is not None
         columns = [c / math.sqrt(float(c @ c)) for c in B.unbind(1)]
         return std * math.sqrt(len(W)) * torch.stack(columns, 1)
 
@@ -81,6 +72,8 @@ def equal_columns(std: float) -> Callable[[Tensor, Tensor | None], Tensor]:
 
 # rule, and the matrix by which `g` is multiplied: from the weight, and from the drawn feedback
 Formula = Callable[[Tensor, Tensor | None], Tensor]
+
+
 TRANSPORTS: list[tuple[ap.AbstractTransport, Formula]] = [
     (ap.Backprop(), lambda W, B: W),
     (ap.FeedbackAlignment(), fixed),
@@ -174,17 +167,11 @@ def test_random_sizes_are_half_normal_and_new_at_every_pass_or_never(
     assert float((found**2).mean()) == pytest.approx(1, abs=5 / n**0.5)
 
 
-RANDOM_SIGNS = ap.SignSymmetry(variant="brsf")
+# learned feedback
 
 
-# ---------------------------------------------------------------------------- learned feedback
-
-
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_kolen_pollack_gives_the_feedback_the_weights_gradient_in_memory_of_its_own(
-    shape: tuple[int, int],
-) -> None:
-    done = run(ap.KolenPollack(), shape)
+def test_kolen_pollack_gives_the_feedback_the_weights_gradient_in_memory_of_its_own() -> None:
+    done = run(ap.KolenPollack(), (3, 7))
     B, W = done.layer.B, done.layer.weight
     close(B.grad, torch.einsum("abo,abi->oi", done.g, done.x))
     # what is done to one of the two must not be done to the other
@@ -198,7 +185,7 @@ def heard(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     found: list[Tensor] = []
     for rule in (ap.WeightMirror, ap.AlignedFeedback):
 
-        def noise(self, site, generator, plain=rule.noise):  # type: ignore[no-untyped-def]
+        def noise(self, site, generator, plain=rule.noise):
             found.append(plain(self, site, generator))
             return found[-1]
 
@@ -206,13 +193,16 @@ def heard(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     return found
 
 
+NOISY = [ap.WeightMirror, ap.AlignedFeedback]
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("decay", [1.0, 0.25])
 def test_the_mirrors_gradient_is_the_mean_of_centred_responses_to_centred_noise(
     shape: tuple[int, int], decay: float, heard: list[Tensor]
 ) -> None:
-    done = run(ap.WeightMirror(probes=6, decay=decay, std=0.3), shape)
-    again = run(ap.WeightMirror(probes=6, decay=decay, std=0.3), shape, done.layer)
+    rule = ap.WeightMirror(probes=6, decay=decay, std=0.3)
+    again = run(rule, shape, run(rule, shape).layer)
     assert len(heard) == 2 and not torch.equal(*heard)
     p = heard[1].double()
     assert p.shape == (6, shape[1])
@@ -220,49 +210,7 @@ def test_the_mirrors_gradient_is_the_mean_of_centred_responses_to_centred_noise(
     y = p @ again.W.T + again.layer.bias.detach()
     y, p = y - y.mean(0), p - p.mean(0)
     mean = sum(torch.outer(y[n], p[n]) for n in range(6)) / 6
-    assert again.B is not None
     close(again.layer.B.grad, decay * again.B - mean, 1e-6)  # centred in float32
-
-
-def test_a_mirrors_noise_has_unit_size_so_that_its_gradient_rests_at_the_weight(
-    heard: list[Tensor],
-) -> None:
-    done = run(ap.WeightMirror(probes=20000, decay=0.5), (3, 5))
-    assert float(heard[0].std()) == pytest.approx(1, abs=0.01)
-    assert done.B is not None
-    towards = 0.5 * done.B - done.layer.B.grad  # → W as the probes grow many
-    assert float((towards - done.W).norm() / done.W.norm()) < 0.05
-
-
-@pytest.mark.parametrize(
-    "rule", [ap.WeightMirror(probes=3), ap.AlignedFeedback(probes=3), RANDOM_SIGNS]
-)
-def test_a_recomputation_hears_the_noise_of_its_pass(rule: ap.AbstractTransport) -> None:
-    found = []
-    for recomputed in (False, True):
-        torch.manual_seed(0)
-        layer = ap.convert(nn.Linear(4, 3, dtype=torch.float64), rule)
-        x = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
-        for _ in range(2):  # the second pass has other noise than the first
-            y = checkpoint(layer, x, use_reentrant=False) if recomputed else layer(x)
-            y.square().sum().backward()
-        found.append([x.grad, *(p.grad for p in layer.parameters())])
-    for plain, again in zip(*found, strict=True):
-        close(again, plain)
-
-
-@pytest.mark.parametrize("rule", [ap.WeightMirror(probes=3), ap.AlignedFeedback(probes=3)])
-def test_each_place_and_each_seed_hears_noise_of_its_own(
-    rule: ap.AbstractTransport, heard: list[Tensor]
-) -> None:
-    for seed in (0, 1, 0):
-        model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
-        ap.convert(model, rule, seed=seed)(torch.ones(2, 4)).sum().backward()
-    first, second, other, another, *again = heard
-    drawn = [first, second, other, another]
-    for i, noise in enumerate(drawn):
-        assert all(not torch.equal(noise, known) for known in drawn[:i])
-    assert torch.equal(again[0], first) and torch.equal(again[1], second)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -271,31 +219,44 @@ def test_aligned_feedback_descends_one_minus_the_cosine_to_the_probes_estimate(
     shape: tuple[int, int], normalize: bool, heard: list[Tensor]
 ) -> None:
     rule = ap.AlignedFeedback(probes=6, std=0.3, normalize=normalize)
-    done = run(rule, shape)
-    again = run(rule, shape, done.layer)
+    again = run(rule, shape, run(rule, shape).layer)
     assert len(heard) == 2 and not torch.equal(*heard)
     p = heard[1].double()
     assert p.shape == (6, shape[1])
     estimate = sum(torch.outer(again.W @ q, q) for q in p) / 6
-    assert again.B is not None
     B = again.B.requires_grad_()
     (1 - (B * estimate).sum() / ((B**2).sum() * (estimate**2).sum()).sqrt()).backward()
     close(again.layer.B.grad, B.grad, 1e-9)
 
 
-def test_an_aligned_feedbacks_probes_have_unit_size(heard: list[Tensor]) -> None:
-    run(ap.AlignedFeedback(probes=20000), (3, 5))
-    assert float(heard[0].std()) == pytest.approx(1, abs=0.01)
-    assert float(heard[0].mean()) == pytest.approx(0, abs=0.01)
-
-
-@pytest.mark.parametrize("shape", [(3, 7), (7, 3)], ids=str)
-def test_normalised_columns_have_equal_norms_that_of_an_average_draw(
-    shape: tuple[int, int],
+def test_noise_has_unit_size_so_that_a_mirrors_gradient_rests_at_the_weight(
+    heard: list[Tensor],
 ) -> None:
-    M = run(ap.AlignedFeedback(probes=2, std=0.3, normalize=True), shape).matrix
-    for norm in M.norm(dim=0):
-        assert float(norm) == pytest.approx(0.3 * math.sqrt(shape[0]), rel=1e-10)
+    done = run(ap.WeightMirror(probes=20000, decay=0.5), (3, 5))
+    run(ap.AlignedFeedback(probes=20000), (3, 5))
+    for noise in heard:
+        assert float(noise.std()) == pytest.approx(1, abs=0.01)
+        assert float(noise.mean()) == pytest.approx(0, abs=0.01)
+    towards = 0.5 * done.B - done.layer.B.grad  # → W as the probes grow many
+    assert float((towards - done.W).norm() / done.W.norm()) < 0.05
+
+
+@pytest.mark.parametrize("rule", NOISY)
+def test_each_place_and_each_seed_hears_noise_of_its_own(rule: type, heard: list[Tensor]) -> None:
+    for seed in (0, 1, 0):
+        model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+        ap.convert(model, rule(probes=3), seed=seed)(torch.ones(2, 4)).sum().backward()
+    *drawn, first, second = heard
+    for i, noise in enumerate(drawn):
+        assert all(not torch.equal(noise, known) for known in drawn[:i])
+    assert torch.equal(first, drawn[0]) and torch.equal(second, drawn[1])
+
+
+@pytest.mark.parametrize("rule", NOISY)
+def test_probes_is_the_number_of_noise_vectors(rule: type, heard: list[Tensor]) -> None:
+    for made in (rule(), rule(probes=5)):
+        run(made, (3, 7))
+    assert [tuple(p.shape) for p in heard] == [(32, 7), (5, 7)]
 
 
 def test_a_feedback_of_zero_or_a_weight_of_zero_turns_nowhere() -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import altprop as ap
 from conversions import TOKENS, assert_equal, gradients, tiny
-from helpers import TIGHT, jacobian
+from systems import TIGHT, System, dense, error, size
 
 RULES = [
     ap.FeedbackAlignment(std=0.5),
@@ -148,7 +148,7 @@ def test_a_compiled_part_is_switched_off_too() -> None:
     torch._dynamo.reset()
 
 
-# --- stacks
+# stacks
 
 
 def stacked(estimator: ap.AbstractEstimator) -> tuple[nn.Sequential, nn.Sequential]:
@@ -183,39 +183,39 @@ def test_one_block_of_a_stack_alone_is_exact_and_among_the_others_refused() -> N
     model(x).sum().backward()
 
 
-# --- equilibria
-
-
-def dense(block: ap.Equilibrium, x: Tensor) -> dict[str, Tensor]:
-    """Solve `Jᵀ a = −g` as a matrix equation, and pull the parameters' gradients through `aᵀ F`."""
-    with torch.no_grad():
-        z = ap.Equilibrium(block.dynamics, TIGHT)(x)
-    free = z.detach().requires_grad_()
-    (g,) = torch.autograd.grad(free.tanh().square().sum(), free)
-    J = jacobian(block.dynamics, z.detach(), x)
-    a = -torch.linalg.solve(J.T, g.flatten()).view_as(z)
-    names, parameters = zip(*block.named_parameters(), strict=True)
-    return dict(zip(names, torch.autograd.grad(block.dynamics(z, x), parameters, a), strict=True))
+# equilibria
 
 
 @pytest.mark.parametrize(
     "estimator",
     [
-        ap.EP(), ap.AEP(), ap.OneStep(), ap.DyadicEP(), ap.HolomorphicEP(), ap.Implicit(tol=0.1),
-        ap.PublishedEP(nudge="linear"), ap.PublishedAEP(nudge="linear"), ap.EP(nudge="cost"),
+        ap.EP(),
+        ap.AEP(),
+        ap.OneStep(),
+        ap.DyadicEP(),
+        ap.HolomorphicEP(),
+        ap.Implicit(tol=0.1),
+        ap.PublishedEP(nudge="linear"),
+        ap.PublishedAEP(nudge="linear"),
+        ap.EP(nudge="cost"),
     ],
     ids=lambda e: f"{type(e).__name__}-{getattr(e, 'nudge', '')}",
-)  # fmt: skip
+)
 def test_an_equilibrium_has_the_exact_adjoint_whatever_its_estimator(
     estimator: ap.AbstractEstimator,
 ) -> None:
     torch.manual_seed(0)
-    block = ap.Equilibrium(ap.DampedAttention(4, heads=2).double(), TIGHT, estimator)
+    dynamics = ap.DampedAttention(4, heads=2).double()
     x = torch.randn(2, 3, 4, dtype=torch.float64)
-    holder = nn.ModuleDict({"inner": nn.Sequential(block)})
-    with ap.rules_off(holder):
+    s = System(dynamics, x, lambda z: z.tanh().square().sum())
+    z, J, g = dense(s)
+    a = -torch.linalg.solve(J.T, g).view_as(z)
+    parts = torch.autograd.grad(dynamics(z, x), list(dynamics.parameters()), a)
+    names = [f"dynamics.{name}" for name, _ in dynamics.named_parameters()]
+    block = s.block(estimator)
+    with ap.rules_off(nn.ModuleDict({"inner": nn.Sequential(block)})):
         got = gradients(block, x)
-    assert_equal(got, dense(block, x), 1e-8)
+    assert_equal(got, dict(zip(names, parts, strict=True)), 1e-8)
     assert block.estimator is estimator
     assert float(block.certificate.adjoint_residual.max()) <= 1e-10
 
@@ -227,14 +227,13 @@ def test_a_long_adjoint_is_judged_by_its_own_length() -> None:
     J = -(q * torch.logspace(-5, 0, 32)) @ q.T
     dynamics = ap.from_function(lambda z, x: z @ J.T + x)
     block = ap.Equilibrium(dynamics, ap.GMRES(tol=1e-4), ap.EP())
-    x = torch.randn(3, 32) @ J.T
-    leaf, g = x.clone().requires_grad_(), torch.randn(3, 32)
+    leaf, g = (torch.randn(3, 32) @ J.T).requires_grad_(), torch.randn(3, 32)
     with ap.rules_off(block):
         block(leaf).backward(g)
     seen = block.certificate
-    size, left = leaf.grad.norm(dim=1) / g.norm(dim=1), seen.adjoint_remainder.norm(dim=1)
-    assert float(size.min()) > 100 and float(left.max()) > 1e-6
-    torch.testing.assert_close(seen.adjoint_residual, left / (1 + size), rtol=1e-3, atol=0)
+    length, left = size(leaf.grad) / size(g), size(seen.adjoint_remainder)
+    assert float(length.min()) > 100 and float(left.max()) > 1e-6
+    torch.testing.assert_close(seen.adjoint_residual, left / (1 + length), rtol=1e-3, atol=0)
 
 
 def test_bptt_stays_for_it_is_exact_for_its_own_relaxation() -> None:
@@ -260,18 +259,14 @@ def test_a_deep_layered_system_in_float32_is_backprop_while_switched_off(
     blocks = [nn.Sequential(nn.Linear(16, 16), nn.ReLU()) for _ in range(12)]
     for block in blocks:
         nn.init.kaiming_normal_(block[0].weight).data.mul_(gain)
-    layered = ap.Layered(copy.deepcopy(blocks), phases)
-    model = ap.Equilibrium(layered, ap.Anderson(), ap.EP())
-    x, plain = torch.randn(3, 16), nn.Sequential(*blocks)
-    leaf = x.clone().requires_grad_()
+    model = ap.Equilibrium(ap.Layered(copy.deepcopy(blocks), phases), ap.Anderson(), ap.EP())
+    plain, x, found = nn.Sequential(*blocks), torch.randn(3, 16), []
     with ap.rules_off(model):
-        model(leaf).square().mean().backward()
-    wanted = x.clone().requires_grad_()
-    plain(wanted).square().mean().backward()
-    pairs = [(leaf.grad, wanted.grad)]
-    pairs += [(p.grad, q.grad) for p, q in zip(model.parameters(), plain.parameters(), strict=True)]
-    for got, want in pairs:
-        assert float((got - want).norm()) <= 1e-4 * float(want.norm())
+        for run in (model, plain):
+            leaf = x.clone().requires_grad_()
+            run(leaf).square().mean().backward()
+            found.append([leaf.grad, *(p.grad for p in run.parameters())])
+    assert max(map(error, *found)) <= 1e-4
 
 
 def test_rules_and_equilibria_of_one_model_are_switched_off_together() -> None:

@@ -1,4 +1,4 @@
-"""Every part keeps its contract, and the contract catches a part that does not."""
+"""The contracts of solvers, estimators and dynamics each catch a part that has one fault."""
 
 from __future__ import annotations
 
@@ -13,54 +13,23 @@ from torch import Tensor
 import altprop as ap
 from altprop.equilibrium.dynamics.products import AutogradLinearisation
 from altprop.equilibrium.estimators.problem import Adjoint, Problem
-from altprop.equilibrium.solvers.solver import Force, check_solver_fields, relative_residual
+from altprop.equilibrium.solvers.solver import (
+    Force,
+    check_solver_fields,
+    conclude,
+    per_sample,
+    relative_residual,
+)
 from altprop.testing import check_dynamics, check_estimator, check_solver
-from helpers import SymmetricMemory, damped, gated
-
-
-@pytest.mark.parametrize(
-    "solver",
-    [ap.Anderson(), ap.Anderson(memory=2, mixing=0.8), ap.Euler(), ap.Euler(step=0.4)],
-    ids=repr,
-)
-def test_solvers_keep_their_contract(solver: ap.AbstractSolver) -> None:
-    check_solver(solver)
-
-
-@pytest.mark.parametrize(
-    "this", [damped(scale=0.7, damping=0.5), gated(), gated(T=1)], ids=["damped", "gated", "T=1"]
-)
-def test_dynamics_keep_their_contract(this: Any) -> None:
-    check_dynamics(this.dynamics, this.x)
-
-
-def test_a_dynamics_of_ones_own_gets_its_products_by_automatic_differentiation() -> None:
-    check_dynamics(SymmetricMemory(6, 3).double(), torch.randn(2, 3, 6).double())
-
-
-@pytest.mark.parametrize(
-    "estimator", [ap.Implicit(), ap.AEP(), ap.AEP(start="zero", beta=1e-3)], ids=repr
-)
-def test_exact_estimators_keep_their_contract(estimator: ap.AbstractEstimator) -> None:
-    check_estimator(estimator, exact=True)
-
-
-@pytest.mark.parametrize("estimator", [ap.EP(), ap.PublishedEP(), ap.PublishedAEP()], ids=repr)
-def test_biased_estimators_keep_their_contract(estimator: ap.AbstractEstimator) -> None:
-    check_estimator(estimator, exact=False)
-
-
-def test_bptt_keeps_its_contract_on_a_relaxation_that_settles() -> None:
-    check_estimator(ap.BPTT(), exact=True, solver=ap.Euler(step=0.5, max_steps=50))
+from systems import SymmetricMemory, damped, worst
 
 
 def test_a_solver_may_write_into_its_own_state() -> None:
     """AEP remembers products at a tensor, so it must notice when that tensor is written into."""
     check_solver(InPlace())
     this = damped(scale=0.5)
-    wanted = this.gradients()
     got = this.gradients(ap.AEP(start="zero", tol=1e-8), solver=InPlace(tol=1e-9, max_steps=3000))
-    assert all((got[k] - g).norm() <= 1e-5 * g.norm() for k, g in wanted.items())
+    assert worst(got, this.gradients()) <= 1e-5
 
 
 @dataclass(frozen=True)
@@ -85,15 +54,8 @@ class InPlace(ap.AbstractSolver):
             moving = ~(residual <= self.tol) & residual.isfinite()
             if n == self.max_steps or not bool(moving.any()):
                 break
-            z.addcmul_(f, self.step * moving.to(z).reshape(-1, *([1] * (z.dim() - 1))))
-        if not bool(residual.isfinite().all()):
-            result = ap.Result.NON_FINITE
-        elif self.tol == 0:
-            result = ap.Result.FIXED_TIME
-        else:
-            done = bool((residual <= self.tol).all())
-            result = ap.Result.CONVERGED if done else ap.Result.MAX_STEPS
-        return ap.Solution(z, f, residual, n + 1, result)
+            z.addcmul_(f, per_sample(self.step * moving.to(z), z))
+        return ap.Solution(z, f, residual, n + 1, conclude(residual, self.tol))
 
 
 def _recorded(solver: Broken, force: Force, start: Tensor, **how: Any) -> ap.Solution:
@@ -241,7 +203,7 @@ class Unchecked(InPlace):
 
 
 @dataclass
-class Mutable(InPlace.__bases__[0]):  # type: ignore[misc, name-defined]
+class Mutable(InPlace.__bases__[0]):
     tol: float = 0.0
     max_steps: int = 10
 
@@ -319,7 +281,7 @@ class Untransposed(SymmetricMemory):
 
 class _Same(ap.AbstractLinearisation):
     def __init__(self, inner: ap.AbstractLinearisation) -> None:
-        self.jvp = inner.jvp  # type: ignore[method-assign]
+        self.jvp = inner.jvp
 
     def vjp(self, a: Tensor) -> Tensor:
         return self.jvp(a)
@@ -364,7 +326,7 @@ class _Evaluation(ap.AbstractEvaluation):
             self._z, self._x = z.clone().requires_grad_(), x.detach().clone().requires_grad_()
             self._force = dynamics(self._z, self._x)
         self._own = (self._x, *dynamics.parameters())
-        self.jvp = AutogradLinearisation(lambda s: dynamics(s, x.detach()), z).jvp  # type: ignore[method-assign]
+        self.jvp = AutogradLinearisation(lambda s: dynamics(s, x.detach()), z).jvp
 
     def force(self) -> Tensor:
         return self._force.detach() * (1.001 if self._fault == "force" else 1)
@@ -383,46 +345,22 @@ class _Evaluation(ap.AbstractEvaluation):
 
 
 @pytest.mark.parametrize(
-    ("fault", "message"),
+    ("kind", "fault", "message"),
     [
-        ("", None),
-        ("force", "is not the force"),
-        ("gradient", "a wrong gradient"),
-        ("loses", "loses the gradient of x"),
+        (Closed, "force", "is not the force"),
+        (Closed, "gradient", "a wrong gradient"),
+        (Closed, "loses", "loses the gradient of x"),
+        (Untransposed, "", "vjp is wrong"),
+        (Coupled, "", "depends on the others"),
+        (Random, "", "call to call"),
     ],
 )
-def test_the_contract_of_dynamics_catches_a_wrong_record(fault: str, message: str | None) -> None:
-    dynamics = Closed(6, 3).double()
-    dynamics.fault = fault
+def test_the_contract_of_dynamics_catches(
+    kind: type[SymmetricMemory], fault: str, message: str
+) -> None:
     x = torch.randn(2, 3, 6).double()
-    if message is None:
-        return check_dynamics(dynamics, x)
+    check_dynamics(Closed(6, 3).double(), x)
+    dynamics = kind(6, 3).double()
+    dynamics.fault = fault
     with pytest.raises(AssertionError, match=message):
         check_dynamics(dynamics, x)
-
-
-@pytest.mark.parametrize(
-    ("kind", "message"),
-    [(Untransposed, "vjp is wrong"), (Coupled, "depends on the others"), (Random, "call to call")],
-)
-def test_the_contract_of_dynamics_catches(kind: type[SymmetricMemory], message: str) -> None:
-    with pytest.raises(AssertionError, match=message):
-        check_dynamics(kind(6, 3).double(), torch.randn(2, 3, 6).double())
-
-
-@pytest.mark.parametrize(
-    ("kind", "field"),
-    [
-        (ap.AEP, "tol"),
-        (ap.EP, "response"),
-        (ap.EP, "tol"),
-        (ap.HolomorphicEP, "tol"),
-        (ap.Anderson, "ridge"),
-        (ap.Adaptive, "rtol"),
-        (ap.Scattered, "spread"),
-        (ap.JacobianHinge, "weight"),
-    ],
-)
-def test_none_is_no_number_where_it_means_nothing(kind: Any, field: str) -> None:
-    with pytest.raises(ap.ConfigError, match=f"{kind.__name__}: {field} is None, expected"):
-        kind(**{field: None})
