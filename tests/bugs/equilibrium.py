@@ -42,7 +42,7 @@ BUGS = [
         _EQ + "module.py",
         "value = found.state + step * found.force\n",
         "value = found.state\n",
-        "test_generation.py",
+        "lm/test_generation.py",
     ),
     Bug(
         _EQ + "call.py",
@@ -85,7 +85,7 @@ BUGS = [
         _EQ + "dynamics/attention.py",
         "device=z.device).triu_(S + 1)",
         "device=z.device).triu_(S)",
-        _DYNAMICS + " test_generation.py",
+        _DYNAMICS + " lm/test_generation.py",
     ),
     Bug(
         _EQ + "dynamics/gated.py",
@@ -109,7 +109,7 @@ BUGS = [
         _EQ + "dynamics/gated_stack.py",
         "grown.append(block.remember(h, own))",
         "grown.append(block.remember(h, None))",
-        "test_layers.py",
+        "lm/test_model.py",
     ),
     Bug(
         _EQ + "dynamics/damped.py",
