@@ -2,6 +2,7 @@
 
     altprop train --data tinyshakespeare.txt --steps 14000 --out runs/long/ordinary-0 …
     python benchmarks/long_runs.py runs/long
+    python benchmarks/long_runs.py runs/hinges --name hinges --at 1000 2000 3000   stopped there
 
 Every folder below the given one is a run; `<arm>-<seed>` names it. Its metrics are thinned (every
 hundredth step, every evaluation, and every step that was refused or took unusually long) and kept
@@ -65,8 +66,8 @@ def summary(records: list[dict[str, Any]]) -> dict[str, Any]:
     whole = [r["final_validation_loss"] for r in records if "final_validation_loss" in r]
     out: dict[str, Any] = {
         "steps": steps[-1]["step"],
-        "validation": losses[max(losses)],
-        "best": min(losses.values()),
+        "validation": losses[max(losses)] if losses else None,
+        "best": min(losses.values(), default=None),
         "whole": whole[-1] if whole else None,
         "refused": steps[-1]["refused"],
         "losses": losses,
@@ -92,8 +93,8 @@ def cost(folder: Path, data: str) -> tuple[float, float, float]:
     for number in range(ROUNDS + 2):
         spent = {}
         for step in random.sample([own, unit], 2):
-            # two steps: the stabiliser acts in every second one
-            spent[step] = seconds(lambda step=step: [step(), step()])  # type: ignore[misc]
+            # four steps: a stabiliser acts in every second one, or fourth
+            spent[step] = seconds(lambda step=step: [step() for _ in range(4)])  # type: ignore[misc]
         if number > 1:
             ratios.append(spent[own] / spent[unit])
     return quartiles(ratios)
@@ -120,7 +121,7 @@ def draw(runs: dict[str, dict[str, Any]], costs: dict[str, float], file: Path, t
         steps, losses = list(run["losses"]), list(run["losses"].values())
         left.plot(steps, losses, color=colour, lw=1.2, label=arm if first else None)
         right.plot([costs[arm] * s / 1000 for s in steps], losses, color=colour, lw=1.2)
-    lowest = min(run["best"] for run in runs.values())
+    lowest = min(run["best"] for run in runs.values() if run["losses"])
     left.set_ylim(lowest - 0.03, lowest + 0.45)
     left.set_xlabel("step")
     left.set_ylabel("validation cross-entropy, nats")
@@ -149,6 +150,10 @@ def earlier(name: str, folders: Collection[str]) -> dict[str, dict[str, Any]]:
     return runs
 
 
+def number(loss: float | None) -> str:
+    return "–" if loss is None else f"{loss:.3f}"
+
+
 def arm_of(name: str) -> str:
     """Return the arm of a run `<arm>-<seed>`."""
     return name.rpartition("-")[0] or name
@@ -160,6 +165,9 @@ def main() -> None:
     parser.add_argument("--data", default="plays", help="the text, to time a step of each arm")
     parser.add_argument("--name", default="long_runs")
     parser.add_argument("--title", default="Long trainings")
+    parser.add_argument(
+        "--at", type=int, nargs="+", help="steps whose validation is told, not the whole part"
+    )
     given = parser.parse_args()
     folders = {f.parent.name: f.parent for f in sorted(given.folder.glob("*/metrics.jsonl"))}
     if not folders:
@@ -171,7 +179,7 @@ def main() -> None:
     for name, folder in folders.items():
         records = read(folder)
         runs[name] = summary(records)
-        if runs[name]["whole"] is None:
+        if runs[name]["whole"] is None and not given.at:
             runs[name]["whole"] = whole(folder, given.data)
         lines = (json.dumps(record) for record in thinned(records))
         (kept / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -186,18 +194,23 @@ def main() -> None:
             [
                 name,
                 f"{run['steps']:,}".replace(",", " "),
-                f"{run['validation']:.3f}",
-                f"{run['whole']:.3f}",
+                *(
+                    [number(run["losses"].get(step)) for step in given.at]
+                    if given.at
+                    else [number(run["validation"]), number(run["whole"])]
+                ),
                 *("–" if c is None else f"{c[0]:.1f} / {c[1]:.0f}" for c in counts),
                 str(run["refused"]),
                 f"{costs[arm_of(name)]:.1f}",
             ]
         )
-    head = ["run", "steps", "validation", "whole part", "free, mean / worst"]
+    told = [f"at {step:,}".replace(",", " ") for step in given.at or ()]
+    head = ["run", "steps", *(told or ["validation", "whole part"]), "free, mean / worst"]
     head += ["adjoint, mean / worst", "refused", "cost of a step"]
+    whole_part = "" if told else ", and on the whole part in windows that do not overlap"
     note = (
-        "Validation: cross-entropy in nats on 320 fixed windows, and on the whole part in windows "
-        "that do not overlap; evaluations per step; cost in steps of the ordinary model."
+        f"Validation: cross-entropy in nats on 320 fixed windows{whole_part}; evaluations per "
+        "step; cost in steps of the ordinary model."
     )
     write(given.name, given.title, [markdown(head, rows), note], runs)
     draw(runs, costs, RESULTS / f"{given.name}.png", given.title)

@@ -30,17 +30,18 @@ if TYPE_CHECKING:  # what the table below means, for type checkers and editors
         rules_off as rules_off,
     )
     from altprop.equilibrium.dynamics.attention import CausalAttention as CausalAttention
-    from altprop.equilibrium.contraction import GateHinge as GateHinge
+    from altprop.equilibrium.gate_hinge import GateHinge as GateHinge
     from altprop.equilibrium.dynamics.damped import DampedAttention as DampedAttention
-    from altprop.equilibrium.dynamics.dynamics import (
-        AbstractDynamics as AbstractDynamics,
-        Extension as Extension,
-    )
+    from altprop.equilibrium.dynamics.dynamics import AbstractDynamics as AbstractDynamics
+    from altprop.equilibrium.dynamics.system import Extension as Extension
     from altprop.equilibrium.estimators.aep import AEP as AEP
     from altprop.equilibrium.estimators.bptt import BPTT as BPTT
     from altprop.equilibrium.estimators.dyadic import DyadicEP as DyadicEP
     from altprop.equilibrium.estimators.ep import EP as EP
-    from altprop.equilibrium.estimators.estimator import AbstractEstimator as AbstractEstimator
+    from altprop.equilibrium.estimators.estimator import (
+        AbstractAdjointEstimator as AbstractAdjointEstimator,
+        AbstractEstimator as AbstractEstimator,
+    )
     from altprop.equilibrium.estimators.holomorphic import HolomorphicEP as HolomorphicEP
     from altprop.equilibrium.estimators.implicit import Implicit as Implicit
     from altprop.equilibrium.estimators.one_step import OneStep as OneStep
@@ -82,7 +83,7 @@ if TYPE_CHECKING:  # what the table below means, for type checkers and editors
         spectrum as spectrum,
         token_spectrum as token_spectrum,
     )
-    from altprop.equilibrium.stability import (
+    from altprop.equilibrium.hinge import (
         AbstractStabiliser as AbstractStabiliser,
         JacobianHinge as JacobianHinge,
     )
@@ -139,14 +140,15 @@ _EXPORTS = {
     ),
     "altprop.conversion.convert": "convert revert rules_off",
     "altprop.equilibrium.dynamics.attention": "CausalAttention",
-    "altprop.equilibrium.contraction": "GateHinge",
+    "altprop.equilibrium.gate_hinge": "GateHinge",
     "altprop.equilibrium.dynamics.damped": "DampedAttention",
-    "altprop.equilibrium.dynamics.dynamics": "AbstractDynamics Extension",
+    "altprop.equilibrium.dynamics.dynamics": "AbstractDynamics",
+    "altprop.equilibrium.dynamics.system": "Extension",
     "altprop.equilibrium.estimators.aep": "AEP",
     "altprop.equilibrium.estimators.bptt": "BPTT",
     "altprop.equilibrium.estimators.dyadic": "DyadicEP",
     "altprop.equilibrium.estimators.ep": "EP",
-    "altprop.equilibrium.estimators.estimator": "AbstractEstimator",
+    "altprop.equilibrium.estimators.estimator": "AbstractAdjointEstimator AbstractEstimator",
     "altprop.equilibrium.estimators.problem": "Certificate",
     "altprop.equilibrium.estimators.holomorphic": "HolomorphicEP",
     "altprop.equilibrium.estimators.implicit": "Implicit",
@@ -169,7 +171,7 @@ _EXPORTS = {
     "altprop.equilibrium.solvers.scattered": "Scattered",
     "altprop.equilibrium.solvers.solver": "AbstractSolver Result Solution",
     "altprop.equilibrium.spectra": "Spectrum numerical_abscissa spectrum token_spectrum",
-    "altprop.equilibrium.stability": "AbstractStabiliser JacobianHinge",
+    "altprop.equilibrium.hinge": "AbstractStabiliser JacobianHinge",
     "altprop.conversion.stack": "convert_stack explain_stack revert_stack",
     "altprop.equilibrium.dynamics.thick": "ThickBlock",
     "altprop.errors": (

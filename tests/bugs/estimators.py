@@ -214,12 +214,6 @@ BUGS = [
         "equilibrium/test_module.py",
     ),
     Bug(
-        "equilibrium/first_tokens.py",
-        "pulled = products.vjp(torch.cat([nothing, a], 1))",
-        "pulled = products.jvp(torch.cat([nothing, a], 1))",
-        "equilibrium/test_first_tokens.py",
-    ),
-    Bug(
         _AEP + "estimator.py",
         "scale=torch.ones_like(sample_norm(cotangent)),  # unit",
         "scale=None,  # unit",

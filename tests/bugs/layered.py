@@ -52,8 +52,8 @@ BUGS = [
     ),
     Bug(
         _EQ + "dynamics/layered.py",
-        "with nullcontext() if draws is None else draws.again():",
-        "with nullcontext():",
+        "with self._inside(), nullcontext() if draws is None else draws.again():",
+        "with self._inside():",
         "test_layered.py",
     ),
     Bug(

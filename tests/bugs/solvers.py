@@ -33,7 +33,7 @@ BUGS = [
     ),
     Bug(
         _SOLVERS + "solver.py",
-        "state = torch.where(per_sample(short, state), again.value, landing.state)",
+        "state = torch.where(per_sample(short, start), again.value, landing.state)",
         "state = again.value",
         _LANDING,
     ),
@@ -70,15 +70,21 @@ BUGS = [
         _ANDERSON,
     ),
     Bug(
-        _SOLVERS + "anderson.py",
-        "best_f = torch.where(shaped, f, best_f)",
-        "best_f = f",
+        _SOLVERS + "solver.py",
+        "where(better, f, at.best_force)",
+        "f",
         _ANDERSON,
     ),
     Bug(
+        _SOLVERS + "solver.py",
+        "z = where(moving, ahead, at.value)",
+        "z = ahead",
+        _ANY,
+    ),
+    Bug(
         _SOLVERS + "defect.py",
-        "u + inverse(f), u)",
-        "u - inverse(f), u)",
+        "at.value + inverse(",
+        "at.value - inverse(",
         _SOLVERS + "test_defect.py",
     ),
     Bug(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import altprop as ap
-from altprop.equilibrium.stability import HingeState
+from altprop.equilibrium.hinge import HingeState
 from systems import SymmetricMemory, System, damped, gated, jacobian, task
 
 

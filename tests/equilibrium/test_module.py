@@ -187,7 +187,7 @@ def test_aep_costs_three_evaluations_more_than_implicit_differentiation() -> Non
 
 
 @dataclass(frozen=True)
-class Spy(ap.AbstractEstimator):
+class Spy(ap.AbstractAdjointEstimator):
     """Implicit differentiation that looks around."""
 
     def adjoint(self, problem: Problem, cotangent: Tensor) -> Adjoint:

@@ -32,7 +32,10 @@ from altprop.conversion.sites import STEP, MapTap, OutputTap, TransportSite, sit
 from altprop.conversion.stack import convert_stack, level_of, revert_block, revert_stack
 from altprop.conversion.unfit import others
 from altprop.equilibrium.call import OnFailure
-from altprop.equilibrium.estimators.estimator import AbstractEstimator
+from altprop.equilibrium.estimators.estimator import (
+    AbstractAdjointEstimator,
+    AbstractEstimator,
+)
 from altprop.equilibrium.exact import Exact
 from altprop.equilibrium.module import STACK, Equilibrium
 from altprop.equilibrium.solvers.solver import AbstractSolver
@@ -397,7 +400,8 @@ def rules_off(model: nn.Module) -> Iterator[None]:
         for place in places:
             place.on = False
         for block, estimator in estimators:
-            block.estimator = estimator if estimator.records else Exact()
+            if isinstance(estimator, AbstractAdjointEstimator):  # others have autograd's own
+                block.estimator = Exact()
         yield
     finally:
         for place, on in before:

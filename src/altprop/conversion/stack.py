@@ -237,7 +237,15 @@ class _Run:
                 f"as in stack='{stack.name + '.' if stack.name else ''}[1-9]*'"
             )
         self.calls: list[BlockCall] = []
-        self.driven = _DrivenStack(x, self.calls, stack)
+        layered = cast(Layered, stack.equilibrium.dynamics)
+        self.driven = DrivenLayers(
+            x.float() if x.itemsize < 4 else x,
+            self.calls,
+            layered.habits,
+            layered.phases,
+            inside=stack.evaluating,
+            coarse=torch.is_autocast_enabled(x.device.type),
+        )
         self.last: Tensor = x
 
     def awaits(self, block: nn.Module, blocks: Sequence[nn.Module]) -> bool:
@@ -266,21 +274,6 @@ class _Run:
             self.driven.close()
             handed = stack.equilibrium.relax(self.driven)
         return handed if isinstance(whole, Tensor) else (handed, *whole[1:])
-
-
-class _DrivenStack(DrivenLayers):
-    """The levels of one forward pass of the model itself."""
-
-    def __init__(self, x: Tensor, calls: Sequence[BlockCall], stack: Stack) -> None:
-        layered = cast(Layered, stack.equilibrium.dynamics)
-        whole = x.float() if x.itemsize < 4 else x
-        super().__init__(whole, calls, layered.habits, layered.phases)
-        self._stack = stack
-        self.coarse = torch.is_autocast_enabled(x.device.type)
-
-    def _block(self, level: int, h: Tensor) -> Tensor:
-        with self._stack.evaluating():
-            return super()._block(level, h)
 
 
 class Level:

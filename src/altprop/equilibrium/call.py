@@ -10,22 +10,20 @@ from typing import Literal
 from torch import Tensor
 
 from altprop.equilibrium.dynamics.conduct import refuse_sharded
-from altprop.equilibrium.dynamics.driven import Driven
 from altprop.equilibrium.dynamics.dynamics import AbstractDynamics
+from altprop.equilibrium.dynamics.products import AbstractLinearisation
+from altprop.equilibrium.dynamics.system import System
 from altprop.equilibrium.estimators.problem import (
     Adjoint,
     Certificate,
     Cost,
     Problem,
-    Products,
     quietly,
 )
-from altprop.equilibrium.first_tokens import approach
 from altprop.equilibrium.solvers.solver import (
     AbstractSolver,
     Landing,
     Result,
-    Solution,
     conclude,
     land,
     relative_residual,
@@ -46,7 +44,7 @@ class Call:
     def __init__(
         self,
         dynamics: AbstractDynamics,
-        system: Driven,
+        system: System,
         solver: AbstractSolver,
         policy: OnFailure,
         cost: Cost | None,
@@ -55,7 +53,7 @@ class Call:
         self.system, self.solver = system, solver
         self._dynamics, self._held = dynamics, tuple(dynamics.parameters())
         self._policy, self._cost, self._keep = policy, cost, keep
-        self._linearised: Callable[[], Products] | None = None
+        self._linearised: Callable[[], AbstractLinearisation] | None = None
 
     def free(self) -> Landing:
         """Return the free state and the force there, recorded wherever autograd is on."""
@@ -67,9 +65,14 @@ class Call:
             residual = relative_residual(state - state, state, None)  # NaN where it is not finite
             result = conclude(residual, self.solver.tol or 1.0)
             return Landing(state, force, residual, residual, 1, result)
-        near = approach(self.solver, self.system, self.system.start().detach())
-        # the solver's next state is free, and the evaluation that is recorded there certifies it
-        return land(near, self._record, self._resume, self.solver)
+        start = self.system.start().detach()
+        return land(
+            self.solver,
+            partial(quietly, self.system.force),
+            start,
+            step=self.system.step,
+            record=self._record,
+        )
 
     def _record(self, z: Tensor) -> Tensor:
         force, linearise = self.system.record(z)
@@ -77,9 +80,6 @@ class Call:
             self.system.check_apart(z, linearise)
         self._linearised = linearise
         return force
-
-    def _resume(self, solver: AbstractSolver, z: Tensor) -> Solution:
-        return solver.solve(partial(quietly, self.system.force), z, step=self.system.step)
 
     def problem(self, free: Landing) -> Problem:
         """Return the adjoint problem at the free state."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from altprop.equilibrium.estimators.estimator import AbstractEstimator, solve_adjoint
+from altprop.equilibrium.estimators.estimator import AbstractAdjointEstimator, solve_adjoint
 from altprop.equilibrium.estimators.problem import Adjoint, Problem
 from altprop.equilibrium.solvers.gmres import GMRES
 from altprop.equilibrium.solvers.solver import conclude, sample_norm
@@ -16,7 +16,7 @@ _MAX_STEPS = 1000
 
 
 @dataclass(frozen=True)
-class Exact(AbstractEstimator):
+class Exact(AbstractAdjointEstimator):
     """Solve `Jᵀ a = −g` until rounding is all that is left of the residual.
 
     Its residual is relative to `‖a‖ + ‖g‖`: where `a` is much longer than `g`, the round-off of

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 from altprop.equilibrium.call import Call, OnFailure, settle
 from altprop.equilibrium.dynamics.conduct import refuse_unrepeatable
-from altprop.equilibrium.dynamics.driven import Driven
 from altprop.equilibrium.dynamics.dynamics import AbstractDynamics
+from altprop.equilibrium.dynamics.system import System
 from altprop.equilibrium.estimators.aep import AEP
 from altprop.equilibrium.estimators.estimator import AbstractEstimator
 from altprop.equilibrium.estimators.problem import Certificate, Cost
 from altprop.equilibrium.solvers.anderson import Anderson
-from altprop.equilibrium.solvers.solver import AbstractSolver, Solution, land
+from altprop.equilibrium.solvers.solver import AbstractSolver, land
 from altprop.errors import ConfigError
 from altprop.transforms import refuse_vmap
 
@@ -90,15 +90,15 @@ class Equilibrium(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             return self.relax(self.dynamics.under(x, *args, **kwargs), cost)
 
-    def relax(self, driven: Driven, cost: Cost | None = None) -> Tensor:
-        """Return what `driven`, a dynamics under its input, settles to; `forward` is built on it.
+    def relax(self, system: System, cost: Cost | None = None) -> Tensor:
+        """Return what a dynamics under its input settles to; `forward` is built on it.
 
         It is for callers that have the dynamics under an input already.
         """
-        if driven.fresh:
+        if system.fresh:
             refuse_unrepeatable(self.solver, getattr(self.estimator, "solver", None))
-        call = Call(self.dynamics, driven, self.solver, self.on_failure, cost, self._keep)
-        return driven.read(self.estimator.attach(call))
+        call = Call(self.dynamics, system, self.solver, self.on_failure, cost, self._keep)
+        return system.read(self.estimator.attach(call))
 
     @torch.no_grad()
     def extend(self, x: Tensor, cache: Any = None) -> tuple[Tensor, Any]:
@@ -119,12 +119,7 @@ class Equilibrium(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             force, remember = self.dynamics.extend(cache, x)
             step = self.dynamics.step
-            near = self.solver.approach(force, self.dynamics.start(x), step=step)
-
-            def again(solver: AbstractSolver, z: Tensor) -> Solution:
-                return solver.solve(force, z, step=step)
-
-            found = land(near, force, again, self.solver)
+            found = land(self.solver, force, self.dynamics.start(x), step=step)
             self.certificate = Certificate(
                 found.result, found.residual, found.evaluations, state=found.state, input=x
             )

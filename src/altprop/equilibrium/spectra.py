@@ -19,7 +19,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from altprop.equilibrium.dynamics.dynamics import AbstractDynamics
 from altprop.equilibrium.dynamics.products import load_forward_mode
-from altprop.equilibrium.estimators.problem import Certificate, System
+from altprop.equilibrium.dynamics.system import System
+from altprop.equilibrium.estimators.problem import Certificate
 from altprop.equilibrium.solvers.solver import per_sample, sample_norm
 from altprop.errors import ConfigError
 

@@ -22,7 +22,10 @@ from torch.utils.checkpoint import checkpoint
 
 from altprop.equilibrium.dynamics.damped import DampedAttention
 from altprop.equilibrium.dynamics.gated import GatedBlock
-from altprop.equilibrium.estimators.estimator import AbstractEstimator
+from altprop.equilibrium.estimators.estimator import (
+    AbstractAdjointEstimator,
+    AbstractEstimator,
+)
 from altprop.equilibrium.estimators.implicit import Implicit
 from altprop.equilibrium.estimators.problem import Cost
 from altprop.equilibrium.module import Equilibrium
@@ -276,7 +279,7 @@ def _check_module(case: _Case) -> None:
 
 def _has_adjoint(block: Equilibrium) -> bool:
     """Return whether the estimator produces an adjoint, instead of recording what it does."""
-    return type(block.estimator).attach is AbstractEstimator.attach
+    return isinstance(block.estimator, AbstractAdjointEstimator)
 
 
 def _check_double_backward(case: _Case) -> None:

@@ -240,7 +240,7 @@ def test_concrete_classes_are_final_and_say_what_to_write() -> None:
         (ap.GatedBlock, "AbstractDynamics", "ap.from_function"),
         (ap.Layered, "AbstractDynamics", "hold a Layered"),
         (ap.Anderson, "AbstractSolver", "call its solve"),
-        (ap.AEP, "AbstractEstimator", "call its adjoint"),
+        (ap.AEP, "AbstractAdjointEstimator", "call its adjoint"),
     ):
         with pytest.raises(ap.ConfigError, match=f"{words}.*, or derive from {root}$"):
             type("Own", (base,), {"__module__": __name__})

@@ -14,10 +14,11 @@ import torch.nn.functional as nnf
 from torch import Tensor, nn
 
 from altprop.equilibrium.dynamics import analytic
-from altprop.equilibrium.dynamics.dynamics import AbstractDynamics, Extension
+from altprop.equilibrium.dynamics.dynamics import AbstractDynamics
 from altprop.equilibrium.dynamics.linearised import LinearisedAttention
 from altprop.equilibrium.dynamics.plain import is_watched
 from altprop.equilibrium.dynamics.products import AbstractLinearisation
+from altprop.equilibrium.dynamics.system import Extension
 from altprop.errors import ConfigError
 
 

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,9 +22,6 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from altprop.equilibrium.dynamics.products import AbstractLinearisation, ClosedForm
 from altprop.equilibrium.solvers.solver import AbstractSolver
 from altprop.errors import ConfigError, RuleError
-
-if TYPE_CHECKING:
-    from altprop.equilibrium.dynamics.dynamics import AbstractDynamics
 
 DRAWS = ("replayed", "fresh")
 
@@ -130,7 +127,7 @@ class Asked:
         return None if version == self.version else version
 
 
-def _known(dynamics: AbstractDynamics) -> _Known:
+def _known(dynamics: nn.Module) -> _Known:
     found: _Known = vars(dynamics).setdefault("_conduct", _Known())
     return found
 
@@ -167,15 +164,15 @@ def _at_work(modules: Iterable[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
 
 
 @contextmanager
-def unchanged(dynamics: AbstractDynamics) -> Iterator[None]:
+def unchanged(dynamics: nn.Module, uses: Iterable[nn.Module]) -> Iterator[None]:
     """Refuse a force that changes its own buffers when it is evaluated inside.
 
     Batch norm at work is refused before.
+
+    **Arguments:** `uses`, the modules that the force calls.
     """
     calm, mode = _known(dynamics).calm, dynamics.training
-    refuse_statistics(
-        _at_work(dynamics.modules() if mode in calm else dynamics.uses()), "the force holds"
-    )
+    refuse_statistics(_at_work(dynamics.modules() if mode in calm else uses), "the force holds")
     with steady(dynamics, calm, mode, "the force"):
         yield
 
@@ -208,16 +205,19 @@ def steady(module: nn.Module, calm: set[Hashable], mode: Hashable, what: str) ->
     )
 
 
-def announce_draws(dynamics: AbstractDynamics, draws: Callable[[], bool]) -> None:
+def announce_draws(
+    dynamics: nn.Module, uses: Iterable[nn.Module], draws: Callable[[], bool]
+) -> None:
     """Warn once of a force that draws random numbers, not all by dropout, and has not said why.
 
-    **Arguments:** `draws`, which evaluates the force once more and tells whether that draws.
+    **Arguments:** `uses`, the modules that it calls; `draws`, which evaluates the force once more
+    and tells whether that draws.
     """
     known = _known(dynamics)
-    if dynamics.draws or known.warned:
+    if known.warned:
         return
     known.warned = True
-    dropping = [m for m in dynamics.uses() if m.training and _drops(m)]
+    dropping = [m for m in uses if m.training and _drops(m)]
     for m in dropping:
         m.training = False
     try:
@@ -254,7 +254,7 @@ def refuse_unrepeatable(*solvers: Any) -> None:
 
 
 def check_apart(
-    dynamics: AbstractDynamics, z: Tensor, linearise: Callable[[], AbstractLinearisation]
+    dynamics: nn.Module, z: Tensor, linearise: Callable[[], AbstractLinearisation]
 ) -> None:
     """Refuse a force in which samples interact, as far as its Jacobian at `z`, `(B, ...)`, tells.
 
@@ -293,7 +293,7 @@ def seeing(products: AbstractLinearisation, z: Tensor) -> tuple[int, int] | None
     return None
 
 
-def refuse_sharded(dynamics: AbstractDynamics) -> None:
+def refuse_sharded(dynamics: nn.Module) -> None:
     """Refuse parts that FSDP2 shards by themselves, and so gathers and shards at their calls.
 
     How often a force is evaluated depends on the data, and so differs from rank to rank, where each
@@ -308,7 +308,7 @@ def refuse_sharded(dynamics: AbstractDynamics) -> None:
         )
 
 
-def refuse_shards(dynamics: AbstractDynamics, what: str) -> None:
+def refuse_shards(dynamics: nn.Module, what: str) -> None:
     """Refuse to evaluate a force where FSDP2 has its parameters in shards, between two steps."""
     tensor = sys.modules.get("torch.distributed.tensor")
     if tensor is not None and any(isinstance(p, tensor.DTensor) for p in dynamics.parameters()):

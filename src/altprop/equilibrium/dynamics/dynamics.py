@@ -7,13 +7,21 @@ transformers here, and `(B, ...)` in general. Samples never interact.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
-from altprop.equilibrium.dynamics.driven import Driven
+from altprop.equilibrium.dynamics.conduct import (
+    Draws,
+    announce_draws,
+    check_apart,
+    check_draws,
+    unchanged,
+)
 from altprop.equilibrium.dynamics.plain import FORCE, is_overridden, is_watched
 from altprop.equilibrium.dynamics.products import (
     AbstractEvaluation,
@@ -21,6 +29,7 @@ from altprop.equilibrium.dynamics.products import (
     AutogradLinearisation,
     record,
 )
+from altprop.equilibrium.dynamics.system import Extension, System, detached
 from altprop.errors import RuleError, refuse_subclass
 
 
@@ -54,13 +63,6 @@ class AbstractDynamics(nn.Module, ABC):
         """The parameter that all feedback is multiplied by, where there is one."""
         return None
 
-    prefix: int = 0
-    """How many first tokens of a window are solved before the others; 0 for none.
-
-    For causal dynamics alone, with states `(B, T, C)`. It saves evaluations where the first tokens
-    have the slowest modes: attention that averages gives token `t` a `t`-th of its own feedback.
-    """
-
     @abstractmethod
     def forward(self, z: Tensor, x: Tensor) -> Tensor:
         """Return the force at state `z` under input `x`, both `(B, ...)`."""
@@ -69,7 +71,7 @@ class AbstractDynamics(nn.Module, ABC):
         """Return the modules that the force calls: its own, and any that it closes over."""
         return self.modules()
 
-    def under(self, x: Tensor, *args: Any, **kwargs: Any) -> Driven:
+    def under(self, x: Tensor, *args: Any, **kwargs: Any) -> System:
         """Return this dynamics under one input; what else is given goes to every force."""
         return Driven(self, x, args, kwargs)
 
@@ -129,12 +131,107 @@ class AbstractDynamics(nn.Module, ABC):
         )
 
 
-class Extension(NamedTuple):
-    """New tokens beside a cache.
+class Driven(System):
+    """A dynamics under one input.
 
-    `force`: of the new tokens alone, `(B, t, C) → (B, t, C)`. `remember`: from their equilibrium to
-    the cache with them in it; the cache that was given stays as it is.
+    Where the force draws random numbers, it draws the same ones in every evaluation of one call:
+    else a nudged phase would contrast two different systems. (Unless it says that it wants them
+    fresh.)
+
+    **Arguments:** `dynamics`; `x`, the input, `(B, ...)`; `args`, `kwargs`, further arguments of
+    the force.
     """
 
-    force: Callable[[Tensor], Tensor]
-    remember: Callable[[Tensor], Any]
+    def __init__(
+        self, dynamics: AbstractDynamics, x: Tensor, args: Any = (), kwargs: Any = None
+    ) -> None:
+        check_draws(dynamics.draws)
+        self.x, self.step = x, dynamics.step
+        self.fresh = dynamics.draws == "fresh"
+        self._dynamics, self._args = dynamics, args
+        self._kwargs: Mapping[str, Any] = kwargs or {}
+        self._begun = False
+        self._draws: Draws | None = None  # of the first evaluation, if it drew anything
+
+    def start(self) -> Tensor:
+        return self._dynamics.start(self.x)
+
+    def force(self, z: Tensor) -> Tensor:
+        if not self._begun:
+            return self._begin(z)
+        with nullcontext() if self._draws is None else self._draws.again():
+            return self._evaluate(z)
+
+    def _evaluate(self, z: Tensor) -> Tensor:
+        force: Tensor = self._dynamics(z, self.x, *self._args, **self._kwargs)
+        return force
+
+    def _begin(self, z: Tensor) -> Tensor:
+        """Make the first evaluation, which tells what the force draws and what it changes."""
+        draws, dynamics = Draws(self.x.device), self._dynamics
+        with unchanged(dynamics, dynamics.uses()):
+            force = self._evaluate(z)
+        self._begun = True
+        if self.fresh or not draws.moved():
+            return force
+        self._draws = draws
+
+        def drawn() -> bool:
+            with torch.no_grad(), draws.again():
+                before = Draws(self.x.device)
+                self._evaluate(z.detach())
+                return before.moved()
+
+        if not dynamics.draws:
+            announce_draws(dynamics, dynamics.uses(), drawn)
+        return force
+
+    def record(self, z: Tensor) -> tuple[Tensor, Callable[[], AbstractLinearisation]]:
+        if self._by_input_alone():
+            return self._dynamics.record(z, self.x)
+        return super().record(z)
+
+    def check_apart(self, z: Tensor, linearise: Callable[[], AbstractLinearisation]) -> None:
+        check_apart(self._dynamics, z, linearise)
+
+    def linearise(self, z: Tensor) -> AbstractLinearisation:
+        if self._by_input_alone():
+            return self._dynamics.linearise(z, self.x)
+        return AutogradLinearisation((self._once() if self.fresh else self).force, z)
+
+    def _once(self) -> Driven:
+        """Return the same with the draws of its first evaluation: one linearisation has one."""
+        once = Driven(self._dynamics, self.x, self._args, self._kwargs)
+        once.fresh = False
+        return once
+
+    def kept(self) -> Driven:
+        args, kwargs = detached((self._args, self._kwargs))
+        kept = Driven(self._dynamics, self.x.detach(), args, kwargs)
+        kept._begun, kept._draws = self._begun, self._draws
+        return kept
+
+    def samples(self, rows: Tensor) -> Driven | None:
+        alone = self._by_input_alone()
+        return Driven(self._dynamics, self.x.detach()[rows]) if alone else None
+
+    def extend(self, cache: Any, x: Tensor) -> Extension:
+        self._refuse_more("extends a window")
+        return self._dynamics.extend(cache, x)
+
+    def analytic(self, z: Tensor) -> Tensor:
+        self._refuse_more("has an analytic force", ": write estimator=AEP()")
+        return self._dynamics.analytic(z, self.x)
+
+    def _refuse_more(self, what: str, hint: str = "") -> None:
+        if not self._by_input_alone():
+            raise RuleError(
+                f"{type(self._dynamics).__name__} {what} under its input alone, not with further "
+                f"arguments or random draws{hint}"
+            )
+
+    def _by_input_alone(self) -> bool:
+        """Tell whether a part of the input drives that part of the state, and nothing else does."""
+        said = self._dynamics.draws and self._dynamics.training
+        random = self.fresh or said or self._draws is not None
+        return not (self._args or self._kwargs or random)

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from altprop.equilibrium.dynamics import analytic
 from altprop.equilibrium.dynamics.attention import PARTS, CausalAttention, KeyValues, feed_forward
-from altprop.equilibrium.dynamics.dynamics import AbstractDynamics, Extension
+from altprop.equilibrium.dynamics.dynamics import AbstractDynamics
 from altprop.equilibrium.dynamics.gated import GatedBlock, LinearisedBlock, feed_forward_maps
 from altprop.equilibrium.dynamics.plain import consists_of
 from altprop.equilibrium.dynamics.products import AbstractEvaluation, Gradients
+from altprop.equilibrium.dynamics.system import Extension
 from altprop.errors import ConfigError
 
 

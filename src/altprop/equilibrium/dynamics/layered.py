@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -23,10 +23,10 @@ import torch
 from torch import Tensor, nn
 
 from altprop.equilibrium.dynamics.conduct import Draws, refuse_statistics, steady
-from altprop.equilibrium.dynamics.driven import Driven, detached
 from altprop.equilibrium.dynamics.dynamics import AbstractDynamics
 from altprop.equilibrium.dynamics.habits import Habits, Layout
 from altprop.equilibrium.dynamics.products import AbstractLinearisation, AutogradLinearisation
+from altprop.equilibrium.dynamics.system import System, detached
 from altprop.errors import ConfigError, RuleError
 
 Phases = Literal["sweep", "synchronous"]
@@ -102,17 +102,26 @@ class BlockCall(NamedTuple):
     kwargs: dict[str, Any]
 
 
-class DrivenLayers(Driven):
+class DrivenLayers(System):
     """A stack of blocks under one input.
 
-    **Arguments:** `x`; `calls`, one per level; `habits`, what is known of the blocks; `phases`.
+    **Arguments:** `x`; `calls`, one per level; `habits`, what is known of the blocks; `phases`;
+    `inside`, the context in which a block is evaluated once more; `coarse`, as in `System`.
     """
 
     step = 1.0
 
     def __init__(
-        self, x: Tensor, calls: Sequence[BlockCall], habits: Habits, phases: Phases = "sweep"
+        self,
+        x: Tensor,
+        calls: Sequence[BlockCall],
+        habits: Habits,
+        phases: Phases = "sweep",
+        *,
+        inside: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        coarse: bool = False,
     ) -> None:
+        self._inside, self.coarse = inside, coarse
         self.x, self.phases, self._calls = x, phases, calls
         self._habits, self._layout = habits, Layout(0)
         self._draws_of: list[Draws | None] = []
@@ -148,6 +157,9 @@ class DrivenLayers(Driven):
             "a stack of layers has no analytic force: HolomorphicEP relaxes complex states, on "
             "which ordinary modules are not defined; write estimator=AEP()"
         )
+
+    def check_apart(self, z: Tensor, linearise: Callable[[], AbstractLinearisation]) -> None:
+        """Refuse nothing: the habits have found out where the samples lie."""
 
     def kept(self) -> DrivenLayers:
         kept = copy.copy(self)
@@ -234,7 +246,7 @@ class DrivenLayers(Driven):
 
     def _block(self, level: int, h: Tensor) -> Tensor:
         call, draws = self._calls[level], self._draws_of[level]
-        with nullcontext() if draws is None else draws.again():
+        with self._inside(), nullcontext() if draws is None else draws.again():
             return first_of(call.block(self._spare(level, h), *call.args, **call.kwargs))
 
 

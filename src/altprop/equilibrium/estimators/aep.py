@@ -15,7 +15,7 @@ from torch import Tensor
 from altprop.equilibrium.estimators.confirm import confirm
 from altprop.equilibrium.estimators.correction import Antisymmetric
 from altprop.equilibrium.estimators.estimator import (
-    AbstractEstimator,
+    AbstractAdjointEstimator,
     check_own_solver,
     solve_adjoint,
 )
@@ -45,7 +45,7 @@ _HEADROOM = 0.5
 
 
 @dataclass(frozen=True)
-class AEP(AbstractEstimator):
+class AEP(AbstractAdjointEstimator):
     """Contrast the equilibria of `F(z) − (J − Jᵀ)(z − z*) ∓ βg = 0`: exact as `β → 0`.
 
     What is judged is the contrast of the phases, not either phase: curvature is even in `β` and

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from altprop.equilibrium.call import Call
 from altprop.equilibrium.estimators.estimator import AbstractEstimator
-from altprop.equilibrium.estimators.problem import Adjoint, Certificate, Problem
+from altprop.equilibrium.estimators.problem import Certificate
 from altprop.equilibrium.solvers.solver import conclude, relative_residual
-from altprop.errors import RuleError
 
 
 @dataclass(frozen=True)
@@ -23,8 +21,6 @@ class BPTT(AbstractEstimator):
     `solver=Euler(...)` or `FixedPoint(...)`, whose `max_steps` steps it records without stopping
     early.
     """
-
-    records: ClassVar[bool] = True
 
     def attach(self, call: Call) -> Tensor:
         system, solver = call.system, call.solver
@@ -45,6 +41,3 @@ class BPTT(AbstractEstimator):
         )
         call.settle(result, residual)
         return z
-
-    def adjoint(self, problem: Problem, cotangent: Tensor) -> Adjoint:
-        raise RuleError("BPTT has no adjoint state: it differentiates the relaxation itself")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from altprop.equilibrium.estimators.problem import Products
+from altprop.equilibrium.dynamics.products import AbstractLinearisation
 from altprop.equilibrium.solvers.solver import sample_norm
 
 
@@ -22,7 +22,7 @@ class Antisymmetric:
     image of the first phase's end the whole correction up to its sign.
     """
 
-    def __init__(self, linear: Products) -> None:
+    def __init__(self, linear: AbstractLinearisation) -> None:
         self.linear = linear
         self.evaluations = 0
         self._last: tuple[Tensor, Tensor] | None = None

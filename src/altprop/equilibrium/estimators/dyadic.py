@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from altprop.equilibrium.estimators.estimator import AbstractEstimator, check_own_solver
+from altprop.equilibrium.estimators.estimator import AbstractAdjointEstimator, check_own_solver
 from altprop.equilibrium.estimators.nudge import Nudge, check_nudge, nudge_at
 from altprop.equilibrium.estimators.problem import Adjoint, Problem
 from altprop.equilibrium.solvers.solver import (
@@ -25,7 +25,7 @@ from altprop.equilibrium.solvers.solver import (
 
 
 @dataclass(frozen=True)
-class DyadicEP(AbstractEstimator):
+class DyadicEP(AbstractAdjointEstimator):
     """Solve `F(m) = 0` and `J(m)ᵀ a + ∇C(m) = 0` as one system: exact, at any nudge.
 
     The difference obeys a linear equation, so `β` drops out of `a = −d/β` and there is no bias in

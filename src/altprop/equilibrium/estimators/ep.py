@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from altprop.equilibrium.estimators.estimator import AbstractEstimator, check_own_solver
+from altprop.equilibrium.estimators.estimator import AbstractAdjointEstimator, check_own_solver
 from altprop.equilibrium.estimators.nudge import Nudge, check_nudge, nudge_at
 from altprop.equilibrium.estimators.phases import (
     Phases,
@@ -30,7 +30,7 @@ from altprop.equilibrium.solvers.solver import (
 
 
 @dataclass(frozen=True)
-class EP(AbstractEstimator):
+class EP(AbstractAdjointEstimator):
     """Contrast the equilibria of `F(z) ∓ βg = 0`, which gives `a → −J⁻¹ g` as `β → 0`.
 
     That is the gradient only where `J` is symmetric; on attention it is biased at any `β`. Use

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from altprop.assign import assign_adjoint
 from altprop.equilibrium.call import Call
-from altprop.equilibrium.estimators.problem import Adjoint, Certificate, Problem, Products
-from altprop.equilibrium.first_tokens import solve_later_first
+from altprop.equilibrium.dynamics.products import AbstractLinearisation
+from altprop.equilibrium.estimators.problem import Adjoint, Certificate, Problem
 from altprop.equilibrium.solvers.solver import (
     AbstractSolver,
     Solution,
@@ -30,19 +30,30 @@ from altprop.rule import AbstractRule, Seam
 
 
 class AbstractEstimator(AbstractRule):
-    """Base of every estimator: a frozen dataclass whose `adjoint` turns `g` into `a`."""
+    """Base of every estimator, a frozen dataclass; most derive from `AbstractAdjointEstimator`."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         refuse_subclass(
             cls,
             AbstractEstimator,
-            "hold a {name} and call its adjoint, or derive from AbstractEstimator",
+            "hold a {name} and call its adjoint, or derive from AbstractAdjointEstimator",
         )
 
     seam: ClassVar[Seam] = "adjoint"
-    records: ClassVar[bool] = False
-    """Whether its gradient is autograd's own, of a relaxation that it records."""
+
+    @abstractmethod
+    def attach(self, call: Call) -> Tensor:
+        """Return the equilibrium `(B, ...)`, differentiable in the way of this estimator."""
+
+
+class AbstractAdjointEstimator(AbstractEstimator):
+    """Base of every estimator whose `adjoint` turns the cotangent `g` into the adjoint state `a`.
+
+    `scaled`: whether it is given `g` at unit norm per sample, and what it returns is scaled back.
+    """
+
+    scaled: ClassVar[bool] = True
 
     @abstractmethod
     def adjoint(self, problem: Problem, cotangent: Tensor) -> Adjoint:
@@ -53,7 +64,6 @@ class AbstractEstimator(AbstractRule):
         """
 
     def attach(self, call: Call) -> Tensor:
-        """Return the equilibrium `(B, ...)`, differentiable in the way of this estimator."""
         free = call.free()
         certificate = Certificate(
             result=free.result,
@@ -85,6 +95,8 @@ class AbstractEstimator(AbstractRule):
         So neither the loss's reduction nor a loss scale touches the result, and a sample without
         a cotangent gets `a = 0`. An overflowed cotangent stays visible as NaN.
         """
+        if not self.scaled:
+            return self.adjoint(problem, cotangent)
         size = sample_norm(cotangent)
         usable = torch.isfinite(size) & (size > 0)
         unit = torch.where(
@@ -99,15 +111,13 @@ class AbstractEstimator(AbstractRule):
 
 def solve_adjoint(
     problem: Problem,
-    products: Products,
+    products: AbstractLinearisation,
     cotangent: Tensor,
     tol: float,
     max_steps: int,
     solver: AbstractSolver | None = None,
 ) -> Solution:
     """Solve `Jᵀ a + g = 0` by VJPs; the solution's force is the remaining residual."""
-    if problem.first is not None and solver is None:
-        return solve_later_first(problem, products, cotangent, tol, max_steps)
     return problem.solve(
         lambda a: products.vjp(a) + cotangent,
         cotangent if problem.step == 1 else problem.step * cotangent,

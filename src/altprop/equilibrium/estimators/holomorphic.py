@@ -17,7 +17,7 @@ from torch import Tensor
 
 from altprop.equilibrium.estimators.correction import Antisymmetric
 from altprop.equilibrium.estimators.estimator import (
-    AbstractEstimator,
+    AbstractAdjointEstimator,
     check_own_solver,
     solve_adjoint,
 )
@@ -36,7 +36,7 @@ from altprop.errors import ConfigError, RuleError
 
 
 @dataclass(frozen=True)
-class HolomorphicEP(AbstractEstimator):
+class HolomorphicEP(AbstractAdjointEstimator):
     """Average `−(z^β − z*)/β` over `points` nudges on a circle: no bias up to `radius^points`.
 
     So the nudge may be large, and round-off small: use it where the nudge cannot be small. A finite

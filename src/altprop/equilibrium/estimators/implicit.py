@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from altprop.equilibrium.estimators.estimator import (
-    AbstractEstimator,
+    AbstractAdjointEstimator,
     check_own_solver,
     solve_adjoint,
 )
@@ -21,7 +21,7 @@ _WITHOUT = 0.4  # of the tolerance, where no step follows
 
 
 @dataclass(frozen=True)
-class Implicit(AbstractEstimator):
+class Implicit(AbstractAdjointEstimator):
     """Solve the adjoint equation `Jᵀ a = −g` to a tolerance: exact, but it transports `Jᵀ`.
 
     The last residual is known, so a solver that relaxes takes one more step, which is free and

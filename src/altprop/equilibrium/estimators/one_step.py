@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from altprop.equilibrium.estimators.estimator import AbstractEstimator
+from altprop.equilibrium.estimators.estimator import AbstractAdjointEstimator
 from altprop.equilibrium.estimators.problem import Adjoint, Problem
 from altprop.equilibrium.levels import worst_level
 from altprop.equilibrium.solvers.solver import Result, check_counts
@@ -19,7 +19,7 @@ from altprop.errors import ConfigError
 
 
 @dataclass(frozen=True)
-class OneStep(AbstractEstimator):
+class OneStep(AbstractAdjointEstimator):
     """Take `a = ε Σ_{i<k} (I + εJᵀ)ⁱ g`: biased, and the cheapest gradient that there is.
 
     It is backprop through the last `k` steps of `z ← z + εF(z)`, all at `z*`; the bias is

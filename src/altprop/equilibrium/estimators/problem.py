@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
+from altprop.equilibrium.dynamics.products import AbstractLinearisation
+from altprop.equilibrium.dynamics.system import System
 from altprop.equilibrium.levels import solve_by_levels
 from altprop.equilibrium.solvers.defect import defect_correction
 from altprop.equilibrium.solvers.solver import (
@@ -21,42 +21,6 @@ from altprop.equilibrium.solvers.solver import (
 )
 
 Cost = Callable[[Tensor], Tensor]
-
-
-class Products(Protocol):
-    """The Jacobian's products at the free state."""
-
-    tells_tokens: ClassVar[bool]
-
-    def vjp(self, a: Tensor) -> Tensor: ...
-
-    def jvp(self, v: Tensor) -> Tensor: ...
-
-    def own_vjp(self, a: Tensor) -> Tensor: ...
-
-    def inverse(self, *, transposed: bool) -> Force | None: ...
-
-
-class System(Protocol):
-    """The dynamics of one call, under its input, its further arguments and its random draws."""
-
-    x: Tensor
-    step: float
-    widths: tuple[int, ...]
-
-    def force(self, z: Tensor) -> Tensor: ...
-
-    def linearise(self, z: Tensor) -> Products: ...
-
-    def record(self, z: Tensor) -> tuple[Tensor, Callable[[], Products]]: ...
-
-    def analytic(self, z: Tensor) -> Tensor: ...
-
-    def first(self) -> System | None: ...
-
-    def samples(self, rows: Tensor) -> System | None: ...
-
-    def extend(self, cache: Any, x: Tensor) -> Any: ...
 
 
 @dataclass
@@ -141,7 +105,7 @@ class Problem:
         solver: AbstractSolver,
         state: Tensor,
         still: Tensor,
-        linearised: Callable[[], Products],
+        linearised: Callable[[], AbstractLinearisation],
         cost: Cost | None = None,
     ) -> None:
         self.state, self.still, self.solver, self.cost = state, still, solver, cost
@@ -152,7 +116,7 @@ class Problem:
         """Return `F(z; x)`, without recording."""
         return quietly(self._system.force, z)
 
-    def linearise(self, at: Tensor | None = None) -> Products:
+    def linearise(self, at: Tensor | None = None) -> AbstractLinearisation:
         """Return the Jacobian's products at `z*`, or at another state."""
         with torch.autocast(self.state.device.type, enabled=False):
             return self._linearised() if at is None else self._system.linearise(at)
@@ -160,18 +124,6 @@ class Problem:
     def analytic(self, z: Tensor) -> Tensor:
         """Return `F(z; x)` continued to complex states; a `RuleError` says where there is none."""
         return quietly(self._system.analytic, z)
-
-    @cached_property
-    def first(self) -> tuple[int, Callable[[], Products]] | None:
-        """Where the later tokens' adjoint comes before that of the first ones, these.
-
-        Their number, and what returns their own Jacobian.
-        """
-        first = self._system.first() if self.solver.piecewise else None
-        if first is None:
-            return None
-        tokens = first.x.shape[1]
-        return tokens, lambda: first.linearise(self.state[:, :tokens])
 
     def solve(
         self,

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from altprop.equilibrium.estimators.estimator import AbstractEstimator
+from altprop.equilibrium.estimators.estimator import AbstractAdjointEstimator
 from altprop.equilibrium.estimators.nudge import Map, Nudge, check_nudge, cost_gradient
 from altprop.equilibrium.estimators.problem import Adjoint, Problem
 from altprop.equilibrium.levels import level_norms, relative_to_levels
@@ -31,13 +32,15 @@ Correct = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class PublishedEP(AbstractEstimator):
+class PublishedEP(AbstractAdjointEstimator):
     """Naive equilibrium propagation as published: two nudged phases of `steps` Euler steps each.
 
     **Arguments:** `step`, the Euler step `ε`; `steps`, the length `T2` of a nudged phase; `beta`,
     the nudge, in units of the caller's own cost; `nudge`, `"cost"` (`∇C` at the nudged state, as a
     physical system would; call the module with `cost=`) or `"linear"` (the constant cotangent).
     """
+
+    scaled: ClassVar[bool] = False
 
     step: float = 0.1
     steps: int = 20
@@ -47,22 +50,21 @@ class PublishedEP(AbstractEstimator):
     def __post_init__(self) -> None:
         _check("PublishedEP", self.step, self.steps, self.beta, self.nudge)
 
-    def pull(self, problem: Problem, cotangent: Tensor) -> Adjoint:
+    def adjoint(self, problem: Problem, cotangent: Tensor) -> Adjoint:
         gradient, scale = _nudge("PublishedEP", self.nudge, problem, cotangent)
         adjoint = _relax(problem, gradient, None, self.step, self.steps, self.beta)
         return replace(adjoint, value=adjoint.value * per_sample(scale, cotangent))
 
-    def adjoint(self, problem: Problem, cotangent: Tensor) -> Adjoint:
-        return self.pull(problem, cotangent)
-
 
 @dataclass(frozen=True)
-class PublishedAEP(AbstractEstimator):
+class PublishedAEP(AbstractAdjointEstimator):
     """Asymmetric equilibrium propagation as published (Scurria et al., arXiv 2602.03670).
 
     **Arguments:** as `PublishedEP`; `clip`, whether the correction `(J − Jᵀ)(z − z*)` is scaled
     down, over the whole tensor, to at most the norm of the nudged force.
     """
+
+    scaled: ClassVar[bool] = False
 
     step: float = 0.1
     steps: int = 20
@@ -73,7 +75,7 @@ class PublishedAEP(AbstractEstimator):
     def __post_init__(self) -> None:
         _check("PublishedAEP", self.step, self.steps, self.beta, self.nudge)
 
-    def pull(self, problem: Problem, cotangent: Tensor) -> Adjoint:
+    def adjoint(self, problem: Problem, cotangent: Tensor) -> Adjoint:
         products = problem.linearise()
 
         def correct(displacement: Tensor, drive: Tensor) -> Tensor:
@@ -90,9 +92,6 @@ class PublishedAEP(AbstractEstimator):
             value=adjoint.value * per_sample(scale, cotangent),
             evaluations=3 * adjoint.evaluations + 1,  # a force, a JVP and a VJP each, and J itself
         )
-
-    def adjoint(self, problem: Problem, cotangent: Tensor) -> Adjoint:
-        return self.pull(problem, cotangent)
 
 
 def _check(name: str, step: float, steps: int, beta: float, nudge: str) -> None:

@@ -8,7 +8,6 @@ least-squares problem per sample.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -16,19 +15,15 @@ from torch import Tensor
 from altprop.equilibrium.solvers.solver import (
     AbstractSolver,
     Force,
-    Result,
+    Point,
     Solution,
     check_counts,
     check_fields,
     check_solver_fields,
-    conclude,
-    per_sample,
-    relative_residual,
+    iterate,
+    where,
 )
 
-# A step is taken to shrink the residual as the slowest of the last few did, and this much less: to
-# foresee too much costs the whole batch three evaluations, and to foresee too little costs one.
-_SEEN, _CAUTION = 3, 1.3
 _PATIENCE, _PROGRESS = 20, 0.9  # evaluations without so small a residual, relative to the best one
 _USUAL = 3  # differences that most solves need: memory for more is taken when they are there
 
@@ -51,8 +46,6 @@ class Anderson(AbstractSolver):
     `mixing`, the fraction of `ε` that a step takes.
     """
 
-    piecewise: ClassVar[bool] = True
-
     memory: int = 5
     tol: float = 7e-4
     max_steps: int = 100
@@ -72,80 +65,19 @@ class Anderson(AbstractSolver):
         step: float,
         scale: Tensor | None = None,
     ) -> Solution:
-        return self._iterate(force, start, step, scale, course=None)[0]
-
-    def stride(self, step: float) -> float:
-        return step * self.mixing
-
-    def approach(self, force: Force, start: Tensor, *, step: float) -> tuple[Solution, Tensor]:
-        return self._iterate(force, start, step, None, course=_Course())
-
-    @torch.no_grad()
-    def _iterate(
-        self,
-        force: Force,
-        start: Tensor,
-        step: float,
-        scale: Tensor | None,
-        course: _Course | None,
-    ) -> tuple[Solution, Tensor]:
-        """Return the solution and, where a course is kept, the states to go on to."""
-        z, f = start, force(start)
-        residual = relative_residual(f, z, scale)
-        best_z, best_f, best = z, f, residual
-        moving, ahead = torch.ones_like(best, dtype=torch.bool), start
-        safeguard = _Safeguard(best) if self.tol else None
         memory = _Differences(
             min(self.memory, max(1, self.max_steps - 2)), self.ridge, step * self.mixing
         )
-        steps = 1
-        while steps < self.max_steps:
-            # a sample that has blown up keeps its best state; the others go on
-            going = moving & (best > self.tol) & (residual < torch.inf)
-            if course is not None:
-                # a state beside the best one is no state to go on from
-                going &= ~(course.arrives(residual, self.tol) & (residual <= best))
-            count = int(going.sum())
-            if count == 0:
-                break
-            if safeguard is not None and bool((turned := safeguard.turns(best)).any()):
-                # it goes on from its best state, in the other way
-                z, f = _where(turned, best_z, z), _where(turned, best_f, f)
-                residual = torch.where(turned, best, residual)
-            proposed = memory.extrapolate(z, f)
-            if safeguard is not None and bool(safeguard.plain.any()):
-                proposed = _where(safeguard.plain, torch.add(z, f, alpha=step), proposed)
-            if course is not None and count < len(z):
-                ahead = _where(moving, proposed, ahead)
-            moving = going
-            # A finished sample stays where it is; its difference then is zero and weighs nothing.
-            z = proposed if count == len(z) else _where(moving, proposed, z)
-            f = force(z)
-            steps += 1
-            residual = relative_residual(f, z, scale)
-            better = residual < best
-            if bool(better.all()):
-                best_z, best_f, best = z, f, residual
-            else:
-                shaped = per_sample(better, z)
-                best_z = torch.where(shaped, z, best_z)
-                best_f = torch.where(shaped, f, best_f)
-                best = torch.where(better, residual, best)
-        lost = ~torch.isfinite(residual) & ~(best <= self.tol)
-        if course is not None:
-            ahead = _where(moving, memory.extrapolate(z, f), ahead)
-            beside = lost | moving & (best < residual)
-            if bool(beside.any()):
-                ahead = _where(beside, best_z + self.stride(step) * best_f, ahead)
-        result = Result.NON_FINITE if bool(lost.any()) else conclude(best, self.tol)
-        return Solution(best_z, best_f, best, steps, result), ahead
+        safeguard = _Safeguard(step)
 
+        def propose(at: Point) -> Tensor:
+            z, f = safeguard.place(at) if self.tol else (at.value, at.force)
+            return safeguard.choose(memory.extrapolate(z, f), z, f)
 
-def _where(chosen: Tensor, those: Tensor, others: Tensor) -> Tensor:
-    """Return the chosen samples of one state and the others of another, without copying it all."""
-    if bool(chosen.all()):
-        return those
-    return torch.where(per_sample(chosen, those), those, others)
+        return iterate(force, start, propose, tol=self.tol, max_steps=self.max_steps, scale=scale)
+
+    def stride(self, step: float) -> float:
+        return step * self.mixing
 
 
 def _extended(held: Tensor, rows: int) -> Tensor:
@@ -160,44 +92,35 @@ class _Safeguard:
     """Which samples take plain steps, since extrapolation has found them nothing better for long.
 
     An extrapolation may pass through larger residuals on its way, so it is given time.
+
+    **Arguments:** `step`, the `ε` of a plain step.
     """
 
-    def __init__(self, best: Tensor) -> None:
-        self.plain = torch.zeros_like(best, dtype=torch.bool)
-        self._mark, self._stale = best, torch.zeros_like(best)
+    def __init__(self, step: float) -> None:
+        self._step = step
+        self._plain: Tensor | None = None  # of each sample, (B,)
 
-    def turns(self, best: Tensor) -> Tensor:
-        """Tell of each sample, `(B,)`, whether it changes its way now.
-
-        **Arguments:** `best`, the least residual so far, `(B,)`.
-        """
-        won = best <= _PROGRESS * self._mark
-        self._mark = torch.where(won, best, self._mark)
+    def place(self, at: Point) -> tuple[Tensor, Tensor]:
+        """Return the state and force to go on from: the best one where a sample changes its way."""
+        least = at.least
+        if self._plain is None:
+            self._plain = torch.zeros_like(least, dtype=torch.bool)
+            self._mark, self._stale = least, torch.zeros_like(least)
+        won = least <= _PROGRESS * self._mark
+        self._mark = torch.where(won, least, self._mark)
         self._stale = torch.where(won, 0, self._stale + 1)
         turned = self._stale > _PATIENCE
+        if not bool(turned.any()):
+            return at.value, at.force
         self._stale = torch.where(turned, 0, self._stale)
-        self.plain = self.plain ^ turned
-        return turned
+        self._plain = self._plain ^ turned
+        return where(turned, at.best, at.value), where(turned, at.best_force, at.force)
 
-
-class _Course:
-    """How fast the residual of each sample shrinks, and so where its next one will be."""
-
-    def __init__(self) -> None:
-        self._residual: Tensor | None = None
-        self._rates: list[Tensor] = []
-
-    def arrives(self, residual: Tensor, tol: float) -> Tensor:
-        """Tell of each sample, `(B,)`, whether its next residual will be within `tol`.
-
-        **Arguments:** `residual`, of the newest state, `(B,)`.
-        """
-        if self._residual is not None:
-            self._rates = [*self._rates[-_SEEN + 1 :], residual / self._residual]
-        self._residual = residual
-        if len(self._rates) < 2:
-            return torch.zeros_like(residual, dtype=torch.bool)
-        return _CAUTION * residual * torch.stack(self._rates).amax(0) <= tol
+    def choose(self, proposed: Tensor, z: Tensor, f: Tensor) -> Tensor:
+        """Return what was proposed, or a plain step from `z` for the samples that take one."""
+        if self._plain is None or not bool(self._plain.any()):
+            return proposed
+        return where(self._plain, torch.add(z, f, alpha=self._step), proposed)
 
 
 class _Differences:

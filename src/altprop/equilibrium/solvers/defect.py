@@ -6,20 +6,11 @@ Reference: Stetter, "The defect correction principle and discretization methods"
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from altprop.equilibrium.solvers.solver import (
-    Force,
-    Result,
-    Solution,
-    conclude,
-    per_sample,
-    relative_residual,
-)
+from altprop.equilibrium.solvers.solver import Force, Point, Solution, iterate
 
 
-@torch.no_grad()
 def defect_correction(
     force: Force,
     inverse: Force,
@@ -38,24 +29,13 @@ def defect_correction(
     **Arguments:** `force`; `inverse`, of minus the force's linear part; both take `(B, ...)` to
     `(B, ...)`. The others are as in `AbstractSolver`.
     """
-    u, f = start, force(start)
-    residual = relative_residual(f, u, scale)
-    best_u, best_f, best = u, f, residual
-    steps = 1
-    while steps < max_steps:
-        moving = ~(best <= tol) & torch.isfinite(residual)
-        if not bool(moving.any()):
-            break
-        u = torch.where(per_sample(moving, u), u + inverse(f), u)
-        f = force(u)
-        steps += 1
-        residual = relative_residual(f, u, scale)
-        better = residual < best
-        best_u = torch.where(per_sample(better, u), u, best_u)
-        best_f = torch.where(per_sample(better, u), f, best_f)
-        best = torch.where(better, residual, best)
-        if not bool(better.any()):  # round-off, or a nudge too large for its curvature
-            break
-    lost = ~torch.isfinite(residual) & ~(best <= tol)
-    result = Result.NON_FINITE if bool(lost.any()) else conclude(best, tol)
-    return Solution(best_u, best_f, best, steps, result)
+    before: Tensor | None = None
+
+    def correct(at: Point) -> Tensor | None:
+        nonlocal before
+        improved = before is None or bool((at.least < before).any())
+        before = at.least
+        # else it is round-off, or a nudge too large for its curvature
+        return at.value + inverse(at.force) if improved else None
+
+    return iterate(force, start, correct, tol=tol, max_steps=max_steps, scale=scale)

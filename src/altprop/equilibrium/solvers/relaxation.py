@@ -5,16 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from altprop.equilibrium.solvers.solver import (
-    Force,
-    Solution,
-    conclude,
-    per_sample,
-    relative_residual,
-)
+from altprop.equilibrium.solvers.solver import Force, Solution, iterate
 
 
-@torch.no_grad()
 def relax(
     force: Force,
     start: Tensor,
@@ -23,23 +16,19 @@ def relax(
     max_steps: int,
     scale: Tensor | None = None,
 ) -> Solution:
-    """Step `z ← z + step · F(z)` until each sample is within the tolerance.
+    """Make up to `max_steps` steps `z ← z + step · F(z)`, until each sample is within `tol`.
 
-    A sample that converged or blew up stops, and the others go on: no sample's result depends on
-    its batch-mates. Arguments are those of `AbstractSolver.solve` and of the solvers.
+    Arguments are those of `AbstractSolver.solve` and of the solvers.
     """
-    z, f = start, force(start)
-    residual = relative_residual(f, z, scale)
-    for n in range(max_steps):
-        moving = ~(residual <= tol) & torch.isfinite(residual)
-        count = int(moving.sum())
-        if not count:
-            return Solution(z, f, residual, n + 1, conclude(residual, tol))
-        ahead = torch.add(z, f, alpha=step)
-        z = ahead if count == len(z) else torch.where(per_sample(moving, z), ahead, z)
-        f = force(z)
-        residual = relative_residual(f, z, scale)
-    return Solution(z, f, residual, max_steps + 1, conclude(residual, tol))
+    return iterate(
+        force,
+        start,
+        lambda at: torch.add(at.value, at.force, alpha=step),
+        tol=tol,
+        max_steps=max_steps + 1,  # the force where the last step ends is evaluated too
+        scale=scale,
+        latest=True,
+    )
 
 
 def unrolled(force: Force, start: Tensor, step: float, steps: int) -> Tensor:

@@ -58,9 +58,8 @@ class AbstractSolver(ABC):
     `tol`: the largest accepted residual per sample, relative to the scale of the solve; 0 asks for
     exactly `max_steps` steps, which then cannot fail to converge but only to stay finite.
     `max_steps`: the limit of force evaluations (at least 1). `linear`: whether it solves linear
-    forces only, and refuses others with a `RuleError`. `piecewise`: whether a causal window's first
-    tokens may be solved before the others, which a relaxation in time would not do. `repeatable`:
-    whether the force must be, since evaluations are compared with each other.
+    forces only, and refuses others with a `RuleError`. `repeatable`: whether the force must be,
+    since evaluations are compared with each other.
     """
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -71,7 +70,6 @@ class AbstractSolver(ABC):
 
     linear: ClassVar[bool] = False
     repeatable: ClassVar[bool] = True
-    piecewise: ClassVar[bool] = False
     tol: float
     max_steps: int
 
@@ -92,21 +90,14 @@ class AbstractSolver(ABC):
         """
 
     def stride(self, step: float) -> float:
-        """Return the `ε` of the next step `z + ε force(z)`; 0 for what takes no such steps.
+        """Return the `ε` of one more step `z + εF(z)` that is worth taking; 0 for none.
+
+        The force at a solution is known, so the step is free, and the evaluation that is recorded
+        after it certifies the state (see `land`).
 
         **Arguments:** `step`, the `ε` of the natural fixed-point map.
         """
         return 0.0
-
-    def approach(self, force: Force, start: Tensor, *, step: float) -> tuple[Solution, Tensor]:
-        """Solve, and return the state to go on to as well, whose force the caller evaluates anyway.
-
-        A solver that can foresee the residual there may stop as soon as that will be within `tol`;
-        `land` verifies it. Arguments as those of `solve`; residuals are relative to the state.
-        """
-        found = self.solve(force, start, step=step)
-        stride = self.stride(step)
-        return found, found.value + stride * found.force if stride else found.value
 
     def unroll(self, force: Force, start: Tensor, *, step: float) -> Tensor:
         """Return the last state of a relaxation that autograd can record step by step.
@@ -208,6 +199,74 @@ def better_of(old: Solution, new: Solution) -> Solution:
 
 
 @dataclass(frozen=True)
+class Point:
+    """Where an iteration stands, `(B, ...)`, and the best that each sample has seen, `(B, ...)`.
+
+    `residual`, `least`: of `value` and of `best`, `(B,)`.
+    """
+
+    value: Tensor
+    force: Tensor
+    residual: Tensor
+    best: Tensor
+    best_force: Tensor
+    least: Tensor
+
+
+@torch.no_grad()
+def iterate(
+    force: Force,
+    start: Tensor,
+    propose: Callable[[Point], Tensor | None],
+    *,
+    tol: float,
+    max_steps: int,
+    scale: Tensor | None = None,
+    latest: bool = False,
+) -> Solution:
+    """Go from state to state until each sample is within the tolerance; return its best state.
+
+    A sample that converged or blew up stays where it is, and the others go on: no sample's result
+    depends on its batch-mates.
+
+    **Arguments:** `propose`, from where the iteration stands to the next states, or to `None` where
+    there is nothing left to try; `max_steps`, the limit of force evaluations; `latest`, whether the
+    last state counts and not the best one; the others are those of `AbstractSolver.solve`.
+    """
+    z, f = start, force(start)
+    residual = relative_residual(f, z, scale)
+    at = Point(z, f, residual, z, f, residual)
+    evaluations = 1
+    while evaluations < max_steps:
+        moving = ~(at.least <= tol) & torch.isfinite(at.residual)
+        if not bool(moving.any()):
+            break
+        ahead = propose(at)
+        if ahead is None:
+            break
+        z = where(moving, ahead, at.value)
+        f = force(z)
+        evaluations += 1
+        residual = relative_residual(f, z, scale)
+        better = torch.ones_like(moving) if latest else residual < at.least
+        at = Point(
+            z, f, residual,
+            where(better, z, at.best), where(better, f, at.best_force),
+            torch.where(better, residual, at.least),
+        )  # fmt: skip
+    lost = ~torch.isfinite(at.residual) & ~(at.least <= tol)
+    result = Result.NON_FINITE if bool(lost.any()) else conclude(at.least, tol)
+    return Solution(at.best, at.best_force, at.least, evaluations, result)
+
+
+def where(chosen: Tensor, those: Tensor, others: Tensor) -> Tensor:
+    """Return the chosen samples of one state and the others of another, without copying it all."""
+    if bool(chosen.all()):
+        return those
+    return torch.where(per_sample(chosen, those), those, others)
+
+
+@dataclass(frozen=True)
 class Landing:
     """A state whose force was evaluated at last, and what the solve that led there needed.
 
@@ -225,32 +284,31 @@ class Landing:
 
 
 def land(
-    approached: tuple[Solution, Tensor],
-    evaluate: Force,
-    resume: Callable[[AbstractSolver, Tensor], Solution],
-    solver: AbstractSolver,
+    solver: AbstractSolver, force: Force, start: Tensor, *, step: float, record: Force | None = None
 ) -> Landing:
-    """Evaluate the force where a solver would go on to, and solve on if that falls short.
+    """Solve, evaluate the force one step further, and solve on if that falls short.
 
     The two solves together evaluate the force no more often than the solver's limit allows.
 
-    **Arguments:** `approached`, what `approach` returned; `evaluate`, the force, which may record;
-    `resume`, from the solver with what is left of its limit, and a state, to a solution; `solver`.
+    **Arguments:** `force`, `start`, `step`, those of `solver.solve`; `record`, the force for the
+    evaluation after a solve, which autograd may record (`None`: as the others).
     """
-    solution, state = approached
-    tol, left = solver.tol, solver.max_steps - solution.evaluations
-    landing = _evaluate(solution, state, evaluate, tol)
+    found = solver.solve(force, start, step=step)
+    stride, tol = solver.stride(step), solver.tol
+    evaluate = record or force
+    state = found.value + stride * found.force if stride else found.value
+    landing = _evaluate(found, state, evaluate, tol)
     # one lost sample must not cost its batch-mates what is left
-    short = ~(landing.reached <= tol) & torch.isfinite(solution.residual)
+    short = ~(landing.reached <= tol) & torch.isfinite(found.residual)
+    left = solver.max_steps - found.evaluations
     if tol == 0 or left < 1 or not bool(short.any()):
         return landing
     landing = replace(landing, force=landing.force.detach())  # what was recorded there is over
-    nearer = per_sample(landing.residual < solution.residual, state)
-    again = resume(
-        with_limits(solver, tol, left), torch.where(nearer, landing.state, solution.value)
-    )
+    nearer = per_sample(landing.residual < found.residual, start)
+    nearest = torch.where(nearer, landing.state, found.value)
+    again = with_limits(solver, tol, left).solve(force, nearest, step=step)
     # what had arrived stays, whatever its batch-mates need
-    state = torch.where(per_sample(short, state), again.value, landing.state)
+    state = torch.where(per_sample(short, start), again.value, landing.state)
     second = _evaluate(again, state, evaluate, tol)
     return replace(second, evaluations=landing.evaluations + second.evaluations)
 

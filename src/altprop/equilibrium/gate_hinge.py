@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from altprop.equilibrium.dynamics.conduct import refuse_shards
 from altprop.equilibrium.estimators.problem import Certificate
-from altprop.equilibrium.solvers.solver import check_counts, check_fields, sample_norm
-from altprop.equilibrium.stability import (
+from altprop.equilibrium.hinge import (
     AbstractStabiliser,
     HingeState,
     accumulate,
@@ -19,6 +18,7 @@ from altprop.equilibrium.stability import (
     process_group,
     worst_gain,
 )
+from altprop.equilibrium.solvers.solver import check_counts, check_fields, sample_norm
 from altprop.errors import RuleError
 
 

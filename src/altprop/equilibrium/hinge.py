@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from altprop.equilibrium.dynamics.conduct import refuse_shards
 from altprop.equilibrium.dynamics.dynamics import AbstractDynamics
 from altprop.equilibrium.dynamics.products import Gradients
-from altprop.equilibrium.estimators.problem import Certificate, System
+from altprop.equilibrium.dynamics.system import System
+from altprop.equilibrium.estimators.problem import Certificate
 from altprop.equilibrium.module import Equilibrium, equilibria
 from altprop.equilibrium.solvers.solver import (
     check_counts,
