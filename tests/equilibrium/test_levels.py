@@ -15,8 +15,6 @@ from altprop.equilibrium.solvers.solver import Force, Solution
 from systems import error
 
 EQUAL, UNEQUAL, DEEP = (16,) * 7, (16, 24, 8, 32, 12, 20, 6), (16,) * 13
-
-
 SOLVERS: list[ap.AbstractSolver] = [
     ap.Euler(step=1.0),
     ap.Euler(step=0.5),

@@ -59,37 +59,6 @@ def test_the_tolerance_bounds_how_far_the_future_leaks(
         assert 0 < seen <= 10 * tol
 
 
-@pytest.mark.parametrize("make", [wide_attention, strong_gate])
-def test_a_plain_relaxation_sees_nothing_of_the_future(make: Callable[[int], System]) -> None:
-    this = make(0)
-    solver = ap.Euler(step=this.dynamics.step, max_steps=30)
-    # (batched products round differently from window to window, and only there)
-    assert leak(this.block(solver=solver), this.x) <= 1e-13
-
-
-@pytest.mark.parametrize("estimator", [ap.AEP(), ap.Implicit(), ap.EP()])
-@pytest.mark.parametrize("make", [wide_attention, strong_gate])
-def test_batch_mates_change_nothing_beyond_rounding(
-    make: Callable[[int], System], estimator: ap.AbstractEstimator
-) -> None:
-    this = make(0)
-    block = this.block(estimator, solver=ap.Anderson())
-    x = this.x * torch.tensor([1.0, 0.1, 2.0]).view(-1, 1, 1)  # some harder than others
-
-    def cost(z: Tensor) -> Tensor:
-        return torch.tanh(z).square().sum()
-
-    leaf = x.clone().requires_grad_()
-    together = block(leaf)
-    cost(together).backward()
-    for i in range(3):
-        own = x[i : i + 1].clone().requires_grad_()
-        alone = block(own)
-        cost(alone).backward()
-        assert token_change(alone, together[i : i + 1]) <= 1e-11
-        assert (own.grad - leaf.grad[i]).norm() <= 1e-9 * own.grad.norm()
-
-
 def test_peak_memory_grows_with_the_relaxation_under_bptt_alone() -> None:
     def peak(estimator: ap.AbstractEstimator, steps: int) -> int:
         this = damped(B=2, T=8, C=16, H=2, scale=0.5)

@@ -12,8 +12,6 @@ import altprop as ap
 from altprop.testing import check_dynamics
 
 PLAIN = ap.Euler(step=0.5, max_steps=5)
-
-
 SOLVERS = [
     ap.Anderson(),
     PLAIN,
@@ -23,8 +21,6 @@ SOLVERS = [
     ap.Scattered(),
     ap.Fallback(),
 ]
-
-
 ESTIMATORS = [
     ap.AEP(),
     ap.AEP(start="zero", sides=4),
@@ -60,14 +56,8 @@ KINDS: dict[str, Callable[[], ap.AbstractDynamics]] = {
     "side by side": lambda: ap.Layered(blocks(), phases="synchronous"),
     "own": own,
 }
-
-
 ANALYTIC = ("damped", "gated", "thick")
-
-
 SHAPES = [(0, 5, 8), (3, 0, 8)]
-
-
 LONG = (0, 700, 8)  # to attention
 
 

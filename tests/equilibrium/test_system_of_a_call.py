@@ -44,8 +44,6 @@ def with_mask(z: Tensor, x: Tensor, mask: Tensor, W: Tensor) -> Tensor:
 
 
 X = torch.randn(2, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
-
-
 MASK = torch.tensor([1.0, 0, 1, 1, 0, 2], dtype=torch.float64)
 
 

@@ -136,8 +136,6 @@ def feedback(rule: ap.AbstractRule) -> Tensor:
 
 
 DRAWN = [ap.FeedbackAlignment, ap.KolenPollack, ap.DirectFeedback, ap.BlockDirectFeedback]
-
-
 PLAIN = [ap.WeightMirror, ap.AlignedFeedback]
 
 
@@ -161,11 +159,7 @@ def test_init_names_the_drawing_and_k_a_sparse_rows_entries(rule: type) -> None:
 
 
 DRAW = {"init": "gaussian", "std": 0.02}
-
-
 BROADCAST = {"calibrate_every": 0, "error": "logits", "features": None}
-
-
 DEFAULTS = {
     ap.FeedbackAlignment: {**DRAW, "k": None},
     ap.SignSymmetry: {"scale": "frobenius", "variant": "sign"},

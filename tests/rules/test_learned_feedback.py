@@ -16,8 +16,6 @@ from altprop.assign import assign_transport
 from altprop.testing.rules import TinyModel
 
 Optimizer = torch.optim.Optimizer
-
-
 LEARNED = [
     ap.KolenPollack(std=0.3),
     ap.WeightMirror(probes=4),
@@ -343,17 +341,6 @@ def test_with_several_optimisers_each_feedback_is_in_its_weights_own_and_in_no_o
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     step(model, *optimizers)
     assert all(not torch.equal(p, before[n]) for n, p in model.named_parameters())
-
-
-def test_an_optimiser_of_some_weights_takes_their_feedback_and_leaves_the_rest() -> None:
-    model = model_of()
-    optimizer = torch.optim.SGD(model.head.parameters(), lr=0.1)
-    ap.convert(model, ap.KolenPollack())
-    ap.add_feedback(optimizer, model)
-    assert [id(p) for p in optimizer.param_groups[0]["params"]] == [
-        id(model.head.weight),
-        id(model.head.B),
-    ]
 
 
 def test_an_optimiser_of_no_weight_that_has_feedback_is_refused_in_one_line() -> None:

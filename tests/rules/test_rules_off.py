@@ -31,8 +31,6 @@ RULES = [
     ap.BlockDirectFeedback(),
     ap.GrAPE(),
 ]
-
-
 WAYS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "child": lambda model: model.blocks[0],
     "grandchild": lambda model: model.blocks[0].first,

@@ -72,8 +72,6 @@ def equal_columns(std: float) -> Callable[[Tensor, Tensor | None], Tensor]:
 
 # rule, and the matrix by which `g` is multiplied: from the weight, and from the drawn feedback
 Formula = Callable[[Tensor, Tensor | None], Tensor]
-
-
 TRANSPORTS: list[tuple[ap.AbstractTransport, Formula]] = [
     (ap.Backprop(), lambda W, B: W),
     (ap.FeedbackAlignment(), fixed),

@@ -33,8 +33,6 @@ from systems import (
 )
 
 FEW = settings(max_examples=6, deadline=None)
-
-
 EXACT = [
     ap.Implicit(tol=1e-9, solver=ap.GMRES()),
     ap.AEP(beta=1e-4, tol=1e-8),
