@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from typing import Any
 
@@ -158,31 +157,23 @@ def test_init_names_the_drawing_and_k_a_sparse_rows_entries(rule: type) -> None:
         assert (feedback(rule(init="sparse", k=7)) != 0).sum(1).tolist() == [7] * OUT
 
 
-DRAW = {"init": "gaussian", "std": 0.02}
-BROADCAST = {"calibrate_every": 0, "error": "logits", "features": None}
-DEFAULTS = {
-    ap.FeedbackAlignment: {**DRAW, "k": None},
-    ap.SignSymmetry: {"scale": "frobenius", "variant": "sign"},
-    ap.KolenPollack: {**DRAW, "k": None},
-    ap.WeightMirror: {"probes": 32, "decay": 1.0, **DRAW},
-    ap.AlignedFeedback: {"probes": 32, "normalize": False, **DRAW},
-    ap.DirectFeedback: {
-        "granularity": "matmul",
-        **BROADCAST,
-        "feedback": "shared",
-        "pass_through": "hybrid",
-        **DRAW,
-        "k": None,
-    },
-    ap.BlockDirectFeedback: {"features": None, **DRAW, "k": None},
-    ap.GrAPE: {"probes": 1, "every": 1, "normalize": "hidden", **BROADCAST, "std": 0.02},
-}
+DEFAULTS = [
+    "FeedbackAlignment(init='gaussian', std=0.02, k=None)",
+    "SignSymmetry(scale='frobenius', variant='sign')",
+    "KolenPollack(init='gaussian', std=0.02, k=None)",
+    "WeightMirror(probes=32, decay=1.0, init='gaussian', std=0.02)",
+    "AlignedFeedback(probes=32, normalize=False, init='gaussian', std=0.02)",
+    "DirectFeedback(granularity='matmul', error='logits', feedback='shared', "
+    "pass_through='hybrid', calibrate_every=0, features=None, init='gaussian', std=0.02, k=None)",
+    "BlockDirectFeedback(features=None, init='gaussian', std=0.02, k=None)",
+    "GrAPE(probes=1, every=1, normalize='hidden', calibrate_every=0, "
+    "error='logits', features=None, std=0.02)",
+]
 
 
-@pytest.mark.parametrize("rule", DEFAULTS, ids=lambda r: r.__name__)
-def test_defaults_are_those_of_the_papers_and_pages(rule: type) -> None:
-    found = {name: p.default for name, p in inspect.signature(rule).parameters.items()}
-    assert found == DEFAULTS[rule]
+@pytest.mark.parametrize("text", DEFAULTS)
+def test_defaults_are_those_of_the_papers_and_pages(text: str) -> None:
+    assert repr(getattr(ap, text.partition("(")[0])()) == text
 
 
 INF, NAN = math.inf, math.nan

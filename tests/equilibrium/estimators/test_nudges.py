@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from dataclasses import replace
 from typing import Any
@@ -169,16 +168,15 @@ def test_an_option_that_makes_no_phase_is_refused_by_name(
         kind(**wrong)
 
 
-DEFAULTS = {
-    ap.OneStep: {"k": 1, "certify": False},
-    ap.Implicit: {"tol": 2.5e-3, "max_steps": 100, "solver": None},
-    ap.DyadicEP: {"tol": 1e-3, "max_steps": 100, "nudge": "linear", "solver": None},
-    ap.PublishedEP: {"step": 0.1, "steps": 20, "beta": 0.02, "nudge": "cost"},
-    ap.PublishedAEP: {"step": 0.1, "steps": 20, "beta": 0.02, "nudge": "cost", "clip": True},
-}
+DEFAULTS = [
+    "OneStep(k=1, certify=False)",
+    "Implicit(tol=0.0025, max_steps=100, solver=None)",
+    "DyadicEP(tol=0.001, max_steps=100, nudge='linear', solver=None)",
+    "PublishedEP(step=0.1, steps=20, beta=0.02, nudge='cost')",
+    "PublishedAEP(step=0.1, steps=20, beta=0.02, nudge='cost', clip=True)",
+]
 
 
-@pytest.mark.parametrize("kind", DEFAULTS, ids=lambda k: k.__name__)
-def test_defaults_of_estimators_are_those_of_the_pages(kind: type) -> None:
-    found = {name: p.default for name, p in inspect.signature(kind).parameters.items()}
-    assert found == DEFAULTS[kind]
+@pytest.mark.parametrize("text", DEFAULTS)
+def test_defaults_of_estimators_are_those_of_the_pages(text: str) -> None:
+    assert repr(getattr(ap, text.partition("(")[0])()) == text
