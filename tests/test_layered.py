@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import altprop as ap
 from altprop.lm.model import GPT, Block, ModelConfig
 from conversions import assert_same_model
-from helpers import Gradients, cosine, worst
+from systems import Gradients, cosine, worst
 
 SIDE_BY_SIDE = ap.Euler(step=1.0)
 

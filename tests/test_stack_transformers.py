@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import altprop as ap
-from helpers import cosine
+from systems import cosine
 
 transformers = pytest.importorskip("transformers")
 

@@ -8,7 +8,7 @@ _LM = "lm/"
 _LAB = "lab/"
 _TRAIN = "test_train.py test_training_facts.py"
 _RUN = "test_run.py test_run_folder.py"
-_MODEL = "test_model.py"
+_MODEL = "lm/test_model.py"
 _TEXT = "test_text.py"
 
 BUGS = [
@@ -146,14 +146,14 @@ BUGS = [
         _LM + "model.py",
         "model.positions.weight[start:end]",
         "model.positions.weight[: end - start]",
-        _MODEL + " test_generation.py",
+        "lm/test_generation.py",
     ),
-    Bug(_LM + "model.py", ".tril(T - t)", ".tril(T - t + 1)", _MODEL + " test_generation.py"),
+    Bug(_LM + "model.py", ".tril(T - t)", ".tril(T - t + 1)", "lm/test_generation.py"),
     Bug(
         _LM + "model.py",
         "logits = model(ids[:, -context:])[0][:, -1]",
         "logits = model(ids[:, :context])[0][:, -1]",
-        _MODEL + " test_generation.py",
+        "lm/test_generation.py",
     ),
     Bug(
         _LM + "model.py",
@@ -165,7 +165,7 @@ BUGS = [
         _LM + "model.py",
         "chances = (below / temperature).softmax(-1).float()",
         "chances = (below * temperature).softmax(-1).float()",
-        _MODEL + " test_sample.py",
+        "lm/test_generation.py test_sample.py",
     ),
     Bug(
         _LM + "model.py",

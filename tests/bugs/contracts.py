@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from bugs.bug import Bug
 
-_RULES = "test_rules_contract.py"
-_HERE = "test_equilibrium_contract.py::test_the_contract_of_"
+_RULES = "testing/test_rules_contract.py"
+_HERE = "testing/test_equilibrium_contract.py::test_the_contract_of_"
 _ESTIMATORS = _HERE + "estimators_catches"
 _SOLVERS = _HERE + "solvers_catches"
 _DYNAMICS = _HERE + "dynamics_catches"
@@ -77,7 +77,7 @@ BUGS = [
         "testing/dynamics.py",
         "        for mode in (False, True):\n",
         "        for mode in (False,):\n",
-        "equilibrium/test_interaction.py",
+        "equilibrium/dynamics/test_interaction.py",
     ),
     Bug(
         "testing/dynamics.py",

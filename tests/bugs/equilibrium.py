@@ -5,11 +5,11 @@ from __future__ import annotations
 from bugs.bug import Bug
 
 _EQ = "equilibrium/"
-_HINGE = _EQ + "test_hinge_of_the_call.py test_equilibrium_hinge.py"
-_NOISE = _EQ + "test_noise.py"
-_APART = _EQ + "test_interaction.py"
-_MODULE = "test_equilibrium_module.py"
-_DYNAMICS = "test_dynamics.py"
+_HINGE = _EQ + "test_hinge.py"
+_NOISE = _EQ + "dynamics/test_noise.py"
+_APART = _EQ + "dynamics/test_interaction.py"
+_MODULE = _EQ + "test_module.py"
+_DYNAMICS = _EQ + "dynamics/test_dynamics.py"
 
 BUGS = [
     Bug(_EQ + "dynamics/dynamics.py", "        self._draws = draws\n", "        pass\n", _NOISE),
@@ -17,7 +17,7 @@ BUGS = [
         _EQ + "dynamics/dynamics.py",
         "Driven(self._dynamics, self.x.detach(), args, kwargs)",
         "Driven(self._dynamics, self.x.detach())",
-        _HINGE + " " + _NOISE,
+        _EQ + "test_system_of_a_call.py",
     ),
     Bug(
         _EQ + "dynamics/dynamics.py",
@@ -42,7 +42,7 @@ BUGS = [
         _EQ + "module.py",
         "value = found.state + step * found.force\n",
         "value = found.state\n",
-        "test_generation.py",
+        "lm/test_generation.py",
     ),
     Bug(
         _EQ + "call.py",
@@ -54,13 +54,13 @@ BUGS = [
         _EQ + "estimators/problem.py",
         "own = with_limits(solver or self.solver, tol, max_steps)",
         "own = with_limits(self.solver, tol, max_steps)",
-        "equilibrium/test_contrasts_and_own_solvers.py",
+        _EQ + "estimators/test_adjoints.py",
     ),
     Bug(
         _EQ + "estimators/problem.py",
         "return self._linearised() if at is None else self._system.linearise(at)",
         "return self._linearised()",
-        _EQ + "test_estimator_facts.py",
+        _EQ + "estimators/test_adjoints.py",
     ),
     Bug(
         _EQ + "module.py",
@@ -72,19 +72,19 @@ BUGS = [
         _EQ + "dynamics/damped.py",
         "self.step = 1 / (1 + scale * damping)",
         "self.step = 1 / (1 + damping)",
-        "test_dynamics.py",
+        _DYNAMICS,
     ),
     Bug(
         _EQ + "dynamics/attention.py",
         "device=z.device).triu_(S + 1)",
         "device=z.device).triu_(S)",
-        _DYNAMICS + " test_generation.py",
+        _DYNAMICS + " lm/test_generation.py",
     ),
     Bug(
         _EQ + "dynamics/gated.py",
         "to_x = du + (1 - self._alpha) * dw",
         "to_x = du + dw",
-        _DYNAMICS + " " + _EQ + "test_record.py",
+        _DYNAMICS,
     ),
     Bug(
         _EQ + "dynamics/gated.py",
@@ -102,13 +102,13 @@ BUGS = [
         _EQ + "dynamics/gated_stack.py",
         "grown.append(block.remember(h, own))",
         "grown.append(block.remember(h, None))",
-        "test_layers.py",
+        "lm/test_model.py",
     ),
     Bug(
         _EQ + "dynamics/damped.py",
         "pulled = a if self._scale == 1 else self._scale * a",
         "pulled = a",
-        _DYNAMICS + " " + _EQ + "test_record.py",
+        _DYNAMICS,
     ),
     Bug(
         _EQ + "dynamics/linearised.py",
@@ -126,34 +126,36 @@ BUGS = [
         _EQ + "dynamics/linearised.py",
         "return self._project(a * self._weight)",
         "return self._project(a) * self._weight",
-        _DYNAMICS + " " + _EQ + "test_record.py",
+        _DYNAMICS,
     ),
     Bug(
         _EQ + "dynamics/linearised.py",
         "gradients[slot] = weight if weight is None else weight.mul_(self._roots[slot])",
         "gradients[slot] = weight",
-        _DYNAMICS + " " + _EQ + "test_record.py",
+        _DYNAMICS,
     ),
     Bug(
         _EQ + "dynamics/products.py",
         "        if kept is None:  # hooks on saved tensors gave a copy\n"
         "            kept = again()\n",
         "",
-        _EQ + "test_record.py",
+        _EQ + "dynamics/test_record.py",
     ),
     Bug(
         _EQ + "spectra.py",
         "return (products.jvp(v) + products.vjp(v)) / 2",
         "return products.jvp(v)",
-        "test_spectra.py",
+        _EQ + "test_spectra.py",
     ),
     Bug(
         _EQ + "spectra.py",
         "columns.squeeze(2).permute(1, 2, 0)",
         "columns.squeeze(2).permute(1, 0, 2)",
-        "test_spectra.py",
+        _EQ + "test_spectra.py",
     ),
-    Bug(_EQ + "spectra.py", "        cache = extension.remember(own)\n", "", "test_spectra.py"),
+    Bug(
+        _EQ + "spectra.py", "        cache = extension.remember(own)\n", "", _EQ + "test_spectra.py"
+    ),
     Bug(
         _EQ + "hinge.py",
         "2 * self.weight * self.every * (measured - margin)",
@@ -170,72 +172,72 @@ BUGS = [
         _EQ + "hinge.py",
         "blocks.unit(v + blocks.unit(remainder))",
         "blocks.unit(v + remainder)",
-        "test_equilibrium_hinge.py",
+        _HINGE,
     ),
     Bug(
         _EQ + "hinge.py",
         '{"batch": 0, "sample": 1, "token": 2}[kind]',
         '{"batch": 0, "sample": 0, "token": 2}[kind]',
-        "test_equilibrium_hinge.py",
+        _HINGE,
     ),
     Bug(
         _EQ + "hinge.py",
         "slope * blocks.unit(pulled), v * (slope > 0)",
         "slope * v, v * (slope > 0)",
-        "test_equilibrium_hinge.py",
+        _HINGE,
     ),
     Bug(
         _EQ + "hinge.py",
         "per_sample(system.step * size / (2 * h), z) * v",
         "per_sample(size / (2 * h), z) * v",
-        "test_equilibrium_hinge.py",
+        _HINGE,
     ),
     Bug(
         _EQ + "hinge.py",
         "slope * blocks.unit(pulled), v * (slope > 0)",
         "slope * blocks.unit(pulled), v",
-        "test_equilibrium_hinge.py",
+        _HINGE,
     ),
     Bug(
         _EQ + "dynamics/linearised.py",
         "yield 1, own * (da * (v - self.value)).sum(-1, keepdim=True) * q",
         "yield 1, own * (da * v).sum(-1, keepdim=True) * q",
-        "test_dynamics.py",
+        _DYNAMICS,
     ),
     Bug(
         _EQ + "dynamics/linearised.py",
         "yield 1, ds.diagonal(dim1=-2, dim2=-1).unsqueeze(-1) * self._q",
         "yield 1, self._p.diagonal(dim1=-2, dim2=-1).unsqueeze(-1) * self._q",
-        "test_dynamics.py test_equilibrium_contract.py",
+        _DYNAMICS,
     ),
     Bug(
         _EQ + "gate_hinge.py",
         "system.force(z + system.step * force)",
         "system.force(z + force)",
-        "equilibrium/test_gate_hinge.py",
+        _EQ + "test_gate_hinge.py",
     ),
     Bug(
         _EQ + "gate_hinge.py",
         "(ratio - target).clamp_min(0) * ratio",
         "(ratio - target).clamp_min(0)",
-        "equilibrium/test_gate_hinge.py",
+        _EQ + "test_gate_hinge.py",
     ),
     Bug(
         _EQ + "exact.py",
         "residual = found.residual / (1 + sample_norm(found.value))",
         "residual = found.residual",
-        "test_rules_off.py",
+        "rules/test_rules_off.py",
     ),
     Bug(
         _EQ + "dynamics/analytic.py",
         "tail = erfc_right(torch.where(left, -z, z)) / 2",
         "tail = erfc_right(z) / 2",
-        _EQ + "test_analytic.py",
+        _EQ + "dynamics/test_analytic.py",
     ),
     Bug(
         _EQ + "dynamics/analytic.py",
         "scores = q @ k.transpose(-1, -2) * (C // heads) ** -0.5",
         "scores = q @ k.mH * (C // heads) ** -0.5",
-        _EQ + "test_analytic.py",
+        _EQ + "dynamics/test_analytic.py",
     ),
 ]

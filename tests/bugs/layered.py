@@ -5,7 +5,7 @@ from __future__ import annotations
 from bugs.bug import Bug
 
 _EQ = "equilibrium/"
-_STACK = "equilibrium/test_stack_blocks.py test_layered.py"
+_STACK = "equilibrium/dynamics/test_stack_blocks.py test_layered.py"
 
 BUGS = [
     Bug(
@@ -18,7 +18,7 @@ BUGS = [
         _EQ + "dynamics/conduct.py",
         "for one in {0, len(z) - 1} if len(z) > 1 else ():",
         "for one in {0} if len(z) > 1 else ():",
-        "equilibrium/test_interaction.py",
+        _EQ + "dynamics/test_interaction.py",
     ),
     Bug(
         _EQ + "dynamics/conduct.py",
@@ -42,7 +42,7 @@ BUGS = [
         _EQ + "dynamics/layered.py",
         "levels[level + 1] = levels[level + 1] + part.jvp(levels[level])",
         "levels[level + 1] = part.jvp(levels[level])",
-        "equilibrium/test_estimators_on_layers.py",
+        _EQ + "estimators/test_exact.py",
     ),
     Bug(
         _EQ + "dynamics/layered.py",

@@ -6,7 +6,8 @@ from bugs.bug import Bug
 
 _REFUSALS = "test_convert_refusals.py"
 _AROUND = "test_convert_surroundings.py"
-_BROADCAST = "rules/test_broadcast_formulas.py"
+_BROADCAST = "rules/test_broadcast.py"
+_LEARNED = "rules/test_learned_feedback.py"
 _LAYOUTS = "test_layouts.py test_layouts_measured.py"
 _ATTENTION = "test_attention_arguments.py"
 
@@ -75,13 +76,13 @@ BUGS = [
         "conversion/probes.py",
         "                place.on = True\n",
         "                pass\n",
-        "rules/test_grape_formulas.py " + _BROADCAST,
+        "rules/test_grape.py " + _BROADCAST,
     ),
     Bug(
         "conversion/probes.py",
         "                module.training = True\n",
         "                pass\n",
-        "rules/test_grape_formulas.py " + _BROADCAST,
+        "rules/test_grape.py " + _BROADCAST,
     ),
     Bug(
         "conversion/probes.py",
@@ -108,9 +109,7 @@ BUGS = [
         "        return int(step)\n",
         "test_surgery.py test_rules_broadcast.py test_rules.py",
     ),
-    Bug(
-        "conversion/sites.py", "        return B.detach()\n", "        return B\n", "test_frozen.py"
-    ),
+    Bug("conversion/sites.py", "        return B.detach()\n", "        return B\n", _LEARNED),
     Bug(
         "assign.py",
         "(0, 0, rows.start, len(W) - rows.stop)",
@@ -142,7 +141,7 @@ BUGS = [
         "conversion/changes.py",
         "nn.Parameter(B, requires_grad=not frozen)",
         "nn.Parameter(B)",
-        "test_frozen.py",
+        _LEARNED,
     ),
     Bug(
         "conversion/changes.py",
@@ -192,13 +191,13 @@ BUGS = [
         "conversion/learned.py",
         "key=lambda p: (not p.requires_grad, p.dim() < 2)",
         "key=lambda p: not p.requires_grad",
-        "test_feedback_optimisers.py",
+        _LEARNED,
     ),
     Bug(
         "conversion/learned.py",
         "if any(w.requires_grad for w in found[2])",
         "if True",
-        "test_frozen.py test_feedback_optimisers.py",
+        _LEARNED,
     ),
     Bug(
         "conversion/places.py",
@@ -211,19 +210,19 @@ BUGS = [
         "assign.py",
         "a = applied(_OnceOnly, a, cotangent, force)",
         "pass",
-        "test_equilibrium_module.py test_equilibrium_contract.py",
+        "equilibrium/test_module.py",
     ),
     Bug(
         "assign.py",
         "            to_W = flat.t().mm(_matrix(x))\n",
         "            to_W = (flat / len(flat)).t().mm(_matrix(x))\n",
-        "rules/test_formulas.py",
+        "rules/test_transport.py",
     ),
     Bug(
         "assign.py",
         "learns = W.requires_grad or (B is not None and B.requires_grad)",
         "learns = W.requires_grad",
-        "test_frozen.py",
+        _LEARNED,
     ),
     Bug("assign.py", "signal = g if ctx.exact else tap", "signal = tap", _BROADCAST),
     Bug(
@@ -236,7 +235,7 @@ BUGS = [
         "assign.py",
         "x, W, b, B = _autocast(x, W, b, B)",
         "x, W, b, _ = _autocast(x, W, b, B)",
-        "test_convert.py test_rules_contract.py",
+        "test_convert.py testing/test_rules_contract.py",
     ),
     # conversion/attention.py, linear.py
     Bug("conversion/attention.py", "mask + padding", "mask", _ATTENTION),

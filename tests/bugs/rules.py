@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from bugs.bug import Bug
 
-_FORMULAS = "rules/test_formulas.py"
+_FORMULAS = "rules/test_transport.py"
 _DRAWS = "rules/test_draws.py"
-_BROADCAST = "rules/test_broadcast_formulas.py"
-_GRAPE = "rules/test_grape_formulas.py"
-_OPTIONS = "rules/test_options.py"
+_BROADCAST = "rules/test_broadcast.py"
+_GRAPE = "rules/test_grape.py"
 
 BUGS = [
     Bug("feedback.py", "(seed, *place)))", "(seed, *place[-1:])))", _FORMULAS + " " + _BROADCAST),
@@ -71,7 +70,7 @@ BUGS = [
         _BROADCAST,
     ),
     Bug("rules/direct.py", 'return self.error == "head_input"', "return False", _BROADCAST),
-    Bug("rules/direct.py", 'pass_through: str = "hybrid"', 'pass_through: str = "pure"', _OPTIONS),
+    Bug("rules/direct.py", 'pass_through: str = "hybrid"', 'pass_through: str = "pure"', _DRAWS),
     Bug("rules/feedback_alignment.py", "        return B\n", "        return W\n", _FORMULAS),
     Bug("rules/feedback_alignment.py", "std=self.std, k=self.k)", "k=self.k)", _DRAWS),
     Bug("rules/grape.py", '"probe", step)', '"probe")', _GRAPE + " " + _BROADCAST),

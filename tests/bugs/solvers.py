@@ -5,29 +5,31 @@ from __future__ import annotations
 from bugs.bug import Bug
 
 _SOLVERS = "equilibrium/solvers/"
-_LANDING = "equilibrium/test_landing_facts.py"
-_FACTS = "equilibrium/test_solver_facts.py equilibrium/test_solver_edges.py"
-_CHAINS = "equilibrium/test_chains_starts_and_steps.py"
-_HARD = "equilibrium/test_hard_solvers.py"
+_ANY = _SOLVERS + "test_solvers.py"
+_LANDING = _SOLVERS + "test_landing.py"
+_ANDERSON = _SOLVERS + "test_anderson.py"
+_RELAXATION = _SOLVERS + "test_relaxation.py"
+_KRYLOV = _SOLVERS + "test_krylov.py"
+_CHAINS = _SOLVERS + "test_chains.py"
 
 BUGS = [
     Bug(
         _SOLVERS + "solver.py",
         "return self in (Result.CONVERGED, Result.FIXED_TIME)",
         "return self is not Result.NON_FINITE",
-        _LANDING,
+        _ANY,
     ),
     Bug(
         _SOLVERS + "solver.py",
         "if bool((residual <= tol).all()) else Result.MAX_STEPS",
         "if float(residual.mean()) <= tol else Result.MAX_STEPS",
-        _LANDING,
+        _ANY,
     ),
     Bug(
         _SOLVERS + "solver.py",
         "size = sample_norm(state) if scale is None else scale",
         "size = sample_norm(state)",
-        _FACTS + " test_equilibrium_contract.py",
+        _ANY,
     ),
     Bug(
         _SOLVERS + "solver.py",
@@ -39,72 +41,77 @@ BUGS = [
         _SOLVERS + "solver.py",
         "z.flatten(1), dim=1)",
         "z.flatten(1), dim=1, ord=float('inf'))",
-        _LANDING + " " + _FACTS,
+        _ANY,
     ),
     Bug(
         _SOLVERS + "relaxation.py",
         "z = z + step * force(z)",
         "z = z + force(z)",
-        _FACTS + " test_equilibrium_gradients.py",
+        _RELAXATION,
     ),
     Bug(
         _SOLVERS + "fixed_point.py",
         "relax(force, start, step, self.tol,",
         "relax(force, start, 1.0, self.tol,",
-        _FACTS,
+        _RELAXATION,
     ),
     Bug(
         _SOLVERS + "anderson.py",
         "turned = self._stale > _PATIENCE",
         "turned = self._stale > 10**9",
-        _FACTS,
+        _ANDERSON,
     ),
-    Bug(_SOLVERS + "anderson.py", "        self._gram[:, :rows, slot] = column\n", "", _FACTS),
+    Bug(_SOLVERS + "anderson.py", "        self._gram[:, :rows, slot] = column\n", "", _ANDERSON),
     Bug(_SOLVERS + "anderson.py", "return step * self.mixing", "return step", _LANDING),
     Bug(
         _SOLVERS + "anderson.py",
         "slot, rows = self._count % self._memory,",
         "slot, rows = min(self._count, self._memory - 1),",
-        _FACTS,
+        _ANDERSON,
     ),
     Bug(
         _SOLVERS + "solver.py",
         "where(better, f, at.best_force)",
         "f",
-        _FACTS + " test_equilibrium_contract.py",
+        _ANDERSON,
     ),
     Bug(
         _SOLVERS + "solver.py",
         "z = where(moving, ahead, at.value)",
         "z = ahead",
-        _FACTS + " test_equilibrium_contract.py " + _LANDING,
+        _ANY,
     ),
-    Bug(_SOLVERS + "defect.py", "at.value + inverse(", "at.value - inverse(", _FACTS),
+    Bug(
+        _SOLVERS + "defect.py",
+        "at.value + inverse(",
+        "at.value - inverse(",
+        _SOLVERS + "test_defect.py",
+    ),
     Bug(
         _SOLVERS + "gmres.py",
         "off <= 0.1 * sample_norm(old) + rounding",
         "off <= 10 * sample_norm(old) + rounding",
-        _HARD + " " + _FACTS,
+        _KRYLOV,
     ),
-    Bug(_SOLVERS + "krylov.py", "force(z + h * v) - f) / h", "force(z + h * v) - f)", _FACTS),
+    Bug(_SOLVERS + "krylov.py", "force(z + h * v) - f) / h", "force(z + h * v) - f)", _KRYLOV),
     Bug(
         _SOLVERS + "krylov.py",
         "small[:, : k + 1, k] += along",
         "small[:, : k + 1, k] = along",
-        _FACTS + " " + _HARD,
+        _KRYLOV,
     ),
     Bug(
         _SOLVERS + "newton.py",
         "lower = searching & (sample_norm(new) <= (1 - 1e-4 * length) * size)",
         "lower = searching",
-        _HARD + " " + _FACTS,
+        _KRYLOV,
     ),
     Bug(_SOLVERS + "scattered.py", "manual_seed(self.seed)", "manual_seed(0)", _CHAINS),
     Bug(
         _SOLVERS + "scattered.py",
         "at = torch.where(per_sample(done, start), best.value, scattered)",
         "at = scattered",
-        _FACTS + " " + _HARD,
+        _CHAINS,
     ),
-    Bug(_SOLVERS + "adaptive.py", "- 1 / 8 * fourth", "+ 1 / 8 * fourth", _FACTS),
+    Bug(_SOLVERS + "adaptive.py", "- 1 / 8 * fourth", "+ 1 / 8 * fourth", _RELAXATION),
 ]

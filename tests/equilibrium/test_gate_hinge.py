@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import altprop as ap
-from helpers import gated
+from systems import gated
 
 
 class Feedback(ap.AbstractDynamics):

@@ -1,8 +1,9 @@
-"""How feedback is drawn: sizes, structure and laws of the named drawings, from the papers."""
+"""How feedback is drawn, and that every rule draws its own as its options say."""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ import altprop as ap
 
 
 def drawn(init: str, shape: tuple[int, int], seed: int = 0, **options: float) -> Tensor:
-    rule = ap.FeedbackAlignment(init=init, **options)  # type: ignore[arg-type]
+    rule = ap.FeedbackAlignment(init=init, **options)
     layer = ap.convert(nn.Linear(shape[1], shape[0], dtype=torch.float64), rule, seed=seed)
     B: Tensor = layer.B
     assert B.shape == shape
@@ -106,3 +107,92 @@ def test_every_place_and_every_seed_has_a_feedback_of_its_own() -> None:
     torch.manual_seed(123)  # and nothing else that the program draws matters
     for one, again in zip(found[:4], feedback(0), strict=True):
         assert torch.equal(one, again)
+
+
+# every rule
+
+
+OUT, IN, CLASSES = 48, 80, 20
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Sequential(nn.Linear(IN, OUT), nn.Tanh())])
+        self.head = nn.Linear(OUT, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.blocks[0](x))
+
+
+def feedback(rule: ap.AbstractRule) -> Tensor:
+    """Return the feedback at the first map, or at the first block."""
+    model = ap.convert(Net(), rule, output="head")
+    found = [t for n, t in model.state_dict().items() if n.rpartition(".")[2].startswith("B")]
+    B = next(t for t in found if t.dim() == 2)
+    assert len(B) == OUT
+    return B
+
+
+DRAWN = [ap.FeedbackAlignment, ap.KolenPollack, ap.DirectFeedback, ap.BlockDirectFeedback]
+PLAIN = [ap.WeightMirror, ap.AlignedFeedback]
+
+
+@pytest.mark.parametrize("rule", [*DRAWN, *PLAIN, ap.GrAPE])
+def test_std_is_the_size_of_the_entries_and_0_02_unless_given(rule: type) -> None:
+    for made, std in ((rule(), 0.02), (rule(std=0.7), 0.7)):
+        assert float(feedback(made).square().mean().sqrt()) == pytest.approx(std, rel=0.1)
+
+
+@pytest.mark.parametrize("rule", [*DRAWN, *PLAIN])
+def test_init_names_the_drawing_and_k_a_sparse_rows_entries(rule: type) -> None:
+    B = feedback(rule(init="orthogonal", std=0.3))
+    gram = B @ B.T if len(B) <= B.shape[1] else B.T @ B
+    torch.testing.assert_close(gram, 0.09 * B.shape[1] * torch.eye(len(gram)), atol=1e-4, rtol=0)
+    B = feedback(rule(init="ortho_he"))
+    assert float(torch.linalg.matrix_norm(B, 2)) == pytest.approx(math.sqrt(2 / OUT), rel=1e-4)
+    B = feedback(rule(init="sparse"))
+    assert (B != 0).sum(1).tolist() == [max(1, B.shape[1] // 16)] * OUT
+    if rule in DRAWN:
+        assert (feedback(rule(init="sparse", k=7)) != 0).sum(1).tolist() == [7] * OUT
+
+
+DEFAULTS = [
+    "FeedbackAlignment(init='gaussian', std=0.02, k=None)",
+    "SignSymmetry(scale='frobenius', variant='sign')",
+    "KolenPollack(init='gaussian', std=0.02, k=None)",
+    "WeightMirror(probes=32, decay=1.0, init='gaussian', std=0.02)",
+    "AlignedFeedback(probes=32, normalize=False, init='gaussian', std=0.02)",
+    "DirectFeedback(granularity='matmul', error='logits', feedback='shared', "
+    "pass_through='hybrid', calibrate_every=0, features=None, init='gaussian', std=0.02, k=None)",
+    "BlockDirectFeedback(features=None, init='gaussian', std=0.02, k=None)",
+    "GrAPE(probes=1, every=1, normalize='hidden', calibrate_every=0, "
+    "error='logits', features=None, std=0.02)",
+]
+
+
+@pytest.mark.parametrize("text", DEFAULTS)
+def test_defaults_are_those_of_the_papers_and_pages(text: str) -> None:
+    assert repr(getattr(ap, text.partition("(")[0])()) == text
+
+
+INF, NAN = math.inf, math.nan
+WRONG: list[tuple[type, dict[str, Any]]] = [
+    *((rule, {"std": v}) for rule in (*DRAWN, *PLAIN, ap.GrAPE) for v in (0.0, -0.1, INF, NAN)),
+    *((rule, {"k": 0, "init": "sparse"}) for rule in DRAWN),
+    *((rule, {"calibrate_every": v}) for rule in (ap.DirectFeedback, ap.GrAPE) for v in (1, -1)),
+    (ap.WeightMirror, {"probes": 1}),
+    (ap.WeightMirror, {"decay": -0.1}),
+    (ap.WeightMirror, {"decay": INF}),
+    (ap.AlignedFeedback, {"probes": 0}),
+    (ap.BlockDirectFeedback, {"features": 0}),
+    (ap.GrAPE, {"probes": 0}),
+    (ap.GrAPE, {"every": 0}),
+]
+
+
+@pytest.mark.parametrize(("rule", "wrong"), WRONG)
+def test_an_option_out_of_range_is_refused_by_name(rule: type, wrong: dict[str, Any]) -> None:
+    with pytest.raises(ap.ConfigError, match=next(iter(wrong))):
+        rule(**wrong)
+    assert ap.WeightMirror(decay=0.0, probes=2).decay == 0.0  # a mirror may do without decay
