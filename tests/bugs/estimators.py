@@ -174,7 +174,7 @@ BUGS = [
         _AEP + "phases.py",
         "return (self.problem.force(z) - self.problem.still) / size - sign * self.nudge(z)",
         "return self.problem.force(z) / size - sign * self.nudge(z)",
-        _EXACT,
+        _NUDGES,
     ),
     Bug(
         _AEP + "aep.py",
