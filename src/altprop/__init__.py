@@ -2,17 +2,18 @@
 
 The forward pass is untouched; a learning rule decides what `.backward()` writes into `.grad`.
 The names below are the whole public product. They are resolved on first use, so that
-`import altprop` costs no more than reading this table.
+`import altprop` costs no more than reading this list.
 """
 
 from __future__ import annotations
 
+import ast
 import importlib
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0.dev0"
 
-if TYPE_CHECKING:  # what the table below means, for type checkers and editors
+if TYPE_CHECKING:  # read by type checkers, by editors, and by the function below
     from altprop.auditing.agreement import Agreement as Agreement, compare as compare
     from altprop.auditing.arms import (
         AbstractArm as AbstractArm,
@@ -142,71 +143,17 @@ if TYPE_CHECKING:  # what the table below means, for type checkers and editors
     from altprop.rules.sign_symmetry import SignSymmetry as SignSymmetry
     from altprop.rules.weight_mirror import WeightMirror as WeightMirror
 
-_EXPORTS = {
-    "altprop.auditing.agreement": "Agreement compare",
-    "altprop.auditing.arms": "AbstractArm Arm Installed RuleArm",
-    "altprop.auditing.audit": "audit audit_trials",
-    "altprop.auditing.measure": "Trial finite_difference_errors",
-    "altprop.auditing.report": "AuditReport",
-    "altprop.auditing.step": "StepAudit StepRow Verdict audit_step",
-    "altprop.auditing.watch": "Read Reading Watched watch",
-    "altprop.conversion.convert": "convert revert rules_off",
-    "altprop.conversion.layers": "register_layer",
-    "altprop.equilibrium.dynamics.attention": "CausalAttention",
-    "altprop.equilibrium.gate_hinge": "GateHinge",
-    "altprop.equilibrium.dynamics.damped": "DampedAttention",
-    "altprop.equilibrium.dynamics.dynamics": "AbstractDynamics",
-    "altprop.equilibrium.dynamics.system": "Extension",
-    "altprop.equilibrium.estimators.aep": "AEP",
-    "altprop.equilibrium.estimators.bptt": "BPTT",
-    "altprop.equilibrium.estimators.dyadic": "DyadicEP",
-    "altprop.equilibrium.estimators.ep": "EP",
-    "altprop.equilibrium.estimators.estimator": "AbstractAdjointEstimator AbstractEstimator",
-    "altprop.equilibrium.estimators.problem": "Certificate",
-    "altprop.equilibrium.estimators.holomorphic": "HolomorphicEP",
-    "altprop.equilibrium.estimators.implicit": "Implicit",
-    "altprop.equilibrium.estimators.one_step": "OneStep",
-    "altprop.equilibrium.estimators.published": "PublishedAEP PublishedEP",
-    "altprop.equilibrium.dynamics.function": "from_function",
-    "altprop.equilibrium.dynamics.gated": "GatedBlock",
-    "altprop.equilibrium.dynamics.gated_stack": "GatedStack",
-    "altprop.equilibrium.dynamics.hopfield": "HopfieldMemory",
-    "altprop.equilibrium.dynamics.layered": "Layered",
-    "altprop.equilibrium.module": "Equilibrium equilibria using",
-    "altprop.equilibrium.dynamics.products": "AbstractEvaluation AbstractLinearisation",
-    "altprop.equilibrium.solvers.adaptive": "Adaptive Moment",
-    "altprop.equilibrium.solvers.anderson": "Anderson",
-    "altprop.equilibrium.solvers.euler": "Euler",
-    "altprop.equilibrium.solvers.fallback": "Fallback",
-    "altprop.equilibrium.solvers.fixed_point": "FixedPoint",
-    "altprop.equilibrium.solvers.gmres": "GMRES",
-    "altprop.equilibrium.solvers.newton": "NewtonKrylov",
-    "altprop.equilibrium.solvers.scattered": "Scattered",
-    "altprop.equilibrium.solvers.solver": "AbstractSolver Result Solution",
-    "altprop.equilibrium.spectra": "Spectrum numerical_abscissa spectrum token_spectrum",
-    "altprop.equilibrium.hinge": "AbstractStabiliser JacobianHinge",
-    "altprop.equilibrium.dynamics.thick": "ThickBlock",
-    "altprop.errors": (
-        "AltpropError CheckpointError ConfigError ConvergenceError DataError RuleError RuleWarning"
-    ),
-    "altprop.conversion.explain": "explain",
-    "altprop.conversion.learned": "add_feedback feedback_parameters",
-    "altprop.linear": (
-        "LinearFA LinearSignSym LocalLinear apply_dfa_block_update apply_dfa_update "
-        "initialize_dfa_block_targets initialize_dfa_targets"
-    ),
-    "altprop.rule": "AbstractBroadcast AbstractRule AbstractTransport Site",
-    "altprop.rules.aligned": "AlignedFeedback",
-    "altprop.rules.backprop": "Backprop",
-    "altprop.rules.block_direct": "BlockDirectFeedback",
-    "altprop.rules.direct": "DirectFeedback",
-    "altprop.rules.feedback_alignment": "FeedbackAlignment",
-    "altprop.rules.grape": "GrAPE",
-    "altprop.rules.kolen_pollack": "KolenPollack",
-    "altprop.rules.sign_symmetry": "SignSymmetry",
-    "altprop.rules.weight_mirror": "WeightMirror",
-}
-_WHERE = {name: module for module, names in _EXPORTS.items() for name in names.split()}
+
+def _listed() -> dict[str, str]:
+    """Return the names of the list above and the module of each, importing none of them."""
+    with open(__file__, encoding="utf-8") as file:
+        tree = ast.parse(file.read())
+    nodes = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    table = {alias.name: node.module or "" for node in nodes for alias in node.names}
+    return {name: module for name, module in table.items() if module.startswith("altprop.")}
+
+
+_WHERE = _listed()
 
 __all__ = sorted(_WHERE)
 
