@@ -183,6 +183,15 @@ def test_an_equilibrium_is_judged_by_its_exact_adjoint(
     assert {row.verdict for row in found.values()} == {verdict}
 
 
+def test_explain_sets_what_was_measured_beside_what_should_be() -> None:
+    m = ap.convert(model(), ap.SignSymmetry())
+    assert "measured" not in str(ap.explain(m))
+    table = ap.explain(m, measured=audited(backprop, m))
+    rows = {row.parameter: row.measured for row in table.rows}
+    assert rows["2.weight"].startswith("biased: cosine") and "its sign read" in rows["2.weight"]
+    assert rows["4.bias"] == "exact; not read" and "measured" in str(table)
+
+
 def test_a_loss_that_is_none_is_refused() -> None:
     with pytest.raises(ap.ConfigError, match="loss_fn returned a tensor .64, 10., expected a scal"):
         ap.audit_step(backprop, model(), lambda m, batch: m(batch[0]), BATCH)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import NamedTuple, cast
 
@@ -35,6 +36,8 @@ class Row:
     transports: bool
     """Whether the backward pass still multiplies by this weight's exact transpose, if anything
     below it is to receive a gradient."""
+    measured: str = ""
+    """What was measured of it, where something was."""
 
 
 @dataclass(frozen=True)
@@ -45,13 +48,18 @@ class Table:
     notes: tuple[str, ...]
 
     def __str__(self) -> str:
-        head = ("parameter", "rule", "signal", "feedback", "kind", "seed", "Wᵀ remains")
+        head: tuple[str, ...] = (
+            "parameter", "rule", "signal", "feedback", "kind", "seed", "Wᵀ remains", "measured",
+        )  # fmt: skip
         lines: list[tuple[str, ...]] = [head]
         for row in self.rows:
             shape = "×".join(map(str, row.feedback or ()))
             seed, remains = "" if row.seed is None else str(row.seed), "yes" * row.transports
             cells = (row.parameter, row.rule, row.signal, shape, row.kind, seed, remains)
-            lines.append(tuple(cell or "–" for cell in cells))
+            lines.append(tuple(cell or "–" for cell in (*cells, row.measured)))
+        if not any(row.measured for row in self.rows):
+            lines = [line[:-1] for line in lines]
+            head = head[:-1]
         widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
         text = [
             "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
@@ -142,7 +150,7 @@ def described(module: nn.Module) -> dict[str, Description]:
     return told
 
 
-def explain(model: nn.Module) -> Table:
+def explain(model: nn.Module, measured: Mapping[str, object] | None = None) -> Table:
     """Return, for each parameter of `model`, the rule and the signal that reaches it.
 
     `model` may be a part of what was converted; then only the places in it are told of. The order
@@ -154,6 +162,9 @@ def explain(model: nn.Module) -> Table:
     Whether a transpose remains is read off the modules as they are. A matrix in a module of an
     unknown kind counts as one that a cotangent is multiplied by, unless its first axis is 1, as
     that of a table of positions.
+
+    **Arguments:** `measured`, what `audit_step` or `watch` found of this model, by a parameter's
+    name, which stands beside what should be.
 
     **Raises:** `RuleError` if no rule, no `Equilibrium` and no converted stack is in `model`.
     """
@@ -184,7 +195,9 @@ def explain(model: nn.Module) -> Table:
     kept = [row.parameter for row in rows.values() if row.transports]
     if kept:
         notes.append(f"{len(kept)} weights are still transported exactly")
-    return Table(tuple(rows.values()), tuple(notes))
+    beside = {name: str(found) for name, found in (measured or {}).items()}
+    told = (replace(row, measured=beside.get(name, "")) for name, row in rows.items())
+    return Table(tuple(told), tuple(notes))
 
 
 def _tied(old: Row, new: Row) -> Row:
