@@ -334,6 +334,9 @@ class Foreign(AbstractRule):
 
     seam = "elsewhere"  # type: ignore[assignment]
 
+    def plan(self, scope: object) -> None:
+        raise NotImplementedError
+
 
 @pytest.mark.parametrize(
     ("arguments", "message"),

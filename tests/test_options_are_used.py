@@ -86,7 +86,7 @@ EQUILIBRIUM: dict[str, Any] = {
     "layers": 2,
     "stacking": ("separate", {"layers": 2}),
     "estimator": ap.EP(),
-    "solver": ap.Anderson(tol=1e-2),
+    "solver": ap.Anderson(tol=1e-5),
     "stabiliser": None,
     "free_limit": 1e-12,
     "adjoint_limit": 1e-12,
