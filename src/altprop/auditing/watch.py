@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from altprop.equilibrium.dynamics.plain import observing
+
 
 class Read(enum.IntEnum):
     """How a parameter was read while gradients were made; the more, the greater."""
@@ -83,8 +85,9 @@ def watch(model: nn.Module) -> Iterator[Watched]:
     mode = _Mode(parameters, watched)
     with ExitStack() as stack:
         for module in model.modules():
-            before = module.register_forward_pre_hook(lambda *_: mode.enter())
-            after = module.register_forward_hook(lambda *_: mode.leave(), always_call=True)
+            before = module.register_forward_pre_hook(observing(lambda *_: mode.enter()))
+            leave = observing(lambda *_: mode.leave())
+            after = module.register_forward_hook(leave, always_call=True)
             stack.callback(before.remove)
             stack.callback(after.remove)
         with mode:

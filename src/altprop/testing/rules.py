@@ -41,8 +41,7 @@ class _Sublayer(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(C)
-        self.up = nn.Linear(C, 2 * C)
-        self.down = nn.Linear(2 * C, C, bias=False)
+        self.up, self.down = nn.Linear(C, 2 * C), nn.Linear(2 * C, C, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + cast(Tensor, self.down(torch.tanh(self.up(self.norm(x)))))
@@ -53,8 +52,7 @@ class _Block(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.first = _Sublayer()
-        self.second = _Sublayer()
+        self.first, self.second = _Sublayer(), _Sublayer()
 
     def forward(self, x: Tensor) -> Tensor:
         return cast(Tensor, self.second(self.first(x)))
@@ -391,8 +389,7 @@ def _compare_ranks(rule: AbstractRule, rank: int) -> None:
     for first in (N // 2, 1):  # a reduction that stalls shows in the second pass
         part = slice(first) if rank == 0 else slice(first, N)
         joint = _grads(single)
-        share = len(tokens[part]) / N
-        (_loss(parallel, (tokens[part], targets[part])) * (2 * share)).backward()
+        (_loss(parallel, (tokens[part], targets[part])) * (2 * len(tokens[part]) / N)).backward()
         got = _take(local)
         what = f"{rule} in two processes"
         _assert_close(got, joint, what)

@@ -234,6 +234,30 @@ def test_a_hook_that_changes_an_output_changes_what_is_recorded() -> None:
     assert torch.equal(force, s.dynamics(z, s.x))
 
 
+HOOKS: dict[str, Callable[[nn.Module], object]] = {
+    "the output": lambda m: m.register_forward_hook(lambda m, given, out: 0.5 * out),
+    "the input": lambda m: m.register_forward_pre_hook(
+        lambda m, given: (0.5 * given[0], *given[1:])
+    ),
+}
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+@pytest.mark.parametrize(
+    "part", ["gated.attention", "gated.norm2", "damped.attention", "gated.", "hopfield."]
+)
+def test_a_hook_that_changes_what_a_part_does_changes_the_jacobian(part: str, hook: str) -> None:
+    """The dynamics itself is hooked where no part is named."""
+    kind, _, name = part.partition(".")
+    s = system("gated" if kind == "hopfield" else kind, seed=2)
+    if kind == "hopfield":
+        s.dynamics = ap.HopfieldMemory(s.x.shape[-1], memories=5, scale=0.05).double()
+    HOOKS[hook](s.dynamics.get_submodule(name))
+    wanted, _ = gradient(s, ap.BPTT(), ap.Euler(step=0.3, max_steps=250))
+    for estimator in (ap.AEP(beta=1e-4, tol=1e-9), ap.Implicit(tol=1e-10)):
+        assert error(gradient(s, estimator)[0], wanted) <= 1e-6
+
+
 def test_concrete_classes_are_final_and_say_what_to_write() -> None:
     """A closed form of the base would be claimed of another force."""
     for base, root, words in (

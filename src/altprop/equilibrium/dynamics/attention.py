@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from altprop.equilibrium.dynamics import analytic
 from altprop.equilibrium.dynamics.dynamics import AbstractDynamics
 from altprop.equilibrium.dynamics.linearised import LinearisedAttention
-from altprop.equilibrium.dynamics.plain import is_watched
+from altprop.equilibrium.dynamics.plain import is_hooked, is_watched
 from altprop.equilibrium.dynamics.products import AbstractLinearisation
 from altprop.equilibrium.dynamics.system import Extension
 from altprop.errors import ConfigError
@@ -131,7 +131,7 @@ class AbstractAttentive(AbstractDynamics):
     def linearise(self, z: Tensor, x: Tensor) -> AbstractLinearisation:
         # an override that calls this one asks for the products of the force it overrides
         asked = type(self).linearise is not AbstractAttentive.linearise
-        made = self.evaluate(z.detach(), x.detach()) if asked else None
+        made = self.evaluate(z.detach(), x.detach()) if asked and not is_hooked(self) else None
         return super().linearise(z, x) if made is None else made
 
     @abstractmethod

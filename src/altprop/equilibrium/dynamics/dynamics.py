@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from altprop.equilibrium.dynamics.conduct import Conduct, Draws, check_draws
-from altprop.equilibrium.dynamics.plain import FORCE, is_overridden, is_watched
+from altprop.equilibrium.dynamics.plain import FORCE, is_hooked, is_overridden, is_watched
 from altprop.equilibrium.dynamics.products import (
     AbstractEvaluation,
     AbstractLinearisation,
@@ -95,14 +95,15 @@ class AbstractDynamics(nn.Module, ABC):
         """Return the force, its products and all its gradients at `z`; `None` for no closed form.
 
         Override it where closed forms are cheaper than automatic differentiation. Where methods
-        were put on an instance, or there are hooks or parametrisations, it is not asked.
+        were put on an instance, or there are hooks, it is not asked.
         """
         return None
 
     def linearise(self, z: Tensor, x: Tensor) -> AbstractLinearisation:
         """Return the Jacobian's products at `z`; override it for closed forms of these alone."""
         x = x.detach()
-        made = None if is_overridden(self, FORCE) else self.evaluate(z.detach(), x)
+        changed = is_overridden(self, FORCE) or is_hooked(self)
+        made = None if changed else self.evaluate(z.detach(), x)
         return AutogradLinearisation(lambda state: self(state, x), z) if made is None else made
 
     def record(self, z: Tensor, x: Tensor) -> tuple[Tensor, Callable[[], AbstractLinearisation]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 from torch import nn
@@ -10,8 +10,9 @@ from torch.nn.modules import module as _module
 from torch.nn.utils.parametrize import type_before_parametrizations
 
 FORCE = frozenset({"forward", "combine", "attended"})
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_MADE = "parametrizations"
+_FORWARD = ("_forward_hooks", "_forward_pre_hooks")
+_HOOKS = (*_FORWARD, "_backward_hooks", "_backward_pre_hooks")
+_MADE, _OBSERVES = "parametrizations", "_altprop_observes"
 
 
 def is_overridden(root: nn.Module, methods: frozenset[str]) -> bool:
@@ -27,11 +28,26 @@ def is_watched(root: nn.Module) -> bool:
     """
     if _module._has_any_global_hook():
         return True
-    for m in root.modules():
-        own: dict[str, Any] = vars(m)
-        if any(own.get(name) for name in _HOOKS) or _MADE in own["_modules"]:
-            return True
-    return False
+    return any(_acts(m, _HOOKS) or _MADE in vars(m)["_modules"] for m in root.modules())
+
+
+def is_hooked(root: nn.Module) -> bool:
+    """Tell whether hooks may change what any module is given or gives out."""
+    if _module._global_forward_hooks or _module._global_forward_pre_hooks:
+        return True
+    return any(_acts(m, _FORWARD) for m in root.modules())
+
+
+def observing(hook: Callable[..., None]) -> Callable[..., None]:
+    """Mark a hook that changes nothing, so that closed forms may stand for what it observes."""
+    setattr(hook, _OBSERVES, True)
+    return hook
+
+
+def _acts(m: nn.Module, names: Collection[str]) -> bool:
+    own: dict[str, Any] = vars(m)
+    hooks = (hook for name in names for hook in (own.get(name) or {}).values())
+    return not all(getattr(hook, _OBSERVES, False) for hook in hooks)
 
 
 def consists_of(root: nn.Module, kinds: Collection[type[nn.Module]]) -> bool:
