@@ -71,14 +71,14 @@ BUGS = [
     ),
     Bug(
         _SOLVERS + "solver.py",
-        "where(better, f, at.best_force)",
-        "f",
+        "(f, at.best_force))",
+        "(f, f))",
         _ANDERSON,
     ),
     Bug(
         _SOLVERS + "solver.py",
-        "z = where(moving, ahead, at.value)",
-        "z = ahead",
+        "z = ahead if count == len(ahead) else",
+        "z = ahead if True else",
         _ANY,
     ),
     Bug(

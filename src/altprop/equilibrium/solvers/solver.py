@@ -239,21 +239,26 @@ def iterate(
     evaluations = 1
     while evaluations < max_steps:
         moving = ~(at.least <= tol) & torch.isfinite(at.residual)
-        if not bool(moving.any()):
-            break
-        ahead = propose(at)
+        count = int(moving.sum())
+        ahead = propose(at) if count else None
         if ahead is None:
             break
-        z = where(moving, ahead, at.value)
+        z = (
+            ahead
+            if count == len(ahead)
+            else torch.where(per_sample(moving, ahead), ahead, at.value)
+        )
         f = force(z)
         evaluations += 1
         residual = relative_residual(f, z, scale)
-        better = torch.ones_like(moving) if latest else residual < at.least
-        at = Point(
-            z, f, residual,
-            where(better, z, at.best), where(better, f, at.best_force),
-            torch.where(better, residual, at.least),
-        )  # fmt: skip
+        best, best_f, least = z, f, residual
+        if not (latest or bool((better := residual < at.least).all())):
+            shaped = per_sample(better, z)
+            best, best_f = (
+                torch.where(shaped, new, old) for new, old in ((z, at.best), (f, at.best_force))
+            )
+            least = torch.where(better, residual, at.least)
+        at = Point(z, f, residual, best, best_f, least)
     lost = ~torch.isfinite(at.residual) & ~(at.least <= tol)
     result = Result.NON_FINITE if bool(lost.any()) else conclude(at.least, tol)
     return Solution(at.best, at.best_force, at.least, evaluations, result)
