@@ -71,14 +71,14 @@ BUGS = [
     ),
     Bug(
         _SOLVERS + "solver.py",
-        "(f, at.best_force))",
-        "(f, f))",
+        "best_f = torch.where(shaped, f, at.best_force)",
+        "best_f = f",
         _ANDERSON,
     ),
     Bug(
         _SOLVERS + "solver.py",
-        "z = ahead if count == len(ahead) else",
-        "z = ahead if True else",
+        "if count < len(z):",
+        "if False:",
         _ANY,
     ),
     Bug(

@@ -21,7 +21,7 @@ from altprop.equilibrium.solvers.solver import (
     check_fields,
     check_solver_fields,
     iterate,
-    where,
+    per_sample,
 )
 
 _PATIENCE, _PROGRESS = 20, 0.9  # evaluations without so small a residual, relative to the best one
@@ -114,13 +114,16 @@ class _Safeguard:
             return at.value, at.force
         self._stale = torch.where(turned, 0, self._stale)
         self._plain = self._plain ^ turned
-        return where(turned, at.best, at.value), where(turned, at.best_force, at.force)
+        shaped = per_sample(turned, at.value)
+        z = torch.where(shaped, at.best, at.value)
+        return z, torch.where(shaped, at.best_force, at.force)
 
     def choose(self, proposed: Tensor, z: Tensor, f: Tensor) -> Tensor:
         """Return what was proposed, or a plain step from `z` for the samples that take one."""
         if self._plain is None or not bool(self._plain.any()):
             return proposed
-        return where(self._plain, torch.add(z, f, alpha=self._step), proposed)
+        plain = torch.add(z, f, alpha=self._step)
+        return torch.where(per_sample(self._plain, z), plain, proposed)
 
 
 class _Differences:

@@ -243,32 +243,22 @@ def iterate(
         ahead = propose(at) if count else None
         if ahead is None:
             break
-        z = (
-            ahead
-            if count == len(ahead)
-            else torch.where(per_sample(moving, ahead), ahead, at.value)
-        )
+        if count < len(z):
+            ahead = torch.where(per_sample(moving, z), ahead, z)
+        z = ahead
         f = force(z)
         evaluations += 1
         residual = relative_residual(f, z, scale)
         best, best_f, least = z, f, residual
         if not (latest or bool((better := residual < at.least).all())):
             shaped = per_sample(better, z)
-            best, best_f = (
-                torch.where(shaped, new, old) for new, old in ((z, at.best), (f, at.best_force))
-            )
+            best = torch.where(shaped, z, at.best)
+            best_f = torch.where(shaped, f, at.best_force)
             least = torch.where(better, residual, at.least)
         at = Point(z, f, residual, best, best_f, least)
     lost = ~torch.isfinite(at.residual) & ~(at.least <= tol)
     result = Result.NON_FINITE if bool(lost.any()) else conclude(at.least, tol)
     return Solution(at.best, at.best_force, at.least, evaluations, result)
-
-
-def where(chosen: Tensor, those: Tensor, others: Tensor) -> Tensor:
-    """Return the chosen samples of one state and the others of another, without copying it all."""
-    if bool(chosen.all()):
-        return those
-    return torch.where(per_sample(chosen, those), those, others)
 
 
 @dataclass(frozen=True)
