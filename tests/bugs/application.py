@@ -66,7 +66,7 @@ BUGS = [
     ),
     Bug(
         _LAB + "train.py",
-        'output="head", seed=config.seed, batch_axis=0)',
+        'output="head", seed=config.seed, batch_axis=axis)',
         'output="head", batch_axis=0)',
         "test_rules_in_the_application.py " + _TRAIN,
     ),

@@ -98,6 +98,10 @@ def convert(
             "solver and on_failure say how a stack of blocks is solved: name one with its "
             "estimator, as in {'blocks': AEP()}"
         )
+    if batch_axis is not None and all(
+        isinstance(value, AbstractEstimator) for value in mapping.values()
+    ):
+        raise ConfigError("batch_axis is for broadcast rules: leave it out with estimators alone")
     places = Places(model, output, problems)
     planners = []
     if not problems:

@@ -206,7 +206,11 @@ def _equilibrium(config: TrainConfig, vocabulary: int) -> EquilibriumLM:
 def _gpt(config: TrainConfig, vocabulary: int) -> GPT:
     model = GPT(config.shape(vocabulary))
     rules = config.rules or config.rule
-    return convert(model, rules, output="head", seed=config.seed, batch_axis=0) if rules else model
+    if not rules:
+        return model
+    listed = rules.values() if isinstance(rules, dict) else [rules]
+    axis = 0 if any(rule.seam == "broadcast" for rule in listed) else None
+    return convert(model, rules, output="head", seed=config.seed, batch_axis=axis)
 
 
 _BUILD: dict[str, Callable[[TrainConfig, int], LanguageModel]] = {

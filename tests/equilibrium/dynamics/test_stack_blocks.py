@@ -220,3 +220,5 @@ def test_convert_takes_solver_and_policy_of_a_stack_and_refuses_them_without_one
     for options in ({"solver": ap.Euler()}, {"on_failure": "accept"}):
         with pytest.raises(ap.ConfigError, match="name one with its estimator"):
             ap.convert(nn.Linear(4, 4), ap.FeedbackAlignment(), **options)
+    with pytest.raises(ap.ConfigError, match="batch_axis is for broadcast rules"):
+        ap.convert(nn.Sequential(nn.Linear(4, 4)), {"": ap.AEP()}, batch_axis=0)
