@@ -67,7 +67,7 @@ BUGS = [
     Bug(
         _LAB + "train.py",
         'output="head", seed=config.seed, batch_axis=axis)',
-        'output="head", batch_axis=0)',
+        'output="head", batch_axis=axis)',
         "test_rules_in_the_application.py " + _TRAIN,
     ),
     Bug(

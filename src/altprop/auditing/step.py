@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from altprop.auditing.agreement import Agreement, compare_all
-from altprop.auditing.watch import Reading, watch
+from altprop.auditing.watch import PerParameter, Reading, watch
 from altprop.conversion.convert import rules_off
 from altprop.conversion.record import record_of
 from altprop.equilibrium.module import Equilibrium
@@ -67,24 +67,8 @@ class StepRow:
         return f"{out}; {self.reading}"
 
 
-class StepAudit(Mapping[str, StepRow]):
+class StepAudit(PerParameter[StepRow]):
     """What a step did to every parameter, by its name; `str` of it is a table."""
-
-    def __init__(self, rows: dict[str, StepRow]) -> None:
-        self._rows = rows
-
-    def __getitem__(self, name: str) -> StepRow:
-        return self._rows[name]
-
-    def __iter__(self) -> Any:
-        return iter(self._rows)
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __str__(self) -> str:
-        width = max(map(len, self), default=0)
-        return "\n".join(f"{name:{width}}  {row}" for name, row in self.items())
 
 
 def audit_step(

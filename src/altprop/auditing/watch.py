@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from altprop.equilibrium.dynamics.plain import observing
+
+T = TypeVar("T")
 
 
 class Read(enum.IntEnum):
@@ -41,31 +43,41 @@ class Reading:
     operations: Counter[str] = field(default_factory=Counter)
 
     def __str__(self) -> str:
-        word = {Read.NOT: "not read", Read.MATRIX: "carried as a matrix"}
-        text = word.get(self.how, f"its {self.how.name.lower()} read")
-        text = "read elementwise" if self.how is Read.ELEMENTWISE else text
         by = ", ".join(f"{name} × {n}" for name, n in self.operations.most_common())
-        return text + (f" ({by})" if by else "")
+        return _WORDS[self.how] + (f" ({by})" if by else "")
 
 
-class Watched(Mapping[str, Reading]):
-    """What was read of each parameter of a model, by its name; `str` of it is a table."""
+_WORDS = {
+    Read.NOT: "not read",
+    Read.NORM: "its norm read",
+    Read.SIGN: "its sign read",
+    Read.ELEMENTWISE: "read elementwise",
+    Read.MATRIX: "carried as a matrix",
+}
 
-    def __init__(self, names: list[str]) -> None:
-        self._readings = {name: Reading() for name in names}
 
-    def __getitem__(self, name: str) -> Reading:
-        return self._readings[name]
+class PerParameter(Mapping[str, T]):
+    """What was found of each parameter of a model, by its name; `str` of it is a table."""
+
+    def __init__(self, found: dict[str, T]) -> None:
+        self._found = found
+
+    def __getitem__(self, name: str) -> T:
+        return self._found[name]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._readings)
+        return iter(self._found)
 
     def __len__(self) -> int:
-        return len(self._readings)
+        return len(self._found)
 
     def __str__(self) -> str:
         width = max(map(len, self), default=0)
-        return "\n".join(f"{name:{width}}  {reading}" for name, reading in self.items())
+        return "\n".join(f"{name:{width}}  {found}" for name, found in self.items())
+
+
+class Watched(PerParameter[Reading]):
+    """What was read of each parameter of a model, by its name; `str` of it is a table."""
 
 
 @contextmanager
@@ -81,7 +93,7 @@ def watch(model: nn.Module) -> Iterator[Watched]:
     the context nothing is added. It sees the process that it runs in, on every rank its own.
     """
     parameters = dict(model.named_parameters())
-    watched = Watched(list(parameters))
+    watched = Watched({name: Reading() for name in parameters})
     mode = _Mode(parameters, watched)
     with ExitStack() as stack:
         for module in model.modules():
