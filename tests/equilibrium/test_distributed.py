@@ -98,27 +98,30 @@ def rank_push(rank: int, store: str) -> None:
         world_size=2,
         timeout=timedelta(minutes=1),
     )
+    try:
+        check_push(rank)  # its wrapper is gone before the group: the wrapper's end holds the GIL
+    finally:  # while it joins the group's thread, which may be waiting for the GIL
+        distributed.destroy_process_group()
 
+
+def check_push(rank: int) -> None:
     def push(module: nn.Module, target: float) -> dict[str, Tensor]:
         hinge = ap.JacobianHinge(target=target)
         module.zero_grad()
         hinge.apply(module, hinge.init(torch.Generator().manual_seed(0)), step=0)
         return {n: p.grad.clone() for n, p in block.named_parameters() if p.grad is not None}
 
-    try:
-        this = gated()
-        block = this.block(EXACT)
-        this.cost(block(this.x)).backward()
-        alone = push(block, 0.01)
-        parallel = nn.parallel.DistributedDataParallel(block)
-        shared = push(parallel, 0.01 if rank == 0 else 1e3)
-        assert shared.keys() == dict(block.named_parameters()).keys()
-        for name, found in shared.items():
-            wanted = alone.get(name, torch.zeros_like(found)) / 2
-            # a difference over a step of 6e-6 magnifies what rounding differs by between processes
-            assert (found - wanted).norm() <= 1e-8 * wanted.norm(), name
-    finally:
-        distributed.destroy_process_group()
+    this = gated()
+    block = this.block(EXACT)
+    this.cost(block(this.x)).backward()
+    alone = push(block, 0.01)
+    parallel = nn.parallel.DistributedDataParallel(block)
+    shared = push(parallel, 0.01 if rank == 0 else 1e3)
+    assert shared.keys() == dict(block.named_parameters()).keys()
+    for name, found in shared.items():
+        wanted = alone.get(name, torch.zeros_like(found)) / 2
+        # a difference over a step of 6e-6 magnifies what rounding differs by between processes
+        assert (found - wanted).norm() <= 1e-8 * wanted.norm(), name
 
 
 def test_ranks_of_a_data_parallel_run_share_the_push(tmp_path: Path) -> None:
