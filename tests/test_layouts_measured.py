@@ -194,9 +194,7 @@ def test_what_a_second_run_might_change_is_not_run_again() -> None:
 
 
 def test_measuring_works_in_a_data_parallel_model(tmp_path: Path) -> None:
-    store = distributed.FileStore(str(tmp_path / "store"), 1)
-    distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    try:
+    def check() -> None:
         model = convert(Net(mean_of_first))
         parallel = nn.parallel.DistributedDataParallel(model)
         x = draw(N, N, C)
@@ -207,6 +205,11 @@ def test_measuring_works_in_a_data_parallel_model(tmp_path: Path) -> None:
             alone(x).cos().sum().backward()
         for got, want in zip(model.parameters(), alone.parameters(), strict=True):
             assert torch.allclose(got.grad, want.grad, rtol=1e-10)
+
+    store = distributed.FileStore(str(tmp_path / "store"), 1)
+    distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        check()  # its wrapper is gone before the group
     finally:
         distributed.destroy_process_group()
 
