@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from altprop.lab import checkpoint
-from altprop.lab.report import read_metrics
+from altprop.lab.reporting.metrics import read_metrics
 from altprop.lab.settings import TrainConfig
 
 SMALL: dict[str, Any] = {

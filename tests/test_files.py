@@ -13,7 +13,7 @@ from altprop import CheckpointError
 from altprop.files import replacing, write_whole
 from altprop.lab import checkpoint
 from altprop.lab.config import write_config
-from altprop.lab.report import plot_run
+from altprop.lab.reporting.picture import plot_run
 from altprop.lab.settings import TrainConfig
 from altprop.lm.text import CharTokenizer
 from lm_runs import tree

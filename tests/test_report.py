@@ -14,10 +14,10 @@ import pytest
 from rich.console import Console
 
 from altprop import CheckpointError
-from altprop.lab import report
 from altprop.lab.display import Display
 from altprop.lab.evaluation import Evaluation
-from altprop.lab.report import plot_run, read_metrics
+from altprop.lab.reporting.metrics import read_metrics, refused_steps
+from altprop.lab.reporting.picture import plot_run
 from altprop.lab.run import Progress
 from altprop.lab.train import train
 from lm_runs import small
@@ -68,9 +68,9 @@ def test_a_run_ends_with_a_picture_of_its_curves(tmp_path: Path) -> None:
 
 def test_refused_steps_are_marked_where_their_count_goes_up(tmp_path: Path) -> None:
     records = [record(step, refused=max(0, step - 6)) for step in range(1, 10)]
-    assert report._refused(records) == [7, 8, 9]
-    assert report._refused(records[7:]) == [8, 9]  # the first shown counts what it refused itself
-    assert report._refused([]) == []
+    assert refused_steps(records) == [7, 8, 9]
+    assert refused_steps(records[7:]) == [8, 9]  # the first shown counts what it refused itself
+    assert refused_steps([]) == []
     assert has_colour(matplotlib.image.imread(plot_run(write(tmp_path, records))), RED)
 
 

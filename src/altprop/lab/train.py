@@ -22,7 +22,7 @@ from altprop.errors import suggest
 from altprop.lab.display import Display, counting
 from altprop.lab.evaluation import count_tiles, evaluate, tiles
 from altprop.lab.guard import Guard
-from altprop.lab.report import plot_run
+from altprop.lab.reporting.picture import plot_run
 from altprop.lab.run import Run, State
 from altprop.lab.settings import TrainConfig
 from altprop.lm.model import GPT, EquilibriumLM, LanguageModel, generate

@@ -2,29 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
-from altprop import CheckpointError, ConfigError
+from altprop import ConfigError
 from altprop.files import replacing
-
-
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """Return the records of a run, one per line of its `metrics.jsonl`.
-
-    **Raises:** `CheckpointError` if the folder has none or a line is no JSON object.
-    """
-    path = folder / "metrics.jsonl"
-    if not path.is_file():
-        raise CheckpointError(f"{folder}: no metrics.jsonl there; give a run folder of train")
-    try:
-        records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    except ValueError as error:
-        raise CheckpointError(f"{path}: not one JSON object a line ({error})") from None
-    if not all(isinstance(record, dict) and "step" in record for record in records):
-        raise CheckpointError(f"{path}: not one JSON object a line, each with its step")
-    return records
+from altprop.lab.reporting.metrics import read_metrics, refused_steps, series
 
 
 def plot_run(folder: Path) -> Path:
@@ -42,12 +24,12 @@ def plot_run(folder: Path) -> Path:
     loss, residual, evaluations = figure.subplots(
         3, 1, sharex=True, gridspec_kw={"height_ratios": [3, 2, 1.4]}
     )
-    steps, losses = _series(records, "loss")
+    steps, losses = series(records, "loss")
     loss.plot(steps, losses, color="0.75", linewidth=0.8, label="training")
-    steps, losses = _series(records, "validation_loss")
+    steps, losses = series(records, "validation_loss")
     loss.plot(steps, losses, "o-", color="C0", markersize=4, label="validation")
     if unsettled := [r for r in records if r.get("validation_settled") is False]:
-        loss.plot(*_series(unsettled, "validation_loss"), "x", color="C3", zorder=3,
+        loss.plot(*series(unsettled, "validation_loss"), "x", color="C3", zorder=3,
                   label=f"not at a fixed point ({len(unsettled)})")  # fmt: skip
     if losses:
         loss.annotate(
@@ -58,16 +40,16 @@ def plot_run(folder: Path) -> Path:
     loss.legend(frameon=False)
 
     for name, label in (("free_residual", "free"), ("adjoint_residual", "adjoint")):
-        steps, values = _series(records, name)
+        steps, values = series(records, name)
         if values:
             residual.semilogy(steps, values, linewidth=0.8, label=label)
-    if refused := _refused(records):
+    if refused := refused_steps(records):
         top = residual.get_xaxis_transform()
         residual.plot(refused, [0.97] * len(refused), "|", color="C3", transform=top,
                       label=f"refused ({len(refused)})")  # fmt: skip
     residual.set_ylabel("worst relative residual")
     for name, label in (("free_evaluations", "free"), ("adjoint_evaluations", "adjoint")):
-        steps, values = _series(records, name)
+        steps, values = series(records, name)
         if values:
             evaluations.plot(steps, values, linewidth=0.8, label=label)
     evaluations.set_ylabel("evaluations per step")
@@ -87,15 +69,3 @@ def plot_run(folder: Path) -> Path:
     with replacing(path) as fresh:
         figure.savefig(fresh, format="png", dpi=130)
     return path
-
-
-def _refused(records: list[dict[str, Any]]) -> list[int]:
-    """Return the steps whose gradient was refused: those at which the count went up."""
-    steps, counts = _series(records, "refused")
-    before = [0, *counts]
-    return [step for step, was, now in zip(steps, before, counts, strict=False) if now > was]
-
-
-def _series(records: list[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
-    pairs = [(r["step"], r[name]) for r in records if r.get(name) is not None]
-    return [step for step, _ in pairs], [value for _, value in pairs]

@@ -1,0 +1,41 @@
+"""What a run measured, read back from its `metrics.jsonl`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from altprop import CheckpointError
+
+Records = list[dict[str, Any]]
+
+
+def read_metrics(folder: Path) -> Records:
+    """Return the records of a run, one per line of its `metrics.jsonl`.
+
+    **Raises:** `CheckpointError` if the folder has none or a line is no JSON object.
+    """
+    path = folder / "metrics.jsonl"
+    if not path.is_file():
+        raise CheckpointError(f"{folder}: no metrics.jsonl there; give a run folder of train")
+    try:
+        records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not one JSON object a line ({error})") from None
+    if not all(isinstance(record, dict) and "step" in record for record in records):
+        raise CheckpointError(f"{path}: not one JSON object a line, each with its step")
+    return records
+
+
+def series(records: Records, name: str) -> tuple[list[int], list[float]]:
+    """Return the steps at which `name` was measured, and its values there."""
+    pairs = [(r["step"], r[name]) for r in records if r.get(name) is not None]
+    return [step for step, _ in pairs], [value for _, value in pairs]
+
+
+def refused_steps(records: Records) -> list[int]:
+    """Return the steps whose gradient was refused: those at which the count went up."""
+    steps, counts = series(records, "refused")
+    before = [0, *counts]
+    return [step for step, was, now in zip(steps, before, counts, strict=False) if now > was]
