@@ -290,7 +290,7 @@ def _record(comparison: Comparison) -> Markup:
     rows = [(tag("strong", name), said) for name, said in facts.items() if said]
     return section(
         "How to do it again",
-        table(("", ""), rows, class_="facts"),
+        table(("", ""), rows, class_="record"),
         tag("pre", comparison.options),
         id="record",
     )
