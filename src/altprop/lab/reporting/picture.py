@@ -1,26 +1,27 @@
-"""Pictures of a run, drawn from its `metrics.jsonl` alone."""
+"""Pictures of a run or a comparison, for what shows no page."""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
+from typing import Any
 
 from altprop import ConfigError
 from altprop.files import replacing
+from altprop.lab.reporting.comparison import Comparison
 from altprop.lab.reporting.metrics import read_metrics, refused_steps, series
+from altprop.lab.reporting.thin import average
 
 
-def plot_run(folder: Path) -> Path:
-    """Draw the loss, residual and evaluation curves of a run into `curves.png`; return its path.
+def plot_run(folder: Path, path: Path | None = None) -> Path:
+    """Draw the loss, residual and evaluation curves of a run, and return the picture's path.
+
+    **Arguments:** `path`, where it goes; `curves.png` in the folder unless given.
 
     **Raises:** `ConfigError` without matplotlib; `CheckpointError` without metrics.
     """
     records = read_metrics(folder)
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ConfigError('plots need matplotlib: pip install "altprop[plots]"') from None
-
-    figure = Figure(figsize=(8, 7), layout="constrained")
+    figure = _figure(8, 7)
     loss, residual, evaluations = figure.subplots(
         3, 1, sharex=True, gridspec_kw={"height_ratios": [3, 2, 1.4]}
     )
@@ -65,7 +66,57 @@ def plot_run(folder: Path) -> Path:
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.25)
 
-    path = folder / "curves.png"
+    return _save(figure, path or folder / "curves.png")
+
+
+def plot_comparison(comparison: Comparison, path: Path) -> Path:
+    """Draw how close each arm of a comparison comes to backprop, and the mean curves.
+
+    **Raises:** `ConfigError` without matplotlib.
+    """
+    task, arms = comparison.results["task"], comparison.arms
+    scored = [arm for arm in arms if arm["mean"] is not None][::-1]  # drawn from below
+    figure = _figure(11, max(4.0, 1.4 + 0.27 * len(scored)))
+    scores, curves = figure.subplots(1, 2, gridspec_kw={"width_ratios": [3, 4]})
+    unit = f"{task['score']} ({task['unit']})"
+    for height, arm in enumerate(scored):
+        low, high = arm["interval"] or (arm["mean"], arm["mean"])
+        colour = "0.5" if arm["control"] else "C0"
+        scores.plot([low, high], [height, height], color=colour, linewidth=1.5)
+        scores.plot(arm["mean"], height, "o", color=colour, markersize=5)
+    scores.set_yticks(range(len(scored)), [_literal(arm["name"]) for arm in scored])
+    scores.set_xlabel(_literal(f"{unit}, mean and 95 % interval"))
+    for arm in arms:
+        mean = average(arm["curves"])
+        highlighted = {"backprop": ("black", 2.0), "frozen": ("0.5", 2.0)}
+        colour, width = highlighted.get(arm["rule"], (None, 1.0))
+        values = [math.nan if value is None else value for value in mean["score"]]
+        curves.plot(mean["steps"], values, color=colour, linewidth=width,
+                    label=_literal(arm["name"]))  # fmt: skip
+    curves.set_xlabel("step")
+    curves.set_ylabel(_literal(unit))
+    if any(arm["curves"] for arm in arms):
+        curves.legend(frameon=False, fontsize=7, ncols=1 + len(arms) // 16)
+    for axis in (scores, curves):
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(alpha=0.25)
+    return _save(figure, path)
+
+
+def _figure(width: float, height: float) -> Any:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ConfigError('plots need matplotlib: pip install "altprop[plots]"') from None
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _save(figure: Any, path: Path) -> Path:
     with replacing(path) as fresh:
         figure.savefig(fresh, format="png", dpi=130)
     return path
+
+
+def _literal(text: str) -> str:
+    """Return text that matplotlib draws as it is: a dollar sign would start a formula."""
+    return text.replace("$", r"\$")

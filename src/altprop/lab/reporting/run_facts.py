@@ -1,0 +1,104 @@
+"""What can still be found out of a run's folder: what its model reads backwards, and writes."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, cast
+
+import torch
+
+from altprop import ConfigError, RuleError, Table, explain, using, watch
+from altprop.lab.config import read_config
+from altprop.lab.reporting.metrics import Records, read_metrics
+from altprop.lab.sample_command import load_run
+from altprop.lab.settings import TrainConfig
+from altprop.lab.train import count_parameters, opening
+from altprop.lm.model import LanguageModel, generate
+from altprop.lm.text import CharTokenizer
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """A run's folder.
+
+    **Arguments:** `which`, the checkpoint that the rest is of, if the run has kept one; `explained`,
+    the table of `explain`, if the model has a rule; `read`, how each parameter was read in one
+    backward pass; `sample`, what the model writes; `unsettled`, how many of its characters were
+    read from a state that is no equilibrium.
+    """
+
+    folder: Path
+    config: TrainConfig
+    records: Records
+    which: str | None
+    parameters: int
+    explained: Table | None
+    read: dict[str, str]
+    sample: str
+    unsettled: int
+
+
+def run_facts(folder: Path, sample: int = 400, device: str = "auto") -> RunFacts:
+    """Return what a run's folder holds, and what its model does.
+
+    **Arguments:** `sample`, how many characters it writes.
+
+    **Raises:** `CheckpointError` for a folder that is not whole, `ConfigError` for a configuration
+    that cannot be read.
+    """
+    if sample < 0:
+        raise ConfigError(f"sample is {sample}, expected at least 0")
+    records = read_metrics(folder)
+    config = read_config(folder / "config.yaml", TrainConfig)
+    kept = [name for name in ("best", "last") if (folder / f"{name}.safetensors").is_file()]
+    if not kept:
+        return RunFacts(folder, config, records, None, 0, None, {}, "", 0)
+    which = cast(Literal["best", "last"], kept[0])
+    model, tokenizer = load_run(folder, which, device)
+    read = _read(model, len(tokenizer), config)
+    text, unsettled = _write(model, tokenizer, sample)
+    return RunFacts(
+        folder=folder,
+        config=config,
+        records=records,
+        which=which,
+        parameters=count_parameters(model),
+        explained=_explain(model, read),
+        read=read,
+        sample=text,
+        unsettled=unsettled,
+    )
+
+
+def _explain(model: LanguageModel, read: Mapping[str, str]) -> Table | None:
+    try:
+        return explain(model, read)
+    except RuleError:  # no rule is in the model: every parameter has backprop's gradient
+        return None
+
+
+def _read(model: LanguageModel, vocabulary: int, config: TrainConfig) -> dict[str, str]:
+    """Return how each parameter is read in a backward pass: which, not on what text, matters."""
+    drawn = torch.Generator().manual_seed(0)
+    ids = torch.randint(vocabulary, (2, config.context + 1), generator=drawn)
+    ids = ids.to(next(model.parameters()).device)
+    with using(model, on_failure="accept"), watch(model) as seen:
+        model(ids[:, :-1], ids[:, 1:])[1].backward()
+    model.zero_grad(set_to_none=True)
+    return {name: str(reading) for name, reading in seen.items()}
+
+
+def _write(model: LanguageModel, tokenizer: CharTokenizer, count: int) -> tuple[str, int]:
+    """Return what the model writes, and how many solves of it failed."""
+    if count == 0:
+        return "", 0
+    ids = torch.as_tensor(tokenizer.encode(opening(tokenizer)).astype("int64")).unsqueeze(0)
+    ids = ids.to(next(model.parameters()).device)
+    drawn = torch.Generator().manual_seed(0)
+    with using(model, on_failure="warn"), warnings.catch_warnings(record=True) as unsettled:
+        warnings.simplefilter("always", RuntimeWarning)
+        out = generate(model, ids, count, temperature=0.8, generator=drawn)
+    return tokenizer.decode(out[0, 1:].cpu().numpy()), len(unsettled)

@@ -1,0 +1,197 @@
+"""The page of a run: what it reached, how it came there, and what its model does."""
+
+from __future__ import annotations
+
+import platform
+import shlex
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+import altprop
+from altprop.lab.reporting.markup import Markup, chart, markup, section, table, tag
+from altprop.lab.reporting.metrics import Records, refused_steps, series
+from altprop.lab.reporting.numbers import large, number
+from altprop.lab.reporting.page import page
+from altprop.lab.reporting.run_facts import RunFacts
+from altprop.lab.reporting.thin import thin
+
+MOST = 3000
+"""How many points of a line are drawn."""
+
+_LOSS = "cross-entropy (nats per token)"
+# title, unit, what a tip says after a number, logarithmic, from zero, height, and the lines
+_PANELS: tuple[tuple[str, str, str, bool, bool, int, tuple[tuple[str, str, str], ...]], ...] = (
+    ("Loss", _LOSS, "nats per token", False, False, 340, (
+        ("training", "loss", "--faint"), ("validation", "validation_loss", "--s0"))),
+    ("Residuals", "worst relative residual", "", True, False, 220, (
+        ("free", "free_residual", "--s0"), ("adjoint", "adjoint_residual", "--s1"))),
+    ("Evaluations", "evaluations of the force per step", "", False, True, 200, (
+        ("free", "free_evaluations", "--s0"), ("adjoint", "adjoint_evaluations", "--s1"))),
+    ("Gradient norm", "norm before clipping", "", False, True, 180, (
+        ("gradient", "gradient_norm", "--s2"),)),
+    ("Learning rate", "learning rate", "", False, True, 160, (("rate", "lr", "--s3"),)),
+    ("Speed", "tokens per second", "tokens per second", False, True, 160, (
+        ("speed", "tokens_per_second", "--s6"),)),
+)  # fmt: skip
+
+
+def run_page(run: RunFacts) -> str:
+    """Return the page of a run."""
+    data = chart_data(run.records)
+    title = f"{_text_name(run)}: {run.config.model} by {run.config.method}"
+    body = markup(
+        _head(title, run), _charts(data), _failures(run.records), _sample(run), _signals(run),
+        _record(run),
+    )  # fmt: skip
+    return page(title, body, data)
+
+
+def chart_data(records: Records) -> dict[str, Any]:
+    """Return what the charts of a run are drawn from: a panel for each thing that was measured."""
+    panels = []
+    for title, unit, said, log, zero, height, names in _PANELS:
+        lines = []
+        for name, key, colour in names:
+            steps, values = series(records, key)
+            kept = thin({"steps": steps, "values": values}, MOST)
+            if steps:
+                dots = key == "validation_loss"
+                lines.append({"name": name, "key": key, "colour": colour, "dots": dots, **kept})
+        if lines:
+            panels.append({
+                "title": title, "unit": unit, "said": said, "log": log, "zero": zero,
+                "height": height, "lines": [{**line, "thin": not line["dots"]} for line in lines],
+                "doubts": {"steps": [], "values": []}, "refused": [],
+            })  # fmt: skip
+    if panels:
+        doubted = [r for r in records if r.get("validation_settled") is False]
+        steps, values = series(doubted, "validation_loss")
+        panels[0]["doubts"] = {"steps": steps, "values": values}
+        panels[0]["refused"] = refused_steps(records)
+    last = max((record["step"] for record in records), default=1)
+    return {"domain": [0, last], "panels": panels}
+
+
+def _text_name(run: RunFacts) -> str:
+    return run.config.data.rstrip("/").rpartition("/")[2].removesuffix(".txt")
+
+
+def _head(title: str, run: RunFacts) -> Markup:
+    records = run.records
+    steps, losses = series(records, "validation_loss")
+    settled = [r for r in records if r.get("validation_settled")]
+    _, sound = series(settled, "validation_loss")
+    _, final = series(records, "final_validation_loss")
+    made = max((record["step"] for record in records), default=0)
+    refused = len(refused_steps(records))
+    figures = [
+        (number(final[-1]) if final else "–", "nats per token on the validation part, at the end"),
+        (number(min(sound)) if sound else "–", "best evaluation at a fixed point"),
+        (f"{made:,} of {run.config.steps:,}", "steps"),
+        (f"{refused:,}", "refused steps"),
+        (large(run.parameters) if run.parameters else "–", "parameters"),
+    ]
+    facts = f"{run.config.data} · seed {run.config.seed} · run folder {run.folder}"
+    doubt = markup()
+    if made < run.config.steps:
+        doubt = tag("p", f"Not finished: it stopped after step {made:,}.", class_="warning")
+    elif not final:
+        said = "Without the figure at its end: it was interrupted there."
+        doubt = tag("p", said, class_="warning")
+    tiles = (tag("div", tag("b", figure), tag("span", said)) for figure, said in figures)
+    return tag(
+        "header", tag("h1", title), tag("p", facts, class_="facts"), doubt,
+        tag("div", *tiles, class_="tiles"),
+    )  # fmt: skip
+
+
+def _charts(data: dict[str, Any]) -> Markup:
+    charts = []
+    for index, panel in enumerate(data["panels"]):
+        said = []
+        if count := len(panel["doubts"]["steps"]):
+            said.append(f"× {count} evaluations that were read from a state that is no equilibrium")
+        if count := len(panel["refused"]):
+            said.append(f"marks along the top: {count} refused steps")
+        caption = "; ".join(said).capitalize()
+        charts.append(chart("series", caption, data_panel=index, id=f"panel-{index}"))
+    return section("Training", *charts, id="training") if charts else markup()
+
+
+def _failures(records: Records) -> Markup:
+    refused = refused_steps(records)
+    if not refused:
+        return markup()
+    said = f"{len(refused)} steps were refused and their gradients dropped: "
+    steps = ", ".join(map(str, refused))
+    return section("Refused", tag("p", said), tag("details", tag("summary", "steps"), steps), id="refused")  # fmt: skip
+
+
+def _sample(run: RunFacts) -> Markup:
+    if not run.sample:
+        return markup()
+    said = f"Written by the checkpoint “{run.which}” (temperature 0.8, seed 0)."
+    if run.unsettled:
+        said += f" {run.unsettled} characters were read from a state that is no equilibrium."
+    return section(
+        "A sample of its text", tag("p", said, class_="note"), tag("pre", run.sample), id="sample"
+    )
+
+
+def _signals(run: RunFacts) -> Markup:
+    """Return which signal reaches each parameter, and how its weights were read."""
+    if run.which is None:
+        return markup()
+    note = tag(
+        "p",
+        f"The last column was measured in one backward pass of the checkpoint “{run.which}”: how a "
+        "weight was read while gradients were made. Backprop carries a cotangent through every "
+        "weight as a matrix.",
+        class_="note",
+    )
+    rows: list[tuple[object, ...]]
+    if run.explained is None:
+        head: tuple[str, ...] = ("parameter", "signal", "read backwards")
+        rows = [(name, "backprop", how) for name, how in run.read.items()]
+        notes: tuple[str, ...] = ()
+    else:
+        head = (
+            *("parameter", "rule", "signal", "feedback", "kind", "seed", "Wᵀ remains"),
+            "read backwards",
+        )
+        rows = [_cells(row) for row in run.explained.rows]
+        notes = run.explained.notes
+    return section(
+        "What each parameter receives, and what was read backwards",
+        note,
+        table(head, rows, class_="first"),
+        *(tag("p", f"Note: {said}", class_="note") for said in notes),
+        id="signals",
+    )
+
+
+def _cells(row: Any) -> tuple[str, ...]:
+    shape = "×".join(map(str, row.feedback or ()))
+    seed, remains = "" if row.seed is None else str(row.seed), "yes" * row.transports
+    cells = (row.parameter, row.rule, row.signal, shape, row.kind, seed, remains, row.measured)
+    return tuple(cell or "–" for cell in cells)
+
+
+def _record(run: RunFacts) -> Markup:
+    config = run.folder / "config.yaml"
+    facts: Sequence[tuple[str, object]] = (
+        ("command", tag("code", f"altprop train --config {shlex.quote(str(config))} --overwrite")),
+        ("versions", f"altprop {altprop.__version__}, torch {torch.__version__}, "
+                     f"python {platform.python_version()} (of this page)"),
+        ("page made", time.strftime("%Y-%m-%d %H:%M")),
+    )  # fmt: skip
+    rows = [(tag("strong", name), said) for name, said in facts]
+    return section(
+        "How to do it again",
+        table(("", ""), rows, class_="record"),
+        tag("pre", config.read_text(encoding="utf-8")),
+        id="record",
+    )
