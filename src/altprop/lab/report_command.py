@@ -46,7 +46,8 @@ def report(
             f"{folder}: neither a run nor a comparison; give the folder of altprop train (with "
             "config.yaml and vocab.json) or of a comparison (with comparison.yaml)"
         )
-    targets = {"html": html or folder / "report.html", "png": png, "csv": csv}
+    page = html or folder / "report.html"
+    targets = {name: path for name, path in (("html", page), ("png", png), ("csv", csv)) if path}
     _check(targets)
     draw: Callable[[Path], object]
     if compared:
@@ -57,24 +58,23 @@ def report(
         run = run_facts(folder, sample, device)
         text, rows = run_page(run), run_rows(run.config, run.records)
         draw = partial(plot_run, folder)
-    write_whole(targets["html"], text)
+    write_whole(page, text)
     if png is not None:
         draw(png)
     if csv is not None:
         write_csv(csv, rows)
-    for path in filter(None, targets.values()):
+    for path in targets.values():
         print(f"wrote {path}")
-    return targets["html"]
+    return page
 
 
-def _check(targets: Mapping[str, Path | None]) -> None:
+def _check(targets: Mapping[str, Path]) -> None:
     """Refuse what cannot be written, before anything is.
 
     **Raises:** `ConfigError` for two names of one file, `DataError` for a place without one.
     """
-    given = {name: path for name, path in targets.items() if path is not None}
-    for (one, first), (other, second) in combinations(given.items(), 2):
+    for (one, first), (other, second) in combinations(targets.items(), 2):
         if first.absolute() == second.absolute():
             raise ConfigError(f"{one} and {other} are both {first}: give each a file of its own")
-    for name, path in given.items():
+    for name, path in targets.items():
         AuditReport.check_target(path, plot=name == "png")

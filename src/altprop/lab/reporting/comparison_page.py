@@ -150,8 +150,8 @@ def _has_interval(found: Mapping[str, Any] | None) -> bool:
 def _closeness(results: Mapping[str, Any]) -> Markup:
     seeds = len(results["seeds"])
     caption = (
-        "Recovery: (rule − frozen) / (backprop − frozen), from the seeds' pairs. The lines are 95 % "
-        f"intervals (Student, {seeds} {_plural('seed', results['seeds'])})."
+        "Recovery: (rule − frozen) / (backprop − frozen), from the seeds' pairs. The lines are "
+        f"95 % intervals (Student, {seeds} {_plural('seed', results['seeds'])})."
     )
     return section("How close to backprop", chart("closeness", caption), id="closeness")
 

@@ -88,11 +88,10 @@ def plot_comparison(comparison: Comparison, path: Path) -> Path:
     scores.set_xlabel(_literal(f"{unit}, mean and 95 % interval"))
     for arm in arms:
         mean = average(arm["curves"])
-        highlighted = {"backprop": ("black", 2.0), "frozen": ("0.5", 2.0)}
-        colour, width = highlighted.get(arm["rule"], (None, 1.0))
         values = [math.nan if value is None else value for value in mean["score"]]
-        curves.plot(mean["steps"], values, color=colour, linewidth=width,
-                    label=_literal(arm["name"]))  # fmt: skip
+        (line,) = curves.plot(mean["steps"], values, linewidth=1, label=_literal(arm["name"]))
+        if arm["rule"] in ("backprop", "frozen"):
+            line.set(color="black" if arm["rule"] == "backprop" else "0.5", linewidth=2)
     curves.set_xlabel("step")
     curves.set_ylabel(_literal(unit))
     if any(arm["curves"] for arm in arms):

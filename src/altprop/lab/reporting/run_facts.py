@@ -10,7 +10,7 @@ from typing import Literal, cast
 
 import torch
 
-from altprop import ConfigError, RuleError, Table, explain, using, watch
+from altprop import ConfigError, RuleError, explain, using, watch
 from altprop.lab.config import read_config
 from altprop.lab.reporting.metrics import Records, read_metrics
 from altprop.lab.sample_command import load_run
@@ -24,10 +24,10 @@ from altprop.lm.text import CharTokenizer
 class RunFacts:
     """A run's folder.
 
-    **Arguments:** `which`, the checkpoint that the rest is of, if the run has kept one; `explained`,
-    the table of `explain`, if the model has a rule; `read`, how each parameter was read in one
-    backward pass; `sample`, what the model writes; `unsettled`, how many of its characters were
-    read from a state that is no equilibrium.
+    **Arguments:** `which`, the checkpoint that the rest is of, if the run has kept one;
+    `explained` and `notes`, what `explain` says, if the model has a rule; `read`, how each
+    parameter was read in one backward pass; `sample`, what the model writes; `unsettled`, how many of its
+    characters were read from a state that is no equilibrium.
     """
 
     folder: Path
@@ -35,7 +35,8 @@ class RunFacts:
     records: Records
     which: str | None
     parameters: int
-    explained: Table | None
+    explained: tuple[tuple[str, ...], ...]
+    notes: tuple[str, ...]
     read: dict[str, str]
     sample: str
     unsettled: int
@@ -55,10 +56,11 @@ def run_facts(folder: Path, sample: int = 400, device: str = "auto") -> RunFacts
     config = read_config(folder / "config.yaml", TrainConfig)
     kept = [name for name in ("best", "last") if (folder / f"{name}.safetensors").is_file()]
     if not kept:
-        return RunFacts(folder, config, records, None, 0, None, {}, "", 0)
+        return RunFacts(folder, config, records, None, 0, (), (), {}, "", 0)
     which = cast(Literal["best", "last"], kept[0])
     model, tokenizer = load_run(folder, which, device)
     read = _read(model, len(tokenizer), config)
+    explained, notes = _explain(model, read)
     text, unsettled = _write(model, tokenizer, sample)
     return RunFacts(
         folder=folder,
@@ -66,18 +68,29 @@ def run_facts(folder: Path, sample: int = 400, device: str = "auto") -> RunFacts
         records=records,
         which=which,
         parameters=count_parameters(model),
-        explained=_explain(model, read),
+        explained=explained,
+        notes=notes,
         read=read,
         sample=text,
         unsettled=unsettled,
     )
 
 
-def _explain(model: LanguageModel, read: Mapping[str, str]) -> Table | None:
+def _explain(
+    model: LanguageModel, read: Mapping[str, str]
+) -> tuple[tuple[tuple[str, ...], ...], tuple[str, ...]]:
+    """Return the cells of `explain`'s table and its notes; none of a model without any rule."""
     try:
-        return explain(model, read)
-    except RuleError:  # no rule is in the model: every parameter has backprop's gradient
-        return None
+        table = explain(model, read)
+    except RuleError:
+        return (), ()
+    rows = []
+    for row in table.rows:
+        shape = "×".join(map(str, row.feedback or ()))
+        seed, remains = "" if row.seed is None else str(row.seed), "yes" * row.transports
+        cells = (row.parameter, row.rule, row.signal, shape, row.kind, seed, remains, row.measured)
+        rows.append(tuple(cell or "–" for cell in cells))
+    return tuple(rows), table.notes
 
 
 def _read(model: LanguageModel, vocabulary: int, config: TrainConfig) -> dict[str, str]:

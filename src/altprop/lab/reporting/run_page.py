@@ -125,9 +125,9 @@ def _failures(records: Records) -> Markup:
     refused = refused_steps(records)
     if not refused:
         return markup()
-    said = f"{len(refused)} steps were refused and their gradients dropped: "
-    steps = ", ".join(map(str, refused))
-    return section("Refused", tag("p", said), tag("details", tag("summary", "steps"), steps), id="refused")  # fmt: skip
+    steps = tag("details", tag("summary", "which"), ", ".join(map(str, refused)))
+    said = f"{len(refused)} steps were refused: their gradients were dropped."
+    return section("Refused", tag("p", said), steps, id="refused")
 
 
 def _sample(run: RunFacts) -> Markup:
@@ -152,32 +152,20 @@ def _signals(run: RunFacts) -> Markup:
         "weight as a matrix.",
         class_="note",
     )
-    rows: list[tuple[object, ...]]
-    if run.explained is None:
-        head: tuple[str, ...] = ("parameter", "signal", "read backwards")
-        rows = [(name, "backprop", how) for name, how in run.read.items()]
-        notes: tuple[str, ...] = ()
+    if run.explained:
+        columns = ("rule", "signal", "feedback", "kind", "seed", "Wᵀ remains", "read backwards")
+        head: tuple[str, ...] = ("parameter", *columns)
+        rows = run.explained
     else:
-        head = (
-            *("parameter", "rule", "signal", "feedback", "kind", "seed", "Wᵀ remains"),
-            "read backwards",
-        )
-        rows = [_cells(row) for row in run.explained.rows]
-        notes = run.explained.notes
+        head = ("parameter", "signal", "read backwards")
+        rows = tuple((name, "backprop", how) for name, how in run.read.items())
     return section(
         "What each parameter receives, and what was read backwards",
         note,
         table(head, rows, class_="first"),
-        *(tag("p", f"Note: {said}", class_="note") for said in notes),
+        *(tag("p", f"Note: {said}", class_="note") for said in run.notes),
         id="signals",
     )
-
-
-def _cells(row: Any) -> tuple[str, ...]:
-    shape = "×".join(map(str, row.feedback or ()))
-    seed, remains = "" if row.seed is None else str(row.seed), "yes" * row.transports
-    cells = (row.parameter, row.rule, row.signal, shape, row.kind, seed, remains, row.measured)
-    return tuple(cell or "–" for cell in cells)
 
 
 def _record(run: RunFacts) -> Markup:
