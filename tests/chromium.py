@@ -1,4 +1,4 @@
-"""A headless Chromium that tests talk to through two pipes, with nothing but Python's own library."""
+"""A headless Chromium that tests talk to through two pipes, by Python's own library alone."""
 
 from __future__ import annotations
 
@@ -8,11 +8,21 @@ import os
 import select
 import shutil
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 PROGRAM = shutil.which("chromium") or shutil.which("chromium-browser")
+
+# the browser reads from 3 and writes to 4, which the pipes' own numbers may be
+_PLACE = """
+import os, sys
+high = [os.dup2(int(fd), 100 + i) for i, fd in enumerate(sys.argv[1:3])]
+for fd, place in zip(high, (3, 4)):
+    os.dup2(fd, place)
+os.execv(sys.argv[3], sys.argv[3:])
+"""
 
 
 class Browser:
@@ -29,25 +39,16 @@ class Browser:
         to_browser, self._write = os.pipe()
         self._read, from_browser = os.pipe()
 
-        def place() -> None:  # the browser reads from 3 and writes to 4
-            high = [os.dup2(fd, 100 + i) for i, fd in enumerate((to_browser, from_browser))]
-            for fd, target in zip(high, (3, 4), strict=True):
-                os.dup2(fd, target, inheritable=True)
-
         words = [
-            *(
-                PROGRAM,
-                "--headless=new",
-                "--no-sandbox",
-                "--disable-gpu",
-                "--remote-debugging-pipe",
-            ),
-            *("--no-first-run", "--disable-dev-shm-usage", "--disable-background-networking"),
-            *("--disable-extensions", f"--user-data-dir={folder}", "about:blank"),
+            *(PROGRAM, "--headless=new", "--no-sandbox", "--remote-debugging-pipe"),
+            *("--disable-gpu", "--no-first-run", "--disable-dev-shm-usage"),
+            *("--disable-background-networking", "--disable-extensions"),
+            *(f"--user-data-dir={folder}", "about:blank"),
         ]
+        ends = to_browser, from_browser
         self._process = subprocess.Popen(
-            words, preexec_fn=place, close_fds=False,
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            [sys.executable, "-SE", "-c", _PLACE, *map(str, ends), *words],
+            pass_fds=ends, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
         os.close(to_browser)
         os.close(from_browser)

@@ -18,8 +18,8 @@ RULES = (
 def made(arms: int = 6, seeds: int = 3, points: int = 12, draw: int = 0) -> dict[str, Any]:
     """Return the results of a comparison of so many arms, two of them controls."""
     chance = random.Random(draw)
-    names = ["backprop", "frozen", *RULES[: arms - 2]]
-    names += [f"DirectFeedback(scale={0.1 * i:.1f})" for i in range(arms - len(names))]
+    more = (f"DirectFeedback(scale={0.1 * i:.1f})" for i in range(arms))
+    names = ["backprop", "frozen", *RULES, *more][:arms]
     found = [_arm(name, i, seeds, points, chance) for i, name in enumerate(names)]
     return {
         "format": "altprop-comparison/1",

@@ -23,6 +23,7 @@ from altprop.files import write_whole
 from altprop.lab import checkpoint
 from altprop.lab.choices import types_of
 from altprop.lab.config import read_config, write_config
+from altprop.lab.record import RECORD, write_record
 from altprop.lab.settings import TrainConfig, is_run
 from altprop.lm.model import LanguageModel
 from altprop.lm.text import Batches, CharTokenizer, Corpus, describe, names_corpus
@@ -80,6 +81,12 @@ class Run:
         *("on_failure", "refused_in_a_row", "final_windows"),
     }
 
+    # what a run that takes the place of another must not leave there
+    _MADE = (
+        *("metrics.jsonl", "best.safetensors", "last.safetensors"),
+        *("curves.png", "report.html", RECORD),
+    )
+
     def __init__(self, folder: Path, config: TrainConfig, text: dict[str, str]) -> None:
         self.folder, self.config = folder, config
         self._text = text  # its digests
@@ -110,10 +117,11 @@ class Run:
                 raise CheckpointError(f"{folder} is no run folder: name a new folder with --out")
             else:
                 folder.mkdir(parents=True, exist_ok=folder.exists())
-                for old in ("metrics.jsonl", "best.safetensors", "last.safetensors", "curves.png"):
+                for old in cls._MADE:
                     (folder / old).unlink(missing_ok=True)
                 corpus.tokenizer.to_json(folder / "vocab.json")
                 write_config(folder / "config.yaml", _stored(config), config.foreign)
+                write_record(folder, f"altprop train {run._options()} --out again")
         except OSError as error:
             where = config.out or "runs"
             raise CheckpointError(f"{where}: cannot be written ({error.strerror})") from None
@@ -154,8 +162,11 @@ class Run:
 
     def resume_options(self) -> str:
         """Return the options that go on with this run, ready for a shell."""
+        return f"{self._options()} --resume"
+
+    def _options(self) -> str:
         imports = "".join(f"--import {module} " for module in sorted(_homes(self.config)))
-        return f"{imports}--config {shlex.quote(str(self.folder / 'config.yaml'))} --resume"
+        return f"{imports}--config {shlex.quote(str(self.folder / 'config.yaml'))}"
 
     def restore(self, state: State) -> None:
         """Take everything back to the last checkpoint, the metrics too.

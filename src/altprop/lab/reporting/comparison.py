@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from altprop import CheckpointError
+from altprop.lab.record import read_record
 
 FORMAT = "altprop-comparison/1"
 
@@ -67,11 +68,10 @@ def read_comparison(folder: Path) -> Comparison:
     _check(path, "task", results["task"], _TASK)
     for index, arm in enumerate(results["arms"]):
         _check(path, f"arms[{index}]", arm, _ARM)
-    record = folder / "record.json"
     return Comparison(
         folder=folder,
         results=results,
-        record=_object(record) if record.is_file() else {},
+        record=read_record(folder),
         options=(folder / "comparison.yaml").read_text(encoding="utf-8"),
     )
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from altprop.lab.reporting.comparison import Comparison
 from altprop.lab.reporting.markup import Markup, chart, finite, markup, section, table, tag
 from altprop.lab.reporting.numbers import duration, interval, large, number
-from altprop.lab.reporting.page import page
+from altprop.lab.reporting.page import again, page
 from altprop.lab.reporting.thin import average, most_points, thin
 
 Arm = Mapping[str, Any]
@@ -28,7 +27,7 @@ def comparison_page(comparison: Comparison) -> str:
         _audits(arms),
         _reading(arms),
         _rates(arms),
-        _record(comparison),
+        again(comparison.record, comparison.options, results["task"]["data"]),
     )
     body = markup(_head(title, results, arms), *sections)
     return page(title, body, chart_data(comparison))
@@ -136,10 +135,11 @@ def verdict(results: Mapping[str, Any], arms: Sequence[Arm]) -> Markup:
     paired = [arm["difference"] for arm in rules if _has_interval(arm["difference"])]
     same = [d for d in paired if d["interval"][0] <= 0 <= d["interval"][1]]
     if paired:
-        told = "is" if len(same) == 1 else "are"
-        count = f" {len(same)} of {len(paired)} {_plural('rule', paired)} {told} "
-        why = "not told apart from backprop: the 95 % interval of the paired difference holds 0."
-        said = markup(said, count, why)
+        count = f"{len(same) or 'None'} of {len(paired)} {_plural('rule', paired)}"
+        why = " cannot be told from backprop: the paired difference's 95 % interval holds 0."
+        if not same:
+            why = " reaches backprop: no paired difference's 95 % interval holds 0."
+        said = markup(said, " ", count, why)
     return said
 
 
@@ -273,27 +273,6 @@ def _rates(arms: Sequence[Arm]) -> Markup:
         "cross one that failed."
     )
     return section("The search for a rate", chart("rates", caption), id="rates")
-
-
-def _record(comparison: Comparison) -> Markup:
-    record = comparison.record
-    versions = ", ".join(f"{k} {v}" for k, v in (record.get("versions") or {}).items())
-    facts = {
-        "command": tag("code", record["command"]) if "command" in record else None,
-        "versions": versions,
-        "machine": record.get("machine"),
-        "threads": record.get("threads"),
-        "started": record.get("started"),
-        "data": comparison.results["task"]["data"],
-        "page made": time.strftime("%Y-%m-%d %H:%M"),
-    }
-    rows = [(tag("strong", name), said) for name, said in facts.items() if said]
-    return section(
-        "How to do it again",
-        table(("", ""), rows, class_="record"),
-        tag("pre", comparison.options),
-        id="record",
-    )
 
 
 def _plural(word: str, things: Sequence[object]) -> str:

@@ -31,7 +31,7 @@ def interval(
     """Return a mean and its interval, to the digits that the interval leaves certain.
 
     >>> interval(96.931, (96.58, 97.28), "%"), interval(-0.5, None, signed=True)
-    ('96.93 % [96.58, 97.28]', '−0.5')
+    ('96.9 % [96.6, 97.3]', '−0.5')
     """
     if mean is None or not math.isfinite(mean):
         return "–"
@@ -41,7 +41,7 @@ def interval(
         return f"{plus}{number(mean)}{tail}"
     low, high = (float(bound) for bound in bounds)  # type: ignore[arg-type]
     half = (high - low) / 2
-    decimals = 2 if half <= 0 else min(4, max(0, 1 - math.floor(math.log10(half))))
+    decimals = 2 if half <= 0 else min(5, max(0, -math.floor(math.log10(half / 3))))
     sign = "+" if signed else ""
     written = [_minus(f"{value:{sign},.{decimals}f}") for value in (mean, low, high)]
     return f"{written[0]}{tail} [{written[1]}, {written[2]}]"

@@ -9,10 +9,14 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import time
+from collections.abc import Mapping
 from functools import cache
 from importlib import resources
+from typing import Any
 
-from altprop.lab.reporting.markup import Markup, embedded, markup, tag
+import altprop
+from altprop.lab.reporting.markup import Markup, embedded, markup, section, table, tag
 
 SCRIPTS = ("d3.min.js", "plot.umd.min.js", "charts.js", "report.js")
 
@@ -49,6 +53,26 @@ def page(title: str, body: Markup, data: object) -> str:
     )
     text = f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head><body>{content}</body></html>\n'
     return text.encode("utf-8", "replace").decode("utf-8")  # half a surrogate pair has no bytes
+
+
+def again(record: Mapping[str, Any], options: str, data: str) -> Markup:
+    """Return the part of a page that says how to compute the same again.
+
+    **Arguments:** `record`, the content of a folder's `record.json`; `options`, the text of its
+    configuration; `data`, where the data are from.
+    """
+    facts = {
+        "command": tag("code", record["command"]) if "command" in record else None,
+        "versions": ", ".join(f"{k} {v}" for k, v in (record.get("versions") or {}).items()),
+        "machine": record.get("machine"),
+        "threads": record.get("threads"),
+        "started": record.get("started"),
+        "data": data,
+        "this page": f"{time.strftime('%Y-%m-%d %H:%M')}, altprop {altprop.__version__}",
+    }
+    rows = [(tag("strong", name), said or "not recorded") for name, said in facts.items()]
+    shown = table(("", ""), rows, class_="record")
+    return section("How to do it again", shown, tag("pre", options), id="again")
 
 
 def _digest(script: str) -> str:

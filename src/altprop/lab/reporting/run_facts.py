@@ -6,12 +6,13 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 
 from altprop import ConfigError, RuleError, explain, using, watch
 from altprop.lab.config import read_config
+from altprop.lab.record import read_record
 from altprop.lab.reporting.metrics import Records, read_metrics
 from altprop.lab.sample_command import load_run
 from altprop.lab.settings import TrainConfig
@@ -22,17 +23,18 @@ from altprop.lm.text import CharTokenizer
 
 @dataclass(frozen=True)
 class RunFacts:
-    """A run's folder.
+    """A run's folder; `record`, the command that made it, the versions and the machine.
 
     **Arguments:** `which`, the checkpoint that the rest is of, if the run has kept one;
     `explained` and `notes`, what `explain` says, if the model has a rule; `read`, how each
-    parameter was read in one backward pass; `sample`, what the model writes; `unsettled`, how many of its
-    characters were read from a state that is no equilibrium.
+    parameter was read in one backward pass; `sample`, what the model writes; `unsettled`, how many
+    of its characters were read from a state that is no equilibrium.
     """
 
     folder: Path
     config: TrainConfig
     records: Records
+    record: dict[str, Any]
     which: str | None
     parameters: int
     explained: tuple[tuple[str, ...], ...]
@@ -54,9 +56,10 @@ def run_facts(folder: Path, sample: int = 400, device: str = "auto") -> RunFacts
         raise ConfigError(f"sample is {sample}, expected at least 0")
     records = read_metrics(folder)
     config = read_config(folder / "config.yaml", TrainConfig)
+    record = read_record(folder)
     kept = [name for name in ("best", "last") if (folder / f"{name}.safetensors").is_file()]
     if not kept:
-        return RunFacts(folder, config, records, None, 0, (), (), {}, "", 0)
+        return RunFacts(folder, config, records, record, None, 0, (), (), {}, "", 0)
     which = cast(Literal["best", "last"], kept[0])
     model, tokenizer = load_run(folder, which, device)
     read = _read(model, len(tokenizer), config)
@@ -66,6 +69,7 @@ def run_facts(folder: Path, sample: int = 400, device: str = "auto") -> RunFacts
         folder=folder,
         config=config,
         records=records,
+        record=record,
         which=which,
         parameters=count_parameters(model),
         explained=explained,

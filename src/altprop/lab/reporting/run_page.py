@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-import platform
-import shlex
-import time
-from collections.abc import Sequence
 from typing import Any
 
-import torch
-
-import altprop
 from altprop.lab.reporting.markup import Markup, chart, markup, section, table, tag
 from altprop.lab.reporting.metrics import Records, refused_steps, series
 from altprop.lab.reporting.numbers import large, number
-from altprop.lab.reporting.page import page
+from altprop.lab.reporting.page import again, page
 from altprop.lab.reporting.run_facts import RunFacts
 from altprop.lab.reporting.thin import thin
 
@@ -44,7 +37,7 @@ def run_page(run: RunFacts) -> str:
     title = f"{_text_name(run)}: {run.config.model} by {run.config.method}"
     body = markup(
         _head(title, run), _charts(data), _failures(run.records), _sample(run), _signals(run),
-        _record(run),
+        again(run.record, (run.folder / "config.yaml").read_text(encoding="utf-8"), run.config.data),
     )  # fmt: skip
     return page(title, body, data)
 
@@ -165,21 +158,4 @@ def _signals(run: RunFacts) -> Markup:
         table(head, rows, class_="first"),
         *(tag("p", f"Note: {said}", class_="note") for said in run.notes),
         id="signals",
-    )
-
-
-def _record(run: RunFacts) -> Markup:
-    config = run.folder / "config.yaml"
-    facts: Sequence[tuple[str, object]] = (
-        ("command", tag("code", f"altprop train --config {shlex.quote(str(config))} --overwrite")),
-        ("versions", f"altprop {altprop.__version__}, torch {torch.__version__}, "
-                     f"python {platform.python_version()} (of this page)"),
-        ("page made", time.strftime("%Y-%m-%d %H:%M")),
-    )  # fmt: skip
-    rows = [(tag("strong", name), said) for name, said in facts]
-    return section(
-        "How to do it again",
-        table(("", ""), rows, class_="record"),
-        tag("pre", config.read_text(encoding="utf-8")),
-        id="record",
     )

@@ -56,6 +56,7 @@ const short = (value) => {
 const shorten = (text, most) => (text.length > most ? `${text.slice(0, most - 1)}…` : text);
 const shortenStart = (text, most) => (text.length > most ? `…${text.slice(1 - most)}` : text);
 const bare = { background: "none", color: "var(--ink)", fontSize: "12px" };
+const halo = { stroke: "var(--card)", strokeWidth: 4 };
 const tipStyle = { fill: "var(--card)", stroke: "var(--faint)" };
 
 // Ticks that are whole decades, or those of the scale itself where there are none.
@@ -64,7 +65,7 @@ const logTicks = ([low, high]) => {
   const every = Math.ceil(decades.length / 6);
   return decades.length > 1 ? decades.filter((_, i) => i % every === 0) : undefined;
 };
-const logFormat = (value) => (value >= 1e-2 && value < 1e5 ? d3.format(",~r")(value) : d3.format(".0~e")(value).replace("-", "−"));
+const logFormat = (value) => (value >= 1e-3 && value < 1e5 ? d3.format(",~r")(value) : d3.format(".0~e")(value).replace("-", "−"));
 
 // Pairs of a step and a value; a value that is none is a gap in the line.
 const zip = (steps, values, scale = 1) =>
@@ -82,7 +83,7 @@ function endLabels(svg, plot, labels, right) {
   const over = placed.length ? placed[placed.length - 1].at - bottom : 0;
   if (over > 0) placed[placed.length - 1].at -= over;
   for (let i = placed.length - 2; i >= 0; i--) placed[i].at = Math.min(placed[i].at, placed[i + 1].at - gap);
-  d3.select(svg).append("g").attr("class", "ends").attr("font-size", 12)
+  d3.select(svg).append("g").attr("class", "ends").attr("font-size", 12).attr("text-anchor", "start")
     .selectAll("text").data(placed).join("text")
     .attr("x", right + 8).attr("y", (d) => d.at).attr("dy", "0.32em").attr("fill", (d) => d.colour)
     .text((d) => d.text)

@@ -39,17 +39,19 @@ function closeness(width, mode, axis) {
   const chars = Math.min(longest, 40);
   const marginLeft = narrow ? 4 : Math.max(90, chars * 6.9 + 12), marginRight = narrow ? 12 : 170;
 
-  // an interval of few seeds may be wider than all means together: it is cut off there
+  // an interval of few seeds may be wider than all means together, and a recovery beyond all
+  // measure where frozen comes near backprop: what is outside is cut off, its label is not
   const ends = [...rows.map((row) => row.mean), ...lines.map(([at]) => at)];
   const span = (d3.max(ends) - d3.min(ends) || Math.abs(ends[0]) || 1) * 0.35;
   const reach = rows.flatMap((row) => row.interval ?? []);
-  const low = Math.max(d3.min(ends) - span, d3.min([...ends, ...reach]));
-  const high = Math.min(d3.max(ends) + span, d3.max([...ends, ...reach]));
+  const [least, most] = mode === "recovery" ? [-100, 200] : [-Infinity, Infinity];
+  const low = Math.max(least, d3.min(ends) - span, d3.min([...ends, ...reach]));
+  const high = Math.min(most, d3.max(ends) + span, d3.max([...ends, ...reach]));
   const pad = (high - low) * 0.03 || 1;
   const domain = [mode === "recovery" && low >= 0 ? 0 : low - pad, high + pad];
   const colour = (row) => (row.control ? "var(--control)" : "var(--bar)");
   const dy = narrow ? 9 : 0, inset = narrow ? 24 : 5;
-  const labelled = lines.filter(([at]) => at >= domain[0] && at <= domain[1]);
+  const labelled = d3.sort(lines.filter(([at]) => at >= domain[0] && at <= domain[1]), ([at]) => at);
   const near = labelled.length === 2 && Math.abs(labelled[0][0] - labelled[1][0]) / (domain[1] - domain[0]) < 0.2;
   const plot = Plot.plot({
     width, height: rows.length * height + 66, marginLeft, marginRight, marginTop: 24, marginBottom: 42, style: bare,
@@ -57,10 +59,10 @@ function closeness(width, mode, axis) {
     y: { domain: rows.map((row) => row.name), axis: null, padding: 0 },
     marks: [
       Plot.ruleX(lines, { x: "0", stroke: "var(--soft)", strokeDasharray: "4 3" }),
-      Plot.text(labelled, {
-        x: "0", text: "1", frameAnchor: "top", dy: -10, fill: "var(--soft)",
-        textAnchor: near ? undefined : "middle", clip: false,
-      }),
+      ...labelled.map((line, i) => Plot.text([line], {
+        x: "0", text: "1", frameAnchor: "top", dy: -10, dx: near ? 6 * i - 3 : 0, fill: "var(--soft)",
+        textAnchor: near ? ["end", "start"][i] : "middle",
+      })),
       mode === "recovery"
         ? Plot.barX(rows, { x1: 0, x2: "mean", y: "name", fill: colour, insetTop: inset, insetBottom: 5, clip: true, className: "means" })
         : null,
@@ -72,11 +74,11 @@ function closeness(width, mode, axis) {
         ? null
         : Plot.dot(rows, { x: "mean", y: "name", r: 4.5, fill: colour, dy, className: "means" }),
       narrow
-        ? Plot.text(rows, { x: domain[0], y: "name", text: (row) => shorten(row.name, Math.floor((width - 150) / 6.8)), textAnchor: "start", dy: -8, title: "name" })
+        ? Plot.text(rows, { x: domain[0], y: "name", text: (row) => shorten(row.name, Math.floor((width - 150) / 6.8)), textAnchor: "start", dy: -8, title: "name", ...halo })
         : Plot.text(rows, { x: domain[0], y: "name", text: (row) => shorten(row.name, 40), textAnchor: "end", dx: -8, title: "name" }),
       Plot.text(rows, {
         x: domain[1], y: "name", text: "label", textAnchor: narrow ? "end" : "start", dx: narrow ? 0 : 8,
-        dy: narrow ? -8 : 0, fill: "var(--soft)", fontVariant: "tabular-nums",
+        dy: narrow ? -8 : 0, fill: "var(--soft)", fontVariant: "tabular-nums", ...halo,
       }),
     ],
   });
