@@ -41,6 +41,7 @@ def chart_data(comparison: Comparison) -> dict[str, Any]:
         "score": {**{k: task[k] for k in ("unit", "better")}, "name": task["score"]},
         "chance": finite(task["chance"]),
         "steps": steps,
+        "start": "recovery" if _gains(comparison.arms) else "score",
         "arms": [_drawn(arm, task["unit"], most) for arm in comparison.arms],
     }
 
@@ -56,7 +57,7 @@ def _drawn(arm: Arm, unit: str, most: int) -> dict[str, Any]:
         "values": {
             "recovery": _value(arm["recovery"], "%", 100),
             "score": _value(arm, unit),
-            "difference": _value(arm["difference"], unit, signed=True),
+            "difference": _value(arm["difference"], _points(unit), signed=True),
             "equal_cost": _value(arm["equal_cost"], unit),
         },
         "relative": finite(cost.get("relative")),
@@ -95,6 +96,11 @@ def _value(
     }
 
 
+def _points(unit: str) -> str:
+    """Return the unit of a difference."""
+    return "points" if unit == "%" else unit
+
+
 def _head(title: str, results: Mapping[str, Any], arms: Sequence[Arm]) -> Markup:
     task = results["task"]
     seeds = len(results["seeds"])
@@ -120,7 +126,8 @@ def verdict(results: Mapping[str, Any], arms: Sequence[Arm]) -> Markup:
     rules = [arm for arm in arms if not arm["control"] and arm["mean"] is not None]
     if not rules:
         return markup("No rule has a score yet.")
-    if judged := [arm for arm in rules if arm["recovery"] and finite(arm["recovery"]["mean"])]:
+    judged = [arm for arm in rules if arm["recovery"] and arm["recovery"]["mean"] is not None]
+    if judged and _gains(arms):
         best = max(judged, key=lambda arm: arm["recovery"]["mean"])
         recovery = _value(best["recovery"], "%", 100)
         assert recovery is not None
@@ -140,7 +147,16 @@ def verdict(results: Mapping[str, Any], arms: Sequence[Arm]) -> Markup:
         if not same:
             why = " reaches backprop: no paired difference's 95 % interval holds 0."
         said = markup(said, " ", count, why)
+    if judged and not _gains(arms):
+        doubt = " Backprop itself cannot be told from frozen hidden layers, so no recovery is sure."
+        said = markup(said, doubt)
     return said
+
+
+def _gains(arms: Sequence[Arm]) -> bool:
+    """Tell whether backprop is better than frozen hidden layers, by the seeds' pairs."""
+    frozen = next((arm["difference"] for arm in arms if arm["rule"] == "frozen"), None)
+    return _has_interval(frozen) and not frozen["interval"][0] <= 0 <= frozen["interval"][1]
 
 
 def _has_interval(found: Mapping[str, Any] | None) -> bool:
@@ -183,7 +199,7 @@ def _figures(results: Mapping[str, Any], arms: Sequence[Arm]) -> Markup:
         cost = arm["cost"] or {}
         values = [
             interval(arm["mean"], arm["interval"], unit),
-            _label(arm["difference"], unit, signed=True),
+            _label(arm["difference"], _points(unit), signed=True),
             _label(arm["recovery"], "%", 100),
             _label(arm["equal_cost"], unit),
         ]

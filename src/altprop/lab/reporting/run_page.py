@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from altprop.lab.reporting.markup import Markup, chart, markup, section, table, tag
@@ -14,51 +15,76 @@ from altprop.lab.reporting.thin import thin
 MOST = 3000
 """How many points of a line are drawn."""
 
-_LOSS = "cross-entropy (nats per token)"
-# title, unit, what a tip says after a number, logarithmic, from zero, height, and the lines
-_PANELS: tuple[tuple[str, str, str, bool, bool, int, tuple[tuple[str, str, str], ...]], ...] = (
-    ("Loss", _LOSS, "nats per token", False, False, 340, (
-        ("training", "loss", "--faint"), ("validation", "validation_loss", "--s0"))),
-    ("Residuals", "worst relative residual", "", True, False, 220, (
-        ("free", "free_residual", "--s0"), ("adjoint", "adjoint_residual", "--s1"))),
-    ("Evaluations", "evaluations of the force per step", "", False, True, 200, (
-        ("free", "free_evaluations", "--s0"), ("adjoint", "adjoint_evaluations", "--s1"))),
-    ("Gradient norm", "norm before clipping", "", False, True, 180, (
-        ("gradient", "gradient_norm", "--s2"),)),
-    ("Learning rate", "learning rate", "", False, True, 160, (("rate", "lr", "--s3"),)),
-    ("Speed", "tokens per second", "tokens per second", False, True, 160, (
-        ("speed", "tokens_per_second", "--s6"),)),
-)  # fmt: skip
+
+@dataclass(frozen=True)
+class Panel:
+    """One chart over the steps.
+
+    **Arguments:** `lines`, of each its name, what it is called in the metrics, and its colour.
+    """
+
+    title: str
+    unit: str
+    lines: tuple[tuple[str, str, str], ...]
+    height: int = 180
+    log: bool = False
+    zero: bool = True
+
+
+PANELS = (
+    Panel(
+        "Loss",
+        "cross-entropy (nats per token)",
+        (("training", "loss", "--control"), ("validation", "validation_loss", "--s0")),
+        height=340,
+        zero=False,
+    ),
+    Panel(
+        "Residuals",
+        "worst relative residual",
+        (("free", "free_residual", "--s0"), ("adjoint", "adjoint_residual", "--s1")),
+        height=220,
+        log=True,
+        zero=False,
+    ),
+    Panel(
+        "Evaluations",
+        "evaluations of the force per step",
+        (("free", "free_evaluations", "--s0"), ("adjoint", "adjoint_evaluations", "--s1")),
+        height=200,
+    ),
+    Panel("Gradient norm", "norm before clipping", (("norm", "gradient_norm", "--s2"),)),
+    Panel("Learning rate", "learning rate", (("rate", "lr", "--s3"),)),
+    Panel("Speed", "tokens per second", (("speed", "tokens_per_second", "--s6"),)),
+)
 
 
 def run_page(run: RunFacts) -> str:
     """Return the page of a run."""
     data = chart_data(run.records)
+    options = (run.folder / "config.yaml").read_text(encoding="utf-8")
     title = f"{_text_name(run)}: {run.config.model} by {run.config.method}"
     body = markup(
         _head(title, run), _charts(data), _failures(run.records), _sample(run), _signals(run),
-        again(run.record, (run.folder / "config.yaml").read_text(encoding="utf-8"), run.config.data),
+        again(run.record, options, run.config.data),
     )  # fmt: skip
     return page(title, body, data)
 
 
 def chart_data(records: Records) -> dict[str, Any]:
     """Return what the charts of a run are drawn from: a panel for each thing that was measured."""
-    panels = []
-    for title, unit, said, log, zero, height, names in _PANELS:
+    panels: list[dict[str, Any]] = []
+    for panel in PANELS:
         lines = []
-        for name, key, colour in names:
+        for name, key, colour in panel.lines:
             steps, values = series(records, key)
-            kept = thin({"steps": steps, "values": values}, MOST)
             if steps:
-                dots = key == "validation_loss"
-                lines.append({"name": name, "key": key, "colour": colour, "dots": dots, **kept})
+                kept = thin({"steps": steps, "values": values}, MOST)
+                sparse = key == "validation_loss"
+                lines.append({"name": name, "colour": colour, "sparse": sparse, **kept})
         if lines:
-            panels.append({
-                "title": title, "unit": unit, "said": said, "log": log, "zero": zero,
-                "height": height, "lines": [{**line, "thin": not line["dots"]} for line in lines],
-                "doubts": {"steps": [], "values": []}, "refused": [],
-            })  # fmt: skip
+            nothing = {"doubts": {"steps": [], "values": []}, "refused": []}
+            panels.append({**asdict(panel), "lines": lines, **nothing})
     if panels:
         doubted = [r for r in records if r.get("validation_settled") is False]
         steps, values = series(doubted, "validation_loss")

@@ -17,7 +17,7 @@ charts.closeness = (figure) => {
     equal_cost: ["At equal cost", `${said} when as much is spent as backprop spends`],
   };
   const there = Object.keys(names).filter((mode) => page.arms.some((arm) => arm.values[mode]));
-  let mode = there[0];
+  let mode = there.includes(page.start) ? page.start : there[0];
   if (there.length > 1) {
     const options = there.map((name) => [name, names[name][0]]);
     figure.querySelector(".controls").append(oneOf("", options, mode, (value) => { mode = value; figure.redraw(); }));
@@ -73,6 +73,7 @@ function closeness(width, mode, axis) {
       mode === "recovery"
         ? null
         : Plot.dot(rows, { x: "mean", y: "name", r: 4.5, fill: colour, dy, className: "means" }),
+      Plot.text(rows.filter((row) => row.mean < domain[0]), { x: domain[0], y: "name", text: () => "‹ off the axis", textAnchor: "start", dx: 6, dy, fill: "var(--card)" }),
       narrow
         ? Plot.text(rows, { x: domain[0], y: "name", text: (row) => shorten(row.name, Math.floor((width - 150) / 6.8)), textAnchor: "start", dy: -8, title: "name", ...halo })
         : Plot.text(rows, { x: domain[0], y: "name", text: (row) => shorten(row.name, 40), textAnchor: "end", dx: -8, title: "name" }),
@@ -310,12 +311,12 @@ charts.series = (figure) => {
       y: { type: log && seen.length ? "log" : "linear", label: panel.unit, labelArrow: "none", grid: true, nice: !log, zero: panel.zero && !log, ticks: log ? 5 : 6, tickFormat: log ? logFormat : undefined },
       marks: [
         ...panel.lines.map((line, i) => Plot.line(points.filter((p) => p.line === line), {
-          x: "x", y: "y", stroke: `var(${line.colour})`, strokeWidth: line.thin ? 0.9 : 2,
-          marker: line.dots ? "dot" : undefined, className: `line line-${i}`,
+          x: "x", y: "y", stroke: `var(${line.colour})`, strokeWidth: line.sparse ? 2 : 0.9,
+          marker: line.sparse ? "dot" : undefined, className: `line line-${i}`,
         })),
         Plot.dot(zip(panel.doubts.steps, panel.doubts.values), { x: "x", y: "y", symbol: "times", r: 5, stroke: "var(--bad)", strokeWidth: 2 }),
         Plot.tickX(panel.refused, { x: (d) => d, y: undefined, stroke: "var(--bad)", insetBottom: panel.height - 74 }),
-        Plot.tip(seen, Plot.pointer({ x: "x", y: "y", ...tipStyle, title: (p) => `${p.line.name}: ${short(p.y)} ${panel.said}\nstep ${short(p.x)}` })),
+        Plot.tip(seen, Plot.pointer({ x: "x", y: "y", ...tipStyle, title: (p) => `${p.line.name}: ${short(p.y)}\nstep ${short(p.x)}` })),
       ],
     });
     if (wide) {
