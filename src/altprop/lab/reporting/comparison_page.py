@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from altprop.lab.reporting.comparison import Comparison
-from altprop.lab.reporting.markup import Markup, chart, finite, markup, section, table, tag
+from altprop.lab.reporting.markup import Markup, chart, finite, markup, name, section, table, tag
 from altprop.lab.reporting.numbers import duration, interval, large, number
 from altprop.lab.reporting.page import again, page
 from altprop.lab.reporting.thin import average, most_points, thin
@@ -156,7 +156,10 @@ def verdict(results: Mapping[str, Any], arms: Sequence[Arm]) -> Markup:
 def _gains(arms: Sequence[Arm]) -> bool:
     """Tell whether backprop is better than frozen hidden layers, by the seeds' pairs."""
     frozen = next((arm["difference"] for arm in arms if arm["rule"] == "frozen"), None)
-    return _has_interval(frozen) and not frozen["interval"][0] <= 0 <= frozen["interval"][1]
+    if frozen is None or not _has_interval(frozen):
+        return False
+    low, high = frozen["interval"]
+    return not low <= 0 <= high
 
 
 def _has_interval(found: Mapping[str, Any] | None) -> bool:
@@ -173,8 +176,8 @@ def _closeness(results: Mapping[str, Any]) -> Markup:
 
 
 def _failures(arms: Sequence[Arm]) -> Markup:
-    rows = [(arm["name"], "refused", arm["refused"]) for arm in arms if arm["refused"]]
-    rows += [(arm["name"], "failed", arm["failed"]) for arm in arms if arm["failed"]]
+    rows = [(name(arm["name"]), "refused", arm["refused"]) for arm in arms if arm["refused"]]
+    rows += [(name(arm["name"]), "failed", arm["failed"]) for arm in arms if arm["failed"]]
     if not rows:
         return markup()
     return section("Refused or failed", table(("arm", "", "why"), rows), id="failures")
@@ -213,7 +216,7 @@ def _figures(results: Mapping[str, Any], arms: Sequence[Arm]) -> Markup:
             large(cost.get("carried_numbers")),
             large(cost.get("parameters")),
         ]
-        rows.append((arm["name"], *values, rate, *costs))
+        rows.append((name(arm["name"]), *values, rate, *costs))
     note = tag(
         "p",
         "Means with 95 % intervals. The paired difference is the arm minus backprop, seed by seed. "
@@ -259,7 +262,7 @@ def _reading(arms: Sequence[Arm]) -> Markup:
         for found in arm["read"] or ():
             ways.setdefault(found["how"], []).append(found["parameter"])
         rows += [
-            (arm["name"] if first else "", how, _counted(names))
+            (name(arm["name"]) if first else "", how, _counted(names))
             for first, (how, names) in zip([True] + [False] * len(ways), ways.items(), strict=False)
         ]
     if not rows:
@@ -277,17 +280,14 @@ def _reading(arms: Sequence[Arm]) -> Markup:
 def _counted(names: Sequence[str]) -> Markup:
     """Return names in one cell, behind their number where they are many."""
     if len(names) <= 4:
-        return markup(", ".join(names))
-    return tag("details", tag("summary", f"{len(names)} parameters"), ", ".join(names))
+        return name(", ".join(names))
+    return tag("details", tag("summary", f"{len(names)} parameters"), name(", ".join(names)))
 
 
 def _rates(arms: Sequence[Arm]) -> Markup:
     if not any(arm["rates"] for arm in arms):
         return markup()
-    caption = (
-        "Each arm's own search; darker is better within the arm, the ring is the chosen rate, a "
-        "cross one that failed."
-    )
+    caption = "Each arm's own search: the ring is the chosen rate, a cross is one that failed."
     return section("The search for a rate", chart("rates", caption), id="rates")
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import html
 import json
 import math
+import re
 from collections.abc import Iterable, Sequence
+from itertools import repeat
 from typing import Any
 
 
@@ -30,6 +32,13 @@ def tag(name: str, *inside: object, **attributes: object) -> Markup:
         for key, value in attributes.items()
     )
     return Markup(f"<{name}{words}>{markup(*inside)}</{name}>")
+
+
+def name(text: str) -> Markup:
+    """Return a long name that may be broken behind its marks."""
+    parts = re.split(r"(?<=[(,=._])", text)
+    inside = [part for pair in zip(parts, repeat(Markup("<wbr>")), strict=False) for part in pair]
+    return tag("span", *inside[:-1], class_="name")
 
 
 def table(head: Sequence[object], rows: Iterable[Sequence[object]], **attributes: object) -> Markup:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from altprop.lab.reporting.markup import Markup, chart, markup, section, table, tag
+from altprop.lab.reporting.markup import Markup, chart, markup, name, section, table, tag
 from altprop.lab.reporting.metrics import Records, refused_steps, series
 from altprop.lab.reporting.numbers import large, number
 from altprop.lab.reporting.page import again, page
@@ -174,10 +174,10 @@ def _signals(run: RunFacts) -> Markup:
     if run.explained:
         columns = ("rule", "signal", "feedback", "kind", "seed", "Wᵀ remains", "read backwards")
         head: tuple[str, ...] = ("parameter", *columns)
-        rows = run.explained
+        rows = tuple((name(first), *rest) for first, *rest in run.explained)
     else:
         head = ("parameter", "signal", "read backwards")
-        rows = tuple((name, "backprop", how) for name, how in run.read.items())
+        rows = tuple((name(first), "backprop", how) for first, how in run.read.items())
     return section(
         "What each parameter receives, and what was read backwards",
         note,

@@ -75,7 +75,7 @@ function closeness(width, mode, axis) {
         : Plot.dot(rows, { x: "mean", y: "name", r: 4.5, fill: colour, dy, className: "means" }),
       Plot.text(rows.filter((row) => row.mean < domain[0]), { x: domain[0], y: "name", text: () => "‹ off the axis", textAnchor: "start", dx: 6, dy, fill: "var(--card)" }),
       narrow
-        ? Plot.text(rows, { x: domain[0], y: "name", text: (row) => shorten(row.name, Math.floor((width - 150) / 6.8)), textAnchor: "start", dy: -8, title: "name", ...halo })
+        ? Plot.text(rows, { x: domain[0], y: "name", text: (row) => shorten(row.name, Math.floor((width - 150) / 6.8)), textAnchor: "start", dy: -8, title: "name", fill: "var(--ink)", ...halo })
         : Plot.text(rows, { x: domain[0], y: "name", text: (row) => shorten(row.name, 40), textAnchor: "end", dx: -8, title: "name" }),
       Plot.text(rows, {
         x: domain[1], y: "name", text: "label", textAnchor: narrow ? "end" : "start", dx: narrow ? 0 : 8,
@@ -257,9 +257,17 @@ function auditControls() {
 
 // ---- Comparison: the search for a rate
 
-charts.rates = () => (width) => {
-  const sign = page.score.better === "lower" ? -1 : 1;
+charts.rates = (figure) => {
   const shades = ["--p1", "--p2", "--p3", "--p4", "--p5", "--p6"];
+  const key = element("div", { class: "key" }, element("b", {}, "worse"));
+  for (const shade of shades) key.append(element("i", { style: `background: var(${shade})` }));
+  key.append(element("b", {}, "better, within the arm"));
+  figure.querySelector(".controls").append(key);
+  return (width) => rates(width, shades);
+};
+
+function rates(width, shades) {
+  const sign = page.score.better === "lower" ? -1 : 1;
   const rows = page.arms.filter((arm) => arm.rates.length);
   const tried = rows.flatMap((arm) => {
     const [worst, best] = d3.extent(arm.rates.filter((r) => !r.failed && r.score !== null), (r) => sign * r.score);
@@ -270,8 +278,8 @@ charts.rates = () => (width) => {
   });
   const narrow = width < 620;
   const chars = Math.min(d3.max(rows, (arm) => arm.name.length), narrow ? 18 : 40);
-  const rates = d3.extent(tried, (rate) => rate.lr);
-  const domain = [rates[0] / 1.5, rates[1] * 1.5];
+  const [least, most] = d3.extent(tried, (rate) => rate.lr);
+  const domain = [least / 1.5, most * 1.5];
   return Plot.plot({
     width, height: rows.length * 22 + 52, marginLeft: chars * 6.9 + 14, marginRight: 16, marginTop: 6, marginBottom: 42, style: bare,
     x: { type: "log", domain, label: "learning rate", labelAnchor: "center", labelArrow: "none", tickFormat: logFormat, ticks: logTicks(domain), grid: true },
@@ -283,7 +291,7 @@ charts.rates = () => (width) => {
       Plot.tip(tried, Plot.pointer({ x: "lr", y: "arm", ...tipStyle, title: (rate) => `${rate.arm}\nrate ${short(rate.lr)}: ${rate.part === null ? "failed" : `${short(rate.score)} ${page.score.unit}`}${rate.chosen ? ", chosen" : ""}` })),
     ],
   });
-};
+}
 
 // ---- Run: what was measured step by step
 
