@@ -76,12 +76,12 @@ def chart_data(records: Records) -> dict[str, Any]:
     panels: list[dict[str, Any]] = []
     for panel in PANELS:
         lines = []
-        for name, key, colour in panel.lines:
+        for label, key, colour in panel.lines:
             steps, values = series(records, key)
             if steps:
                 kept = thin({"steps": steps, "values": values}, MOST)
                 sparse = key == "validation_loss"
-                lines.append({"name": name, "colour": colour, "sparse": sparse, **kept})
+                lines.append({"name": label, "colour": colour, "sparse": sparse, **kept})
         if lines:
             nothing = {"doubts": {"steps": [], "values": []}, "refused": []}
             panels.append({**asdict(panel), "lines": lines, **nothing})

@@ -50,7 +50,7 @@ const short = (value) => {
   if (value === null || value === undefined || Number.isNaN(value)) return "–";
   const size = Math.abs(value);
   const text = size !== 0 && (size < 1e-3 || size >= 1e6) ? d3.format(".2e")(value) : d3.format(",.4~r")(value);
-  return text.replace(/^-/, "−");
+  return text.replace(/-/g, "−");
 };
 
 const shorten = (text, most) => (text.length > most ? `${text.slice(0, most - 1)}…` : text);
@@ -71,9 +71,9 @@ const logFormat = (value) => (value >= 1e-3 && value < 1e5 ? d3.format(",~r")(va
 const zip = (steps, values, scale = 1) =>
   steps.map((step, i) => ({ x: step * scale, y: values[i] === null ? NaN : values[i] }));
 
-// Labels at the right ends of lines, moved apart where they would overlap.
-function endLabels(svg, plot, labels, right) {
-  const y = plot.scale("y"), gap = 14;
+// Labels behind the ends of lines, moved apart where they would overlap.
+function endLabels(plot, labels) {
+  const y = plot.scale("y"), x = plot.scale("x"), gap = 14;
   const placed = labels
     .filter((label) => Number.isFinite(y.apply(label.y)))
     .map((label) => ({ ...label, at: y.apply(label.y) }))
@@ -83,9 +83,10 @@ function endLabels(svg, plot, labels, right) {
   const over = placed.length ? placed[placed.length - 1].at - bottom : 0;
   if (over > 0) placed[placed.length - 1].at -= over;
   for (let i = placed.length - 2; i >= 0; i--) placed[i].at = Math.min(placed[i].at, placed[i + 1].at - gap);
-  d3.select(svg).append("g").attr("class", "ends").attr("font-size", 12).attr("text-anchor", "start")
+  d3.select(plot).append("g").attr("class", "ends").attr("font-size", 12).attr("text-anchor", "start")
+    .attr("stroke", "var(--card)").attr("stroke-width", 3).attr("paint-order", "stroke")
     .selectAll("text").data(placed).join("text")
-    .attr("x", right + 8).attr("y", (d) => d.at).attr("dy", "0.32em").attr("fill", (d) => d.colour)
+    .attr("x", (d) => x.apply(d.x) + 8).attr("y", (d) => d.at).attr("dy", "0.32em").attr("fill", (d) => d.colour)
     .text((d) => d.text)
     .append("title").text((d) => d.title ?? d.text);
 }

@@ -54,13 +54,13 @@ function closeness(width, mode, axis) {
   const labelled = d3.sort(lines.filter(([at]) => at >= domain[0] && at <= domain[1]), ([at]) => at);
   const near = labelled.length === 2 && Math.abs(labelled[0][0] - labelled[1][0]) / (domain[1] - domain[0]) < 0.2;
   const plot = Plot.plot({
-    width, height: rows.length * height + 66, marginLeft, marginRight, marginTop: 24, marginBottom: 42, style: bare,
+    width, height: rows.length * height + 70, marginLeft, marginRight, marginTop: 28, marginBottom: 42, style: bare,
     x: { domain, label: axis, labelAnchor: "center", labelArrow: "none", ticks: Math.max(3, Math.min(8, width / 110)), grid: true },
     y: { domain: rows.map((row) => row.name), axis: null, padding: 0 },
     marks: [
       Plot.ruleX(lines, { x: "0", stroke: "var(--soft)", strokeDasharray: "4 3" }),
       ...labelled.map((line, i) => Plot.text([line], {
-        x: "0", text: "1", frameAnchor: "top", dy: -10, dx: near ? 6 * i - 3 : 0, fill: "var(--soft)",
+        x: "0", text: "1", frameAnchor: "top", dy: -14, dx: near ? 6 * i - 3 : 0, fill: "var(--soft)",
         textAnchor: near ? ["end", "start"][i] : "middle",
       })),
       mode === "recovery"
@@ -159,7 +159,7 @@ function curves(width, state, drawn, shown) {
     marks.push(line(mean, { strokeWidth: style.width, strokeOpacity: style.front ? 1 : 0.8, className: `mean mean-${page.arms.indexOf(arm)}` }));
     for (const p of mean) if (Number.isFinite(p.y)) points.push({ ...p, arm });
     const last = mean.findLast((p) => Number.isFinite(p.y));
-    if (last && style.front) ends.push({ y: last.y, text: shorten(arm.name, 26), title: arm.name, colour: style.colour });
+    if (last && style.front) ends.push({ ...last, text: shorten(arm.name, 26), title: arm.name, colour: style.colour });
   }
   const unit = { steps: "steps", cost: "cost (steps of backprop that cost as much)", time: "time (s)" }[state.x];
   const what = state.y === "loss" ? "loss" : `${page.score.name}${page.score.unit ? ` (${page.score.unit})` : ""}`;
@@ -187,7 +187,7 @@ function curves(width, state, drawn, shown) {
       })),
     ],
   });
-  if (wide) endLabels(plot, plot, ends, width - marginRight);
+  if (wide) endLabels(plot, ends);
   return plot;
 }
 
@@ -226,7 +226,7 @@ charts.audit = (figure) => {
       color: { type: "threshold", domain: scale.at, range: scale.colours.map((name) => `var(${name})`) },
       marks: [
         Plot.cell(cells, { x: "step", y: "name", fill: (cell) => cell[audit.value] ?? NaN, className: "cells" }),
-        Plot.text(last, { y: "name", text: (cell) => (cell[audit.value] === null ? "–" : d3.format(".2f")(cell[audit.value]).replace("-", "−")), frameAnchor: "right", textAnchor: "start", dx: 6, fill: "var(--ink)" }),
+        Plot.text(last, { y: "name", text: (cell) => (cell[audit.value] === null ? "–" : audit.value === "cosine" ? d3.format(".2f")(cell.cosine).replace("-", "−") : d3.format(".3~r")(cell.ratio)), frameAnchor: "right", textAnchor: "start", dx: 6, fill: "var(--ink)" }),
         Plot.tip(cells, Plot.pointer({ x: "step", y: "name", ...tipStyle, title: (c) => `${c.name}, step ${c.step}\ncosine ${short(c.cosine)}\nnorm ratio ${short(c.ratio)}` })),
       ],
     });
@@ -329,7 +329,7 @@ charts.series = (figure) => {
     });
     if (wide) {
       const ends = panel.lines.map((line) => [line, seen.filter((p) => p.line === line).at(-1)]).filter(([, p]) => p);
-      endLabels(plot, plot, ends.map(([line, p]) => ({ y: p.y, text: short(p.y), title: line.name, colour: `var(${line.colour})` })), width - marginRight);
+      endLabels(plot, ends.map(([line, p]) => ({ ...p, text: short(p.y), title: line.name, colour: `var(${line.colour})` })));
     }
     return plot;
   };
