@@ -86,16 +86,21 @@ def plot_comparison(comparison: Comparison, path: Path) -> Path:
         scores.plot(arm["mean"], height, "o", color=colour, markersize=5)
     scores.set_yticks(range(len(scored)), [_literal(arm["name"]) for arm in scored])
     scores.set_xlabel(_literal(f"{unit}, mean and 95 % interval"))
-    for arm in arms:
+    dashes = "-", "--", ":", "-."  # more arms than colours differ by their dashes
+    looks = [(f"C{i % 10}", dashes[i // 10 % 4]) for i in range(len(arms))]
+    drawn = [arm for arm in arms if arm["curves"]]
+    for arm, (colour, dash) in zip(drawn, looks, strict=False):
         mean = average(arm["curves"])
         values = [math.nan if value is None else value for value in mean["score"]]
-        (line,) = curves.plot(mean["steps"], values, linewidth=1, label=_literal(arm["name"]))
+        width = 1
         if arm["rule"] in ("backprop", "frozen"):
-            line.set(color="black" if arm["rule"] == "backprop" else "0.5", linewidth=2)
+            colour, width = "black" if arm["rule"] == "backprop" else "0.5", 2
+        curves.plot(mean["steps"], values, dash, color=colour, linewidth=width,
+                    label=_literal(arm["name"]))  # fmt: skip
     curves.set_xlabel("step")
     curves.set_ylabel(_literal(unit))
-    if any(arm["curves"] for arm in arms):
-        curves.legend(frameon=False, fontsize=7, ncols=1 + len(arms) // 16)
+    if drawn:
+        curves.legend(frameon=False, fontsize=7, ncols=1 + len(drawn) // 16)
     for axis in (scores, curves):
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.25)

@@ -174,10 +174,10 @@ def _signals(run: RunFacts) -> Markup:
     if run.explained:
         columns = ("rule", "signal", "feedback", "kind", "seed", "Wᵀ remains", "read backwards")
         head: tuple[str, ...] = ("parameter", *columns)
-        rows = tuple((name(first), *rest) for first, *rest in run.explained)
+        rows = tuple((name(row[0]), *row[1:-1], name(row[-1])) for row in run.explained)
     else:
         head = ("parameter", "signal", "read backwards")
-        rows = tuple((name(first), "backprop", how) for first, how in run.read.items())
+        rows = tuple((name(first), "backprop", name(how)) for first, how in run.read.items())
     return section(
         "What each parameter receives, and what was read backwards",
         note,

@@ -150,7 +150,7 @@ function curves(width, state, drawn, shown) {
   const order = [...usable].sort((a, b) => look(a, shown).front - look(b, shown).front);
   for (const arm of order) {
     const style = look(arm, shown);
-    const line = (list, extra) => Plot.line(list, { x: "x", y: "y", stroke: style.colour, strokeDasharray: style.dash, ...extra });
+    const line = (list, extra) => Plot.line(list, { x: "x", y: "y", stroke: style.colour, strokeDasharray: style.dash, clip: true, ...extra });
     if (style.front)
       for (const curve of arm.curves)
         if (arm.curves.length > 1)
@@ -175,12 +175,12 @@ function curves(width, state, drawn, shown) {
   const plot = Plot.plot({
     width, height, marginLeft: 52, marginRight, marginTop: 26, marginBottom: 40, style: bare,
     x: { type: state.logX ? "log" : "linear", label: unit, labelAnchor: "center", labelArrow: "none", grid: false, ticks: state.logX ? 4 : Math.max(3, width / 140), tickFormat: state.logX ? logFormat : undefined },
-    y: { type: state.logY ? "log" : "linear", domain, nice: !state.logY, label: what, labelArrow: "none", grid: true, ticks: state.logY ? 5 : 7, tickFormat: state.logY ? logFormat : undefined, clamp: false },
+    y: { type: state.logY ? "log" : "linear", domain, nice: !state.logY, label: what, labelArrow: "none", grid: true, ticks: state.logY ? 5 : 7, tickFormat: state.logY ? logFormat : undefined },
     marks: [
       page.chance !== null && state.y === "score" && page.chance >= domain[0] && page.chance <= domain[1]
         ? [Plot.ruleY([page.chance], { stroke: "var(--faint)", strokeDasharray: "2 3" }), Plot.text([page.chance], { y: (d) => d, text: () => "chance", frameAnchor: "right", dy: -6, dx: -2, fill: "var(--soft)" })]
         : null,
-      ...marks.map((mark) => Object.assign(mark, { clip: "frame" })),
+      ...marks,
       Plot.tip(points, Plot.pointer({
         x: "x", y: "y", ...tipStyle, maxRadius: 30,
         title: (p) => `${p.arm.name}\n${what}: ${short(p.y)}\n${state.x === "steps" ? "step" : state.x}: ${short(p.x)}`,
