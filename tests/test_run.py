@@ -311,6 +311,7 @@ def test_a_finished_run_holds_its_configuration_vocabulary_metrics_and_checkpoin
         "config.yaml",
         "vocab.json",
         "metrics.jsonl",
+        "record.json",
         "best.safetensors",
         "last.safetensors",
     }  # and curves.png, in tests/test_report.py

@@ -173,7 +173,9 @@ BUGS = [
         "            self.head.weight = nn.Parameter(self.tokens.weight.clone())\n",
         _MODEL,
     ),
-    Bug(_LAB + "report.py", "before = [0, *counts]", "before = counts", "test_report.py"),
+    Bug(
+        _LAB + "reporting/metrics.py", "before = [0, *counts]", "before = counts", "test_report.py"
+    ),
     Bug(
         _LAB + "settings.py",
         "if other != self.model and given:",
@@ -240,5 +242,47 @@ BUGS = [
         "if state.progress.step in places:",
         "if state.progress.step == 0:",
         "test_audit_command.py",
+    ),
+    Bug(
+        _LAB + "reporting/markup.py",
+        "parts = (part if isinstance(part, Markup) else html.escape(str(part)) for part in inside)",
+        "parts = (str(part) for part in inside)",
+        "test_report_command.py",
+    ),
+    Bug(
+        _LAB + "reporting/markup.py",
+        'for mark in "<>&":',
+        'for mark in ">&":',
+        "test_report_command.py",
+    ),
+    Bug(
+        _LAB + "reporting/thin.py",
+        "kept = range((count - 1) % every, count, every)",
+        "kept = range(0, count, every)",
+        "test_report_command.py",
+    ),
+    Bug(
+        _LAB + "reporting/thin.py",
+        "return sum(there) / len(there) if len(there) == len(values) else None",
+        "return sum(there) / len(there)",
+        "test_report_command.py",
+    ),
+    Bug(
+        _LAB + "reporting/comparison.py",
+        'sign = 1 if self.results["task"]["better"] == "lower" else -1',
+        "sign = -1",
+        "test_report_command.py",
+    ),
+    Bug(
+        _LAB + "reporting/comparison_page.py",
+        "return not low <= 0 <= high",
+        "return True",
+        "test_report_command.py",
+    ),
+    Bug(
+        _LAB + "reporting/picture.py",
+        'return text.replace("$", r"\\$")',
+        "return text",
+        "test_report_command.py",
     ),
 ]

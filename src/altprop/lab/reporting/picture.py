@@ -13,6 +13,9 @@ from altprop.lab.reporting.metrics import read_metrics, refused_steps, series
 from altprop.lab.reporting.thin import average
 
 
+_CONTROLS = {"backprop": ("black", 2), "frozen": ("0.5", 2)}  # their colours and widths
+
+
 def plot_run(folder: Path, path: Path | None = None) -> Path:
     """Draw the loss, residual and evaluation curves of a run, and return the picture's path.
 
@@ -92,9 +95,7 @@ def plot_comparison(comparison: Comparison, path: Path) -> Path:
     for arm, (colour, dash) in zip(drawn, looks, strict=False):
         mean = average(arm["curves"])
         values = [math.nan if value is None else value for value in mean["score"]]
-        width = 1
-        if arm["rule"] in ("backprop", "frozen"):
-            colour, width = "black" if arm["rule"] == "backprop" else "0.5", 2
+        colour, width = _CONTROLS.get(arm["rule"], (colour, 1))
         curves.plot(mean["steps"], values, dash, color=colour, linewidth=width,
                     label=_literal(arm["name"]))  # fmt: skip
     curves.set_xlabel("step")
