@@ -12,7 +12,6 @@ from altprop.lab.reporting.comparison import Comparison
 from altprop.lab.reporting.metrics import read_metrics, refused_steps, series
 from altprop.lab.reporting.thin import average
 
-
 _CONTROLS = {"backprop": ("black", 2), "frozen": ("0.5", 2)}  # their colours and widths
 
 
