@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from altprop.lab.reporting.comparison_page import chart_data, verdict
 from altprop.lab.reporting.markup import embedded, finite, markup, name, tag
 from altprop.lab.reporting.metrics import read_metrics
 from altprop.lab.reporting.numbers import duration, interval, large, number
+from altprop.lab.reporting.page import static
 from altprop.lab.reporting.run_page import chart_data as run_data
 from altprop.lab.reporting.thin import average, most_points, thin
 from altprop.lab.train import train
@@ -34,6 +37,7 @@ def test_numbers_are_written_with_the_digits_that_they_carry() -> None:
     ]  # fmt: skip
     assert interval(96.931, (96.58, 97.28), "%") == "96.9 % [96.6, 97.3]"
     assert interval(96.9314, (96.92, 96.94)) == "96.931 [96.920, 96.940]"
+    assert interval(100.0, (100.0, 100.0), "%") == "100 % [100, 100]"
     assert interval(-0.5, None, signed=True) == "−0.5"
     assert interval(2.0, (1.0, 3.0), signed=True) == "+2.0 [+1.0, +3.0]"
     assert interval(2.0, (None, None)) == "2" and interval(None, (1.0, 2.0)) == "–"
@@ -77,14 +81,17 @@ def test_the_first_sentence_says_which_rule_came_how_close() -> None:
     best |= {"recovery": {"mean": 0.98, "interval": [0.95, 1.01]},
              "difference": {"mean": -0.2, "interval": [-0.5, 0.1]}}  # fmt: skip
     said = verdict(results, results["arms"])
-    assert f"<strong>{best['name'].replace(chr(39), '&#x27;')}</strong> comes closest" in said
+    assert (
+        f"<strong>{best['name'].replace(chr(39), '&#x27;')}</strong> recovers most of backprop"
+        in said
+    )
     assert "98 % [95, 101]" in said and "1 of 3 rules cannot be told from backprop" in said
     best["difference"]["interval"] = [-0.5, -0.1]
     assert "None of 3 rules reaches backprop" in verdict(results, results["arms"])
     frozen = results["arms"][1]["difference"]
     frozen["interval"] = [-3.0, 1.0]  # without a gain of backprop there is nothing to recover
     said = verdict(results, results["arms"])
-    assert "recovers" not in said and "cannot be told from frozen hidden layers" in said
+    assert "recovers most" not in said and "cannot be told from frozen hidden layers" in said
     assert verdict(results, []) == "No rule has a score yet."
 
 
@@ -107,6 +114,13 @@ def test_steps_without_a_fixed_point_and_refused_ones_are_marked() -> None:
 
 
 # Files
+
+
+def test_the_scripts_are_those_that_their_makers_published() -> None:
+    listed = re.findall(r"^(\S+\.js) .*?sha256 ([0-9a-f]{64})$", static("LICENSES.txt"), re.M)
+    assert [name for name, _ in listed] == ["d3.min.js", "plot.umd.min.js"]
+    for name, digest in listed:
+        assert hashlib.sha256(static(name).encode()).hexdigest() == digest
 
 
 def test_the_table_has_every_point_of_every_arm_and_seed(tmp_path: Path) -> None:

@@ -132,8 +132,8 @@ def verdict(results: Mapping[str, Any], arms: Sequence[Arm]) -> Markup:
         recovery = _value(best["recovery"], "%", 100)
         assert recovery is not None
         said = markup(
-            tag("strong", best["name"]), " comes closest: it recovers ",
-            tag("strong", recovery["label"]), " of what backprop gains over frozen hidden layers.",
+            tag("strong", best["name"]), " recovers most of backprop's gain over frozen hidden layers: ",
+            tag("strong", recovery["label"]), ".",
         )  # fmt: skip
     else:
         best = rules[0]

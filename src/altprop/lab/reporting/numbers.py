@@ -40,8 +40,10 @@ def interval(
         plus = "+" if signed and mean > 0 else ""
         return f"{plus}{number(mean)}{tail}"
     low, high = (float(bound) for bound in bounds)  # type: ignore[arg-type]
+    if low == high:  # to all digits
+        return f"{number(mean)}{tail} [{number(low)}, {number(high)}]"
     half = (high - low) / 2
-    decimals = 2 if half <= 0 else min(5, max(0, -math.floor(math.log10(half / 3))))
+    decimals = min(5, max(0, -math.floor(math.log10(half / 3))))
     sign = "+" if signed else ""
     written = [_minus(f"{value:{sign},.{decimals}f}") for value in (mean, low, high)]
     return f"{written[0]}{tail} [{written[1]}, {written[2]}]"
