@@ -132,8 +132,8 @@ def verdict(results: Mapping[str, Any], arms: Sequence[Arm]) -> Markup:
         recovery = _value(best["recovery"], "%", 100)
         assert recovery is not None
         said = markup(
-            tag("strong", best["name"]), " recovers most of backprop's gain over frozen hidden layers: ",
-            tag("strong", recovery["label"]), ".",
+            tag("strong", best["name"]), " recovers the most of backprop's gain over frozen ",
+            "hidden layers: ", tag("strong", recovery["label"]), ".",
         )  # fmt: skip
     else:
         best = rules[0]
@@ -170,7 +170,7 @@ def _closeness(results: Mapping[str, Any]) -> Markup:
     seeds = len(results["seeds"])
     caption = (
         "Recovery: (rule − frozen) / (backprop − frozen), from the seeds' pairs. The lines are "
-        f"95 % intervals (Student, {seeds} {_plural('seed', results['seeds'])})."
+        f"95 % intervals over {seeds} {_plural('seed', results['seeds'])}."
     )
     return section("How close to backprop", chart("closeness", caption), id="closeness")
 
