@@ -87,6 +87,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "altprop",
         "altprop.errors",
         "altprop.files",
+        "altprop.statistics",
         "altprop.lm.*",
         "altprop.lab.*",
     ),

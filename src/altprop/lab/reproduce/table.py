@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from statistics import fmean, stdev
+from statistics import fmean
 
-from altprop.auditing.agreement import t_quantile
 from altprop.lab.reproduce.figure import Figure, Measured
+from altprop.statistics import half_width
 
 
 def lines(figure: Figure, found: Measured) -> list[tuple[str, str, str]]:
@@ -47,7 +47,5 @@ def _measured(values: list[float]) -> str:
     if not values:
         return "–"
     mean, digits = fmean(values), 3 if max(map(abs, values)) <= 1 else 2
-    if len(values) == 1:
-        return f"{mean:.{digits}f}"
-    half = t_quantile(len(values) - 1) * stdev(values) / len(values) ** 0.5
-    return f"{mean:.{digits}f} ± {half:.{digits}f}"
+    half = half_width(values)
+    return f"{mean:.{digits}f}" + ("" if half is None else f" ± {half:.{digits}f}")
