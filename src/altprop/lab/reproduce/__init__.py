@@ -7,5 +7,7 @@ from __future__ import annotations
 
 FIGURES = {
     "reference": "how far published estimators are from the exact gradient",
+    "teacher": "direct feedback on a random teacher's labels, as the classes grow",
+    "weight-transport": "feedback alignment, Kolen-Pollack, weight mirror: accuracies and angles",
     "feedback-cosines": "where feedback alignment is right inside a transformer block",
 }

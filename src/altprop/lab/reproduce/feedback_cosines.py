@@ -56,6 +56,6 @@ FIGURE = Figure(
     unit="cosine",
     published={"Q, K, V": 0.25, "feed-forward": -0.01, "next to the loss": 1.0},
     measure=measure,
-    differs="The width, the text and the step at which the notes measured are not known.",
+    differs="The width, the text and the step at which the notes measured are not known",
     seeds=5,
 )

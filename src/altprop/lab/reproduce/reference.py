@@ -40,5 +40,5 @@ FIGURE = Figure(
     measure=measure,
     seeds=5,
     differs="The built-in plays in place of tiny Shakespeare; the published forms vary by some "
-    "hundredths from seed to seed, and the figure of before is that of one.",
+    "hundredths from seed to seed, and the figure of before is that of one",
 )
