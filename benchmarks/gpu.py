@@ -20,7 +20,7 @@ import altprop as ap
 from arms import UNIT, UNROLL, Arm, by_library, ordinary, unrolled
 from common import markdown
 from problems import Gradients, Problem
-from timing import now
+from altprop.lab.timing import now
 
 UNROLLED = f"backprop, {UNROLL}-step unroll"
 PEAK_SIZE = 8192

@@ -45,7 +45,7 @@ from arms import (
 from common import markdown, results, write
 from problems import Gradients, Problem, gated, reference
 from published import EVALUATIONS, published_aep
-from timing import Ratio, Times, paired, ratio
+from altprop.lab.timing import Ratio, Times, paired, ratio
 
 ROUNDS = 9
 PROBLEMS = ("reference", "gated-128", "gated-256")

@@ -20,7 +20,7 @@ import altprop as ap
 from altprop.auditing.memory import peak_live_bytes
 from altprop.lm.model import GPT, ModelConfig
 from common import markdown, write
-from timing import paired, ratio
+from altprop.lab.timing import paired, ratio
 
 TRANSPORTS: dict[str, ap.AbstractRule] = {
     "Backprop": ap.Backprop(),

@@ -41,7 +41,7 @@ from altprop.lab.train import build_model, learning_rate, make_optimiser, train
 from altprop.lm.model import LanguageModel, generate
 from altprop.lm.text import Batches, Corpus, load_corpus
 from common import markdown, write
-from timing import now
+from altprop.lab.timing import now
 
 GPT = {"model": "gpt"}
 LOOPS: dict[str, dict[str, Any]] = {

@@ -22,7 +22,7 @@ from arms import (
 from floors import Floor, behind
 from problems import Head, Problem
 from published import published_aep
-from timing import Ratio, paired, ratio
+from altprop.lab.timing import Ratio, paired, ratio
 
 LOWER = Floor("a", "b", 2.0, "lower")
 HIGHER = Floor("a", "b", 2.0, "higher")
