@@ -9,5 +9,6 @@ FIGURES = {
     "reference": "how far published estimators are from the exact gradient",
     "teacher": "direct feedback on a random teacher's labels, as the classes grow",
     "weight-transport": "feedback alignment, Kolen-Pollack, weight mirror: accuracies and angles",
+    "skew-coupling": "a system on which naive equilibrium propagation fails",
     "feedback-cosines": "where feedback alignment is right inside a transformer block",
 }

@@ -14,13 +14,13 @@ from altprop.errors import ConfigError, unknown
 from altprop.lab.display import counting
 from altprop.lab.reproduce import FIGURES
 from altprop.lab.reproduce.figure import Figure, Measured, measured
-from altprop.lab.reproduce.table import brief, lines
+from altprop.lab.reproduce.table import brief, lines, page
 
 OUT = Path("runs/reproduce")
 
 
 def reproduce(
-    name: str | None = None, *, seeds: int | None = None, out: Path = OUT
+    name: str | None = None, *, seeds: int | None = None, out: Path = OUT, markdown: bool = False
 ) -> Mapping[str, Measured]:
     """Measure a published figure again, or list the figures and what was measured of them.
 
@@ -31,19 +31,26 @@ def reproduce(
         name: Name of a figure; without it all are listed.
         seeds: Number of seeds, from 0 on; without it (or null), as many as the figure asks for.
         out: Folder that keeps what was measured.
+        markdown: Print the figures that were measured as they stand on a page, and measure nothing.
 
     Returns:
         What there is of the figure, or of every figure, by name.
     """
     console = Console(highlight=False)
+    if name is not None and name not in FIGURES:
+        raise unknown("figure", name, FIGURES)
+    if markdown:
+        there = {each: Measured.read(_record(out, each)) for each in ([name] if name else FIGURES)}
+        for each, found in there.items():
+            if found.seeds:
+                console.print(page(each, load(each), found), markup=False, soft_wrap=True)
+        return there
     if name is None:
         if seeds is not None:
             raise ConfigError("--seeds needs a figure: altprop reproduce NAME --seeds 5")
         there = {each: Measured.read(_record(out, each)) for each in FIGURES}
         console.print(_list(there))
         return there
-    if name not in FIGURES:
-        raise unknown("figure", name, FIGURES)
     figure = load(name)
     wanted = figure.seeds if seeds is None else seeds
     if wanted < 1:

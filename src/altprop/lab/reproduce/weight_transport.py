@@ -1,4 +1,4 @@
-"""Feedback alignment, Kolen-Pollack and the weight mirror beside backprop: accuracies and angles."""
+"""Feedback alignment, Kolen-Pollack, weight mirror and backprop: accuracies and angles."""
 
 from __future__ import annotations
 
@@ -51,11 +51,10 @@ def _measured(task: AbstractClassification, name: str, seed: int) -> Iterator[tu
         convert(model, {"head": rule}, seed=seed)
     own = [p for n, p in model.named_parameters() if not n.endswith(".B")]
     fed = [p for n, p in model.named_parameters() if n.endswith(".B")]
-    groups = [{"params": own, "lr": RATE, "weight_decay": decay}]
+    optimiser = torch.optim.SGD(own, lr=RATE, weight_decay=decay)
     if fed:
         mirror = {"lr": MIRROR_RATE, "weight_decay": 0.0} if name == "weight mirror" else {}
-        groups.append({**groups[0], "params": fed, **mirror})
-    optimiser = torch.optim.SGD(groups)
+        optimiser.add_param_group({"params": fed, **mirror})
     batches = task.batches(seed)
     for _ in range(UPDATES):
         optimiser.zero_grad()
@@ -71,7 +70,8 @@ def _angle(model: MLP, task: AbstractClassification) -> float:
     """Return the angle in degrees between the error that the rule sends back and the true one."""
     x, y = task.data["test"]
     error = F.softmax(model(x), 1) - F.one_hot(y, 10)
-    sent, true = error @ model.head.B, error @ model.head.weight
+    held = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    sent, true = error @ held["head.B"], error @ held["head.weight"]
     return math.degrees(math.acos(float(F.cosine_similarity(sent.flatten(), true.flatten(), 0))))
 
 
