@@ -50,8 +50,8 @@ FIGURE = Figure(
     title="Direct feedback on a random teacher's labels",
     source="OriPekelman/toy, `toy train mlp`, seed 0",
     setting="Three bias-free SiLU layers of 64 learn a random ReLU teacher of 32 Gaussian "
-    "features, batch 64, 1 000 steps of AdamW at 3e-3; accuracy on 2 048 held-out samples, the problem drawn "
-    "as published, number by number",
+    "features, batch 64, 1 000 steps of AdamW at 3e-3; accuracy on 2 048 held-out samples, the "
+    "problem drawn as published, number by number",
     unit="%",
     published={
         f"{arm}, {classes:,} classes": value
