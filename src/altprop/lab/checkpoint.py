@@ -145,7 +145,7 @@ def _verified(path: Path, header: dict[str, str]) -> Iterator[tuple[str, Tensor]
 def _sum(tensor: Tensor) -> str:
     """Return the checksum of a tensor on the CPU: of its type, its shape and its bytes."""
     digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-    digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

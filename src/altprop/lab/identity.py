@@ -1,6 +1,6 @@
 """What makes a run that run and no other: its configuration, its vocabulary and its text.
 
-A checkpoint holds all of it, so that nobody goes on from it, or writes with it, under other settings.
+A checkpoint holds all of it, so that nobody goes on from it under other settings.
 """
 
 from __future__ import annotations
@@ -11,6 +11,9 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from altprop import CheckpointError
+from altprop.errors import listed
+from altprop.lab.checkpoint import Checkpoint
 from altprop.lab.settings import PLACES, TrainConfig
 from altprop.lab.values import plain
 from altprop.lm.text import CharTokenizer, Corpus, describe, names_corpus
@@ -44,9 +47,7 @@ class Identity:
         """Return the options, and `data` for another text, in which the other run differs."""
         names = changed_options(self.options, other.options)
         if self.text == other.text and self.vocabulary == other.vocabulary:
-            return [name for name in names if name != "data"]  # the same text, elsewhere
-        return names
-
+    
 
 def options_of(config: TrainConfig) -> dict[str, Any]:
     """Return the options that a run keeps: they mean the same wherever they are read from.
@@ -66,6 +67,24 @@ def changed_options(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[st
     missing = object()
     names = [f.name for f in fields(TrainConfig) if f.name not in _FREE]
     return [name for name in names if one.get(name, missing) != other.get(name, missing)]
+
+
+def check_settings(
+    saved: Checkpoint, path: Path, config: TrainConfig, tokenizer: CharTokenizer
+) -> None:
+    """Make sure that a checkpoint is of that configuration and vocabulary.
+
+    **Raises:** `CheckpointError` naming what is of another run.
+    """
+    then = saved.notes.get("identity", {"options": {}, "vocabulary": ""})
+    names = [n for n in changed_options(options_of(config), then["options"]) if n != "data"]
+    if then["vocabulary"] != vocabulary_of(tokenizer):
+        names.append("vocab.json")
+    if names:
+        raise CheckpointError(
+            f"{path}: of a run with other values of {listed(names)} than its folder holds: give "
+            "the checkpoint and the folder of one run"
+        )
 
 
 def vocabulary_of(tokenizer: CharTokenizer) -> str:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import itertools
 import math
-import os
 import shlex
 import time
 from collections.abc import Iterator, Mapping
@@ -18,24 +15,19 @@ from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 
 from altprop import CheckpointError, ConvergenceError
-from altprop.files import part_of, write_whole
+from altprop.files import write_whole
 from altprop.lab import checkpoint
 from altprop.lab.choices import types_of
 from altprop.lab.config import to_yaml
+from altprop.lab.folder import FILES, LOCK, PREVIOUS, clean, is_free, is_run, new_folder
 from altprop.lab.identity import Identity, options_of
 from altprop.lab.lock import Lock
 from altprop.lab.metrics import Metrics
 from altprop.lab.record import Record
 from altprop.lab.seal import sealed
-from altprop.lab.settings import LOCK, TrainConfig, is_run
+from altprop.lab.settings import TrainConfig
 from altprop.lm.model import LanguageModel
 from altprop.lm.text import Batches, Corpus
-
-PREVIOUS = "last.previous"
-FILES = (
-    *("config.yaml", "vocab.json", "run.json", "metrics.jsonl", "curves.png"),
-    *(f"{name}.safetensors" for name in ("best", "last", PREVIOUS)),
-)
 
 
 class Stateful(Protocol):
@@ -149,7 +141,7 @@ class Run:
         """
         options_of(config)  # refuses what no file can hold, before there is a folder
         try:
-            folder = config.out or _new_folder(config)
+            folder = config.out or new_folder(config.data, config.method)
             there = is_run(folder)
             if config.resume and not there:
                 raise CheckpointError(f"{folder} holds no run to resume: leave out --resume")
@@ -159,7 +151,7 @@ class Run:
                     "replace it, or name another folder with --out"
                 )
             # a config.yaml alone may be anybody's: --overwrite must not replace what is not ours
-            if not there and folder.exists() and (not folder.is_dir() or _holds_more(folder)):
+            if not there and not is_free(folder):
                 raise CheckpointError(f"{folder} is no run folder: name a new folder with --out")
             folder.mkdir(parents=True, exist_ok=folder.exists())
             lock = Lock(folder / LOCK)
@@ -171,8 +163,7 @@ class Run:
                     run._check_same()
                 else:
                     run._start()
-                for name in FILES:  # of earlier crashes
-                    part_of(folder / name).unlink(missing_ok=True)
+                clean(folder)
             except BaseException:
                 lock.close()
                 raise
@@ -377,27 +368,10 @@ class Run:
 
     def _way_on(self) -> str:
         kept = any((self.folder / f"{n}.safetensors").exists() for n in ("last", PREVIOUS))
-        how = self.resume_options() if kept else f"--out {shlex.quote(str(self.folder))} --overwrite"
+        how = (
+            self.resume_options() if kept else f"--out {shlex.quote(str(self.folder))} --overwrite"
+        )
         return f": free some space, then altprop train {how}"
-
-
-def _holds_more(folder: Path) -> bool:
-    """Tell whether a folder holds what no crash at the start of a run has left there."""
-    return bool(set(os.listdir(folder)) - {LOCK, *(part_of(Path(name)).name for name in FILES)})
-
-
-def _new_folder(config: TrainConfig) -> Path:
-    """Make a folder below runs/ that nobody else has, not even a run of the same second."""
-    parent = Path("runs")
-    parent.mkdir(exist_ok=True)
-    text = Path(os.path.abspath(config.data)).stem  # of `.` too
-    name = f"{text}-{config.method}-{time.strftime('%Y%m%d-%H%M%S')}"
-    for number in itertools.count(1):
-        folder = parent / (name if number == 1 else f"{name}-{number}")
-        with contextlib.suppress(FileExistsError):
-            folder.mkdir()
-            break
-    return folder
 
 
 def _homes(value: Any) -> set[str]:

@@ -17,19 +17,11 @@ from altprop import (
 )
 from altprop.errors import unknown
 from altprop.lab.choices import defaults_of
+from altprop.lab.folder import is_run
 from altprop.lab.seal import has_seal
 from altprop.lm.blocks import ESTIMATOR, SOLVER, ModelConfig
 
-
-LOCK = ".lock"  # of a run's folder, which is older than anything else in it
 PLACES = ("out", "resume", "overwrite")  # said on the command line, never read from a file
-
-
-def is_run(folder: Path) -> bool:
-    """Tell whether a folder is that of a run, be it one that a crash has left unfinished."""
-    config = folder / "config.yaml"
-    begun = (folder / LOCK).is_file() and has_seal(config)
-    return config.is_file() and (begun or (folder / "vocab.json").is_file())
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""A signal asks a run to end: it finishes its step and saves, and a second signal ends it at once."""
+"""A signal asks a run to end: it finishes its step and saves; a second one ends it at once."""
 
 from __future__ import annotations
 
