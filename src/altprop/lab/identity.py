@@ -47,7 +47,9 @@ class Identity:
         """Return the options, and `data` for another text, in which the other run differs."""
         names = changed_options(self.options, other.options)
         if self.text == other.text and self.vocabulary == other.vocabulary:
-    
+            return [name for name in names if name != "data"]  # the same text, elsewhere
+        return names
+
 
 def options_of(config: TrainConfig) -> dict[str, Any]:
     """Return the options that a run keeps: they mean the same wherever they are read from.
