@@ -44,7 +44,7 @@ def test_what_is_saved_is_read_back_bit_for_bit(tmp_path: Path) -> None:
     old, old_optimiser = trained()
     new, new_optimiser = trained(steps=0)
     checkpoint.restore_model(new, read, path)
-    checkpoint.restore_optimiser(new, new_optimiser, read)
+    checkpoint.restore_optimiser(new, new_optimiser, read, path)
     for model, optimiser in ((old, old_optimiser), (new, new_optimiser)):
         torch.manual_seed(1)
         optimiser.zero_grad()
@@ -67,7 +67,7 @@ def test_moments_go_to_the_parameter_of_that_very_name_and_the_count_of_steps_st
             for state in optimisers[0].state.values():
                 state["step"].fill_(steps)
             checkpoint.save(path, model, optimisers[0], {}, {})
-    checkpoint.restore_optimiser(model, optimisers[1], checkpoint.load(path))
+    checkpoint.restore_optimiser(model, optimisers[1], checkpoint.load(path), path)
     for old, new in zip(*(o.state.values() for o in optimisers), strict=True):
         assert_equal_bits(old, new)
 
@@ -83,7 +83,9 @@ def test_without_an_optimiser_there_are_no_moments(tmp_path: Path) -> None:
 def test_the_file_is_plain_safetensors_whose_header_says_what_wrote_it(tmp_path: Path) -> None:
     with safe_open(saved(tmp_path), framework="pt") as file:
         header, names = file.metadata(), set(file.keys())
-    assert header == {"format": "altprop/1", "notes": json.dumps({"step": 3})}
+    assert header.keys() == {"format", "notes", "sums", "digest"}
+    assert header["format"] == "altprop/2" and json.loads(header["notes"]) == {"step": 3}
+    assert json.loads(header["sums"]).keys() == names
     assert {"model.0.weight", "optimiser.0.weight.exp_avg", "optimiser.1.bias.step"} <= names
 
 
@@ -156,14 +158,14 @@ def test_a_file_that_is_no_safetensors_is_refused(content: bytes, tmp_path: Path
     assert "truncated or not a checkpoint" in refused(path)
 
 
-@pytest.mark.parametrize("header", [None, {"format": "pt"}, {"format": "altprop/0"}])
+@pytest.mark.parametrize("header", [None, {"format": "pt"}, {"format": "altprop/1"}])
 def test_safetensors_of_somebody_else_are_refused(
     header: dict[str, str] | None, tmp_path: Path
 ) -> None:
     path = tmp_path / "last.safetensors"
     save_file({"model.0.weight": torch.zeros(4, 3)}, path, header)
     given = None if header is None else header["format"]
-    assert f"says format {given!r}, expected 'altprop/1'" in refused(path)
+    assert f"says format {given!r}, expected 'altprop/2'" in refused(path)
 
 
 @pytest.mark.parametrize(

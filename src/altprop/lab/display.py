@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, cast
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -74,7 +74,7 @@ class Display:
     def __init__(
         self, total: int, done: int = 0, console: Console | None = None, every: float = 10.0
     ) -> None:
-        self._console = console or Console(file=Lasting(sys.stdout))
+        self._console = console or _terminal()
         self._total, self._every = total, every
         self._validation = math.nan
         self._shown = -math.inf
@@ -165,10 +165,14 @@ class Display:
 @contextmanager
 def counting(total: int, what: str) -> Iterator[Callable[[], None]]:
     """Show on a terminal how much of `total` is done and the time left; count by what it gives."""
-    console = Console(file=Lasting(sys.stdout))
+    console = _terminal()
     with _bar(console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(what, total=total)
         yield lambda: bar.advance(task)
+
+
+def _terminal() -> Console:
+    return Console(file=cast(TextIO, Lasting(sys.stdout)))
 
 
 def _bar(console: Console, **options: Any) -> Bar:
