@@ -141,7 +141,7 @@ def test_a_link_to_a_run_is_that_run(link: str, here: Path) -> None:
     assert Path("runs/a/config.yaml").is_file() and not Path("runs/a").is_symlink()
 
 
-@pytest.mark.parametrize("last", ["", "out: runs/a\n", "steps: 3\n"])
+@pytest.mark.parametrize("last", ["", "out: runs/a\n", "sample: 3\n"])
 def test_a_config_that_was_cut_off_or_edited_leads_nowhere(
     last: str, here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
