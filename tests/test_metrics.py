@@ -1,4 +1,4 @@
-"""The metrics of a run survive what happens to their file: what can be read stays, a gap is said."""
+"""A run's metrics survive what happens to their file: what can be read stays, a gap is said."""
 
 from __future__ import annotations
 
