@@ -82,7 +82,8 @@ def save(
             if before is not None and path.exists():
                 os.replace(path, before)
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: cannot be written ({error})") from error
+        why = getattr(error, "strerror", None) or error
+        raise CheckpointError(f"{path}: cannot be written ({why})") from error
 
 
 def load(path: Path) -> Checkpoint:

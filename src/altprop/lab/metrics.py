@@ -76,7 +76,10 @@ class Metrics:
 
     def mark(self) -> dict[str, Any]:
         """Wait until the file is on the disk, and return what tells it from a damaged one."""
-        os.fsync(self._file)
+        try:
+            os.fsync(self._file)
+        except OSError as error:
+            raise CheckpointError(f"{self.path}: cannot be written ({error.strerror})") from error
         return {"bytes": self._bytes, "sha256": self._sha.hexdigest()}
 
     def close(self) -> None:

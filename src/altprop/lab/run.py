@@ -361,7 +361,7 @@ class Run:
                 extra["averaged"], average = state.average.n_averaged, state.judged
             before = self.folder / f"{PREVIOUS}.safetensors" if self._last_is_whole else None
             checkpoint.save(path, state.model, state.optimiser, extra, notes, average, before)
-        except (CheckpointError, OSError) as error:
+        except CheckpointError as error:
             raise CheckpointError(f"{error}{self._way_on()}") from error
         self._last_is_whole, self._kept = True, state.progress.step
         self._saved_at = time.monotonic()
