@@ -149,6 +149,82 @@ def test_a_truncated_file_is_refused(kept: float, tmp_path: Path) -> None:
     assert "truncated or not a checkpoint" in refused(path)
 
 
+def test_a_bit_that_has_changed_anywhere_is_noticed(tmp_path: Path) -> None:
+    path = saved(tmp_path, probe=torch.zeros(3))
+    raw = path.read_bytes()
+    header = int.from_bytes(raw[:8], "little")
+    names = len(raw[8 : 8 + header].rstrip())  # what follows pads the header
+    for at in [*range(0, 8 + names, 37), *range(8 + header, len(raw), 5)]:
+        changed = bytearray(raw)
+        changed[at] ^= 1 << at % 8
+        path.write_bytes(changed)
+        refused(path)
+    path.write_bytes(raw)
+    assert checkpoint.load(path).notes == {"step": 3}
+
+
+def test_a_checkpoint_that_does_not_read_back_never_takes_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved(tmp_path)
+    before = tree(tmp_path)
+    write = checkpoint.save_file
+
+    def spoiled(tensors: Any, path: Path, header: Any) -> None:
+        write(tensors, path, header)
+        content = bytearray(path.read_bytes())
+        content[-1] ^= 1
+        path.write_bytes(content)
+
+    monkeypatch.setattr(checkpoint, "save_file", spoiled)
+    model, optimiser = trained(steps=5)
+    with pytest.raises(CheckpointError, match="is not as it was written"):
+        checkpoint.save(
+            tmp_path / "last.safetensors", model, optimiser, {}, {}, None, tmp_path / "before"
+        )
+    assert tree(tmp_path) == before
+
+
+def test_the_file_before_is_kept_where_that_is_asked_for(tmp_path: Path) -> None:
+    path = saved(tmp_path)
+    before = path.read_bytes()
+    model, _ = trained(steps=5)
+    checkpoint.save(path, model, None, {}, {}, None, tmp_path / "before")
+    assert (tmp_path / "before").read_bytes() == before != path.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("0.weight.exp_avg", torch.zeros(3, 4)),
+        ("0.weight.exp_avg", torch.zeros(4, 3).double()),
+        ("0.weight.step", torch.zeros(2)),
+        ("0.weight.exp_avg_sq", None),
+        ("0.weight.more", torch.zeros(4, 3)),
+        ("9.weight.exp_avg", torch.zeros(4, 3)),
+    ],
+    ids=["reversed", "of another type", "no count", "missing", "unknown", "of nothing"],
+)
+def test_moments_that_do_not_fit_are_refused(
+    name: str, value: torch.Tensor | None, tmp_path: Path
+) -> None:
+    path = saved(tmp_path)
+    read = checkpoint.load(path)
+    read.optimiser.pop(name, None)
+    if value is not None:
+        read.optimiser[name] = value
+    model, optimiser = trained(steps=0)
+    with pytest.raises(CheckpointError, match=f"moments of '{name[:2]}weight' that do not fit"):
+        checkpoint.restore_optimiser(model, optimiser, read, path)
+
+
+def test_weights_of_another_type_are_refused(tmp_path: Path) -> None:
+    path = saved(tmp_path)
+    model = trained()[0].double()
+    with pytest.raises(CheckpointError, match="0.weight is of torch.float32, expected torch.flo"):
+        checkpoint.restore_model(model, checkpoint.load(path), path)
+
+
 @pytest.mark.parametrize(
     "content", [b"PK\x03\x04 a zip of torch.save", b"\xff" * 64, b"{}", b"\0" * 4096]
 )
