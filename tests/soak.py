@@ -183,7 +183,7 @@ def at_call(number: int, act: Callable[[str, Any], None]) -> Act:
 
 def kills(draw: random.Random, cases: int) -> Iterator[str]:
     """Kill one run again and again; yield what became of each attempt."""
-    whole = whole_run(steps := 60 + 8 * cases, eval_every=40)
+    whole = whole_run(steps := 20 + 8 * cases, eval_every=40)
     start = ["train", "--out", "run", *options(steps, eval_every=40)]
     words, made, ends = start, 0, 0
     while made < cases or ends == 0:
