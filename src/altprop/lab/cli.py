@@ -36,17 +36,17 @@ def main(argv: Sequence[str] | None = None, commands: Commands = COMMANDS) -> in
     """Run `altprop` and return its exit status.
 
     The status is 0, 2 for bad input (one line on standard error says what to write instead), 130
-    after an interrupt, and 141 when the reader of the output went away. Anything else that goes
-    wrong is a bug and keeps its traceback.
+    after an interrupt, 143 or 129 where SIGTERM or SIGHUP ended a run, and 141 when the reader of
+    the output went away. Anything else that goes wrong is a bug and keeps its traceback.
     """
     try:
         _run(sys.argv[1:] if argv is None else argv, commands)
         sys.stdout.flush()
     except AltpropError as error:
         return _fail(str(error))
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         print("altprop: interrupted", file=sys.stderr)
-        return 130
+        return getattr(error, "status", 130)  # of another signal, where a run was asked to stop
     except BrokenPipeError:
         _end_output()
         return 141

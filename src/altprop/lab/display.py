@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import math
+import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO, cast
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -17,6 +21,47 @@ from rich.text import Text
 
 from altprop.lab.evaluation import Evaluation
 from altprop.lab.run import Progress
+
+
+class Lasting(io.TextIOBase):
+    """Writes to a stream for as long as it is there: a run outlives its terminal or its reader.
+
+    After that nothing more is written to it, nor by Python when it exits.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream, self._gone = stream, False
+
+    def write(self, text: str) -> int:
+        self._try(lambda: self._stream.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        self._try(self._stream.flush)
+
+    def isatty(self) -> bool:
+        return not self._gone and self._stream.isatty()
+
+    def fileno(self) -> int:
+        return self._stream.fileno()
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]  # by which rich chooses its characters
+        return self._stream.encoding
+
+    def _try(self, act: Callable[[], object]) -> None:
+        if self._gone:
+            return
+        try:
+            act()
+        except UnicodeError:
+            raise
+        except (OSError, ValueError):  # no reader, no terminal, no space; or it has been closed
+            self._gone = True
+            with contextlib.suppress(OSError, ValueError):
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, self._stream.fileno())  # where its buffer goes, too
+                os.close(nowhere)
 
 
 class Display:
@@ -29,7 +74,7 @@ class Display:
     def __init__(
         self, total: int, done: int = 0, console: Console | None = None, every: float = 10.0
     ) -> None:
-        self._console = console or Console()
+        self._console = console or _terminal()
         self._total, self._every = total, every
         self._validation = math.nan
         self._shown = -math.inf
@@ -120,10 +165,14 @@ class Display:
 @contextmanager
 def counting(total: int, what: str) -> Iterator[Callable[[], None]]:
     """Show on a terminal how much of `total` is done and the time left; count by what it gives."""
-    console = Console()
+    console = _terminal()
     with _bar(console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(what, total=total)
         yield lambda: bar.advance(task)
+
+
+def _terminal() -> Console:
+    return Console(file=cast(TextIO, Lasting(sys.stdout)))
 
 
 def _bar(console: Console, **options: Any) -> Bar:

@@ -13,6 +13,7 @@ from altprop import CheckpointError, ConfigError, using
 from altprop.errors import unknown
 from altprop.lab import checkpoint
 from altprop.lab.config import read_config
+from altprop.lab.identity import check_settings
 from altprop.lab.settings import TrainConfig
 from altprop.lab.train import build_model, opening, pick_device
 from altprop.lm.model import LanguageModel, stream
@@ -46,6 +47,7 @@ def load_run(
             f"of an evaluation at a fixed point): write --which {kept[0]}"
         )
     saved = checkpoint.load(path)
+    check_settings(saved, path, config, tokenizer)
     model = build_model(config, len(tokenizer)).to(pick_device(device))
     checkpoint.restore_model(model, saved, path)
     return model.eval(), tokenizer

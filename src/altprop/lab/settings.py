@@ -17,12 +17,11 @@ from altprop import (
 )
 from altprop.errors import unknown
 from altprop.lab.choices import defaults_of
+from altprop.lab.folder import is_run
+from altprop.lab.seal import has_seal
 from altprop.lm.blocks import ESTIMATOR, SOLVER, ModelConfig
 
-
-def is_run(folder: Path) -> bool:
-    """Tell whether a folder is that of a run."""
-    return all((folder / name).is_file() for name in ("config.yaml", "vocab.json"))
+PLACES = ("out", "resume", "overwrite")  # said on the command line, never read from a file
 
 
 @dataclass(frozen=True)
@@ -66,6 +65,8 @@ class TrainConfig:
             from; 0 for the weights themselves. They remember about 1 / (1 - ema) steps.
         seed: of everything random in the run.
         eval_every: steps between evaluations.
+        save_every: seconds of work after which a checkpoint is written between evaluations too; 0
+            for every step.
         eval_windows: fixed windows that an evaluation covers.
         final_windows: windows without overlap that the figure at the end covers; evenly spaced ones
             where the validation part has more.
@@ -112,6 +113,7 @@ class TrainConfig:
     ema: float = 0.0
     seed: int = 0
     eval_every: int = 250
+    save_every: float = 60.0
     eval_windows: int = 320
     final_windows: int = 2048
     free_limit: float = 2e-2
@@ -128,7 +130,7 @@ class TrainConfig:
         for name in ("lr", "clip", "free_limit", "adjoint_limit"):
             value = getattr(self, name)
             _require(name, value, math.isfinite(value) and value > 0, "a number > 0")
-        for name in ("warmup", "weight_decay", "sample", "final_lr"):
+        for name in ("warmup", "weight_decay", "sample", "final_lr", "save_every"):
             value = getattr(self, name)
             _require(name, value, math.isfinite(value) and value >= 0, "a number ≥ 0")
         for name in ("beta1", "beta2", "ema"):
@@ -157,8 +159,15 @@ class TrainConfig:
     @classmethod
     def of_file(cls, data: dict[str, Any], file: Path) -> dict[str, Any]:
         """Return the options that a file holds: a run is the folder that its config lies in."""
+        for name in (name for name in PLACES if data.pop(name, None)):
+            raise ConfigError(f"{name} is not read from a file: write --{name} on the command line")
         for place in (file, file.resolve()):
             if place.name == "config.yaml" and is_run(place.parent):
+                if not has_seal(place):
+                    raise ConfigError(
+                        "not as altprop wrote it (cut off, edited, or of an older version): leave "
+                        f"out --config and give the run's own options, with --out {place.parent}"
+                    )
                 return {**data, "out": str(place.parent)}
         return data
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from altprop import ConfigError, ConvergenceError, convert
+from altprop import CheckpointError, ConfigError, ConvergenceError, convert
 from altprop.errors import suggest
 from altprop.lab.display import Display, counting
 from altprop.lab.evaluation import count_tiles, evaluate, tiles
@@ -25,6 +23,7 @@ from altprop.lab.guard import Guard
 from altprop.lab.report import plot_run
 from altprop.lab.run import Batch, Loss, Run, State, Stream
 from altprop.lab.settings import TrainConfig
+from altprop.lab.signals import Stopped, interruptible
 from altprop.lm.model import GPT, EquilibriumLM, LanguageModel, generate
 from altprop.lm.text import Batches, CharTokenizer, Corpus, check_context, load_corpus, windows
 
@@ -64,17 +63,30 @@ def train(config: TrainConfig) -> TrainResult:
     held_out = windows(corpus.validation, config.eval_windows, config.context, seed=0)
     rehearse(state.model, held_out, device)
 
-    run = Run.open(config, corpus)
-    if config.resume:
-        run.restore(state)
-    progress = state.progress
-    with run, Display(config.steps, progress.step) as display, interruptible() as interrupted:
+    with Run.open(config, corpus) as run:
+        run.begin(state, device)
+        return _learn(config, corpus, state, guard, held_out, run)
+
+
+def _learn(
+    config: TrainConfig,
+    corpus: Corpus,
+    state: State,
+    guard: Guard,
+    held_out: tuple[Tensor, Tensor],
+    run: Run,
+) -> TrainResult:
+    """Make a run's steps and its figure at the end, in its open folder; see `train`."""
+    progress, device = state.progress, next(state.model.parameters()).device
+    with Display(config.steps, progress.step) as display, interruptible() as interrupted:
         display.note(
             f"{corpus.description}: {len(corpus.train):,} tokens, vocabulary of "
             f"{len(corpus.tokenizer)}\n"
             f"{count_parameters(state.model):,} parameters; run folder {run.folder}"
         )
-        for record in steps(config, state, guard):
+        for said in run.said:
+            display.note(said)
+        for record in run.follow(steps(config, state, guard), state):
             run.log(record)
             display.step(record)
             if progress.step % config.eval_every == 0 or progress.step == config.steps:
@@ -86,23 +98,24 @@ def train(config: TrainConfig) -> TrainResult:
                     progress.best_loss = seen.loss
                     run.save("best", state, resumable=False)
                 run.save("last", state, resumable=True)
+            elif run.due():
+                run.save("last", state, resumable=True)
             if interrupted():
                 break
-        if progress.step < config.steps:
-            run.save("last", state, resumable=True)
+        run.save("last", state, resumable=True)
 
     draw_curves(run.folder, display)
     if guard.lost(progress):
         raise guard.error(progress, run.resume_options())
-    if progress.step < config.steps:
+    if interrupted():
         display.note(
             f"stopped after step {progress.step} of {config.steps}; go on with\n"
             f"  altprop train {run.resume_options()}"
         )
-        raise KeyboardInterrupt
+        raise Stopped(interrupted())
     parts = tiles(corpus.validation, config.final_windows, config.context)
     used, there = len(parts[0]), count_tiles(corpus.validation, config.context)
-    with run, counting(-(-used // config.batch), "final validation") as count:
+    with counting(-(-used // config.batch), "final validation") as count:
         final = evaluate(state.judged, parts, config.batch, device, config.free_limit, count)
         coverage = {"final_windows": used, "validation_windows": there}
         run.log({"step": progress.step, **final.record("final_validation"), **coverage})
@@ -311,10 +324,10 @@ def pick_device(name: str) -> torch.device:
 
 
 def draw_curves(folder: Path, display: Display) -> None:
-    """Draw the run's curves, or say why not: a run without matplotlib is a whole run."""
+    """Draw the run's curves, or say why not: a run without a picture is a whole run."""
     try:
         plot_run(folder)
-    except ConfigError as error:
+    except (ConfigError, CheckpointError, OSError) as error:
         display.note(f"no curves: {error}")
 
 
@@ -343,22 +356,3 @@ def write_sample(
         display.note(f"no sample: {error}")
         return ""
     return tokenizer.decode(out[0, 1:].cpu().numpy())
-
-
-@contextmanager
-def interruptible() -> Iterator[Callable[[], bool]]:
-    """Let Ctrl-C ask for a stop after the current step; a second one stops at once."""
-    asked = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield asked.is_set
-        return
-
-    def ask(number: int, frame: Any) -> None:
-        asked.set()
-        signal.signal(signal.SIGINT, before)
-
-    before = signal.signal(signal.SIGINT, ask)
-    try:
-        yield asked.is_set
-    finally:
-        signal.signal(signal.SIGINT, before)
