@@ -12,13 +12,15 @@ import importlib
 import inspect
 import os
 import sys
+import traceback
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import altprop
-from altprop.errors import AltpropError, ConfigError, unknown
+from altprop.errors import AltpropError, ConfigError, in_a_line, unknown
+from altprop.terminal import printable
 
 Commands = Mapping[str, tuple[str, str]]
 
@@ -36,7 +38,7 @@ def main(argv: Sequence[str] | None = None, commands: Commands = COMMANDS) -> in
 
     The status is 0, 2 for bad input (one line on standard error says what to write instead), 130
     after an interrupt, and 141 when the reader of the output went away. Anything else that goes
-    wrong is a bug and keeps its traceback.
+    wrong is a bug and keeps its traceback, with the request to report it.
     """
     try:
         _run(sys.argv[1:] if argv is None else argv, commands)
@@ -56,7 +58,27 @@ def main(argv: Sequence[str] | None = None, commands: Commands = COMMANDS) -> in
             raise
         _end_output()
         return _fail(f"{error.strerror}: free some; a run goes on with --resume")
+    except Exception as error:
+        if _lacks_memory(error):
+            return _fail(
+                f"not enough memory ({in_a_line(error)}): take a smaller model, context or batch"
+            )
+        error.add_note(
+            "altprop: this is a fault of altprop and not of your input: please report it with the "
+            "lines above and the command"
+        )
+        raise
     return 0
+
+
+def _lacks_memory(error: Exception) -> bool:
+    """Tell what torch, numpy or Python raise where a size is past what there is."""
+    torch_s = ("can't allocate memory", "Storage size calculation overflowed")
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or any(said in str(error) for said in torch_s)
+    )
 
 
 def _end_output() -> None:
@@ -68,7 +90,7 @@ def _end_output() -> None:
 
 
 def _fail(message: str) -> int:
-    print("altprop: error:", " ".join(message.split("\n")), file=sys.stderr)
+    print("altprop: error:", printable(" ".join(message.split("\n"))), file=sys.stderr)
     return 2
 
 
@@ -148,7 +170,7 @@ def _call(prog: str, function: Callable[..., Any], argv: Sequence[str]) -> None:
         return
     for name, text in pairs:
         if name == "config":
-            values |= read_values(Path(str(text)), target)
+            values |= read_values(Path(str(text)), target, unsaid=_WRITES)
     said: dict[str, Any] = {}
     for name, text in pairs:
         top, *path = name.split(".")
@@ -158,7 +180,7 @@ def _call(prog: str, function: Callable[..., Any], argv: Sequence[str]) -> None:
     values |= {name: fit(types[name], value, option[name]) for name, value in said.items()}
     values = {name: values[name] for name in types if name in values}
     if "print_config" in asked:
-        print(to_yaml(values), end="")
+        print(to_yaml({k: v for k, v in values.items() if k not in _WRITES}), end="")
     elif missing := [option[name] for name in types if name not in values]:
         raise ConfigError(f"{', '.join(missing)} is missing")
     elif target is function:
@@ -167,6 +189,8 @@ def _call(prog: str, function: Callable[..., Any], argv: Sequence[str]) -> None:
         function(target(**values))
 
 
+# what says where is written: only the command line does, for a file may be somebody else's
+_WRITES = ("out", "resume", "overwrite", "json", "png")
 # what every command takes besides its own
 _EVERYWHERE = {
     "config": "take options from a YAML file; those written here win.",
@@ -186,3 +210,9 @@ def _import(module: str) -> None:
         importlib.import_module(module)
     except ImportError as error:
         raise ConfigError(f"--import {module}: {error}") from error
+    except (Exception, SystemExit) as error:
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        why = f"{type(error).__name__}: {in_a_line(error)}"
+        raise ConfigError(
+            f"--import {module}: {why} ({last.filename}, line {last.lineno})"
+        ) from error

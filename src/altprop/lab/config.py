@@ -23,8 +23,6 @@ from altprop.terminal import printable
 Config = TypeVar("Config")
 LARGEST = 256 << 10  # bytes of a file
 MOST = 10_000  # values in it, those behind an alias wherever it stands
-# what says where is written: a file may be somebody else's
-WRITES = ("out", "resume", "overwrite", "json", "png")
 
 
 def to_yaml(values: Mapping[str, Any]) -> str:
@@ -52,11 +50,13 @@ def read_config(path: Path, cls: type[Config]) -> Config:
     return cls(**read_values(path, cls))
 
 
-def read_values(path: Path, target: Any) -> dict[str, Any]:
+def read_values(path: Path, target: Any, unsaid: Iterable[str] = ()) -> dict[str, Any]:
     """Read from a file what a function or dataclass is given, by name.
 
-    **Raises:** `ConfigError` for a file that is not YAML or does not fit, or that says where to
-    write; `OSError` for one that cannot be read.
+    **Arguments:** `unsaid`, options that a file must not give.
+
+    **Raises:** `ConfigError` for a file that is not YAML or does not fit, or gives what is
+    `unsaid`; `OSError` for one that cannot be read.
     """
     path, hints = place(path), types_of(target)
     try:
@@ -66,15 +66,12 @@ def read_values(path: Path, target: Any) -> dict[str, Any]:
 
     def fitted() -> dict[str, Any]:
         data = _mapping(text)
-        said = {name: data[name] for name in WRITES if data.get(name) not in (None, False)}
+        said = {name: data[name] for name in unsaid if data.get(name) not in (None, False)}
         if hasattr(target, "of_file"):  # what it says depends on where it lies
             data = target.of_file(data, path)
         for name, value in said.items():
             if name in hints and data.get(name) is value:
-                raise ConfigError(
-                    f"{name} is not read from a file: leave it out, and write --{name} on the "
-                    "command line"
-                )
+                raise ConfigError(f"{name} is not read from a file: write --{name} instead")
         for name in data:
             if name not in hints:
                 raise no_option("", name, hints)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from altprop.errors import DataError, refusing
-from altprop.reading import in_bytes, read_bytes
+from altprop.reading import read_bytes
 
 LARGEST_TEXT = 2 << 30  # bytes of the files of a corpus together; more is a prepared folder
 MAX_PICKLE = 8 << 20  # bytes; a vocabulary of 65536 characters takes about one tenth of it
