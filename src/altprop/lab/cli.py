@@ -73,12 +73,8 @@ def main(argv: Sequence[str] | None = None, commands: Commands = COMMANDS) -> in
 
 def _lacks_memory(error: Exception) -> bool:
     """Tell what torch, numpy or Python raise where a size is past what there is."""
-    torch_s = ("can't allocate memory", "Storage size calculation overflowed")
-    return (
-        isinstance(error, MemoryError)
-        or type(error).__name__ == "OutOfMemoryError"
-        or any(said in str(error) for said in torch_s)
-    )
+    of_torch = ("out of memory", "can't allocate memory", "Storage size calculation overflowed")
+    return isinstance(error, MemoryError) or any(said in str(error) for said in of_torch)
 
 
 def _end_output() -> None:
