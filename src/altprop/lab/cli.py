@@ -29,6 +29,7 @@ COMMANDS: Commands = {
     "audit": ("altprop.lab.audit_command:audit", "Compare gradients with an exact one."),
     "sample": ("altprop.lab.sample_command:sample", "Write text with a trained model."),
     "explain": ("altprop.lab.explain_command:explain_run", "Show what each parameter receives."),
+    "reproduce": ("altprop.lab.reproduce.command:reproduce", "Measure published figures again."),
     "data": ("altprop.lab.data_command:data", "List, describe or encode corpora."),
 }
 

@@ -9,13 +9,13 @@ import math
 import os
 import shlex
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol, TextIO, cast
+from typing import Any, Protocol, TextIO
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from altprop import CheckpointError
@@ -24,8 +24,19 @@ from altprop.lab import checkpoint
 from altprop.lab.choices import types_of
 from altprop.lab.config import read_config, write_config
 from altprop.lab.settings import TrainConfig, is_run
-from altprop.lm.model import LanguageModel
-from altprop.lm.text import Batches, CharTokenizer, Corpus, describe, names_corpus
+from altprop.lm.text import CharTokenizer, Corpus, describe, names_corpus
+
+
+Batch = tuple[Tensor, ...]
+Loss = Callable[[nn.Module, Batch], Tensor]
+
+
+class Stream(Protocol):
+    """What gives a run its batches, one after the other, drawn by a generator of its own."""
+
+    generator: torch.Generator
+
+    def draw(self) -> Batch: ...
 
 
 class Stateful(Protocol):
@@ -55,20 +66,22 @@ class Progress:
 class State:
     """Everything that a run goes on from.
 
-    **Arguments:** `stabiliser`, its own state; `average`, the averaged weights, if it keeps any.
+    **Arguments:** `loss`, of the model on a batch; `stabiliser`, its own state; `average`, the
+    averaged weights, if it keeps any.
     """
 
-    model: LanguageModel
+    model: nn.Module
+    loss: Loss
     optimiser: torch.optim.Optimizer
-    batches: Batches
+    batches: Stream
     stabiliser: Stateful | None = None
     average: AveragedModel | None = None
     progress: Progress = field(default_factory=Progress)
 
     @property
-    def judged(self) -> LanguageModel:
+    def judged(self) -> nn.Module:
         """The model that is evaluated, kept as best and sampled from: the average, if any."""
-        return self.model if self.average is None else cast(LanguageModel, self.average.module)
+        return self.model if self.average is None else self.average.module
 
 
 class Run:

@@ -6,12 +6,12 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from altprop.lab.display import Display, counting
 from altprop.lab.evaluation import count_tiles, evaluate, tiles
 from altprop.lab.guard import Guard
 from altprop.lab.report import plot_run
-from altprop.lab.run import Run, State
+from altprop.lab.run import Batch, Loss, Run, State, Stream
 from altprop.lab.settings import TrainConfig
 from altprop.lm.model import GPT, EquilibriumLM, LanguageModel, generate
 from altprop.lm.text import Batches, CharTokenizer, Corpus, check_context, load_corpus, windows
@@ -106,7 +106,8 @@ def train(config: TrainConfig) -> TrainResult:
         final = evaluate(state.judged, parts, config.batch, device, config.free_limit, count)
         coverage = {"final_windows": used, "validation_windows": there}
         run.log({"step": progress.step, **final.record("final_validation"), **coverage})
-    text = write_sample(state.judged.eval(), corpus, config, device, display)
+    model = cast(LanguageModel, state.judged.eval())
+    text = write_sample(model, corpus, config, device, display)
     display.sample(text)
     display.finish(progress, final, (used, there), run.folder)
     return TrainResult(
@@ -130,9 +131,21 @@ def begin(config: TrainConfig, corpus: Corpus) -> tuple[State, Guard]:
         model = build_model(config, len(corpus.tokenizer)).to(pick_device(config.device))
     drawn = torch.Generator().manual_seed(config.seed)
     batches = Batches(corpus.train, config.batch, config.context, drawn)
+    return begin_with(config, model, predicted, batches)
+
+
+def begin_with(
+    config: TrainConfig, model: nn.Module, loss: Loss, batches: Stream
+) -> tuple[State, Guard]:
+    """Return what a run of any model, loss and batches starts from, and the guard of its steps."""
     guard = Guard(config, torch.Generator().manual_seed(config.seed + 1))
     optimiser = make_optimiser(model, config)
-    return State(model, optimiser, batches, guard.state, averaged(model, config)), guard
+    return State(model, loss, optimiser, batches, guard.state, averaged(model, config)), guard
+
+
+def predicted(model: nn.Module, batch: Batch) -> Tensor:
+    """Return a language model's loss: its mean cross-entropy on ids and the ids that follow."""
+    return model(*batch)[1]
 
 
 def steps(config: TrainConfig, state: State, guard: Guard) -> Iterator[dict[str, Any]]:
@@ -150,10 +163,10 @@ def steps(config: TrainConfig, state: State, guard: Guard) -> Iterator[dict[str,
         rate = learning_rate(config, progress.step)
         for group in optimiser.param_groups:
             group["lr"] = rate
-        ids, targets = (t.to(device) for t in state.batches.draw())
+        batch = tuple(t.to(device) for t in state.batches.draw())
         optimiser.zero_grad(set_to_none=True)
         with dropping(config, progress.step):
-            _, loss = model(ids, targets)
+            loss = state.loss(model, batch)
             loss.backward()
         measured = guard.check(model, optimiser, float(loss.detach()), progress)
         norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip)
@@ -170,7 +183,7 @@ def steps(config: TrainConfig, state: State, guard: Guard) -> Iterator[dict[str,
             "gradient_norm": float(norm),
             **measured,
             "refused": progress.refused,
-            "tokens_per_second": ids.numel() / seconds,
+            "tokens_per_second": batch[-1].numel() / seconds,
         }
 
 
@@ -181,7 +194,16 @@ def build_model(config: TrainConfig, vocabulary: int) -> LanguageModel:
     freezes nothing and for patterns that leave nothing to learn.
     """
     model = _BUILD[config.model](config, vocabulary)
-    for pattern in config.freeze:
+    freeze(model, config.freeze)
+    return model
+
+
+def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
+    """Let the parameters that name patterns match learn nothing.
+
+    **Raises:** `ConfigError` for a pattern that matches none, and if nothing is left to learn.
+    """
+    for pattern in patterns:
         frozen = [p for name, p in model.named_parameters() if fnmatchcase(name, pattern)]
         if not frozen:
             names = [name for name, _ in model.named_parameters()]
@@ -192,10 +214,9 @@ def build_model(config: TrainConfig, vocabulary: int) -> LanguageModel:
             parameter.requires_grad_(False)
     if count_parameters(model) == 0:
         raise ConfigError(
-            f"freeze: {', '.join(map(repr, config.freeze))} leaves no parameter to learn: freeze a "
+            f"freeze: {', '.join(map(repr, patterns))} leaves no parameter to learn: freeze a "
             "part of the model, such as 'block.*' or 'head.*'"
         )
-    return model
 
 
 def _equilibrium(config: TrainConfig, vocabulary: int) -> EquilibriumLM:
