@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 import string
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -44,8 +45,9 @@ CLASSES = [
 WORDS = [*NUMBERS, *TEXTS, *PATHS, *DEEP, *CLASSES]
 # options that a run's time grows with: a long run is no fault, so these get no long one
 LONG = {"steps", "sample", "tokens", "final_windows", "eval_every", "seeds", "repeats", "phase_steps"}
-LONG |= {"layers", "refused_in_a_row"}
-FAST = [w for w in WORDS if not w.strip("_").isdigit() or len(w) > 300 or w == "0"]
+LONG |= {"layers", "refused_in_a_row", "eval_windows"}
+FAST = [w for w in WORDS if not re.fullmatch(r"[\d_]{2,300}", w)]
+SHORT = {"steps": "1", "eval_windows": "2", "final_windows": "2", "sample": "0", "data": "text.txt"}
 PARTS = (ap.AbstractRule, ap.AbstractEstimator, ap.AbstractSolver, ap.AbstractStabiliser)
 
 
@@ -170,17 +172,21 @@ def config(draw: Random, here: Path, train: Sequence[str]) -> list[str]:
         case 3:
             lines[at] = lines[at].partition(":")[0] + ": " + hostile(draw, lines[at].partition(":")[0])
             path.write_text("\n".join(lines), "utf-8", "surrogatepass")
-        case _ if option in LONG and line.startswith(f"{option}: ") and line[-4:].isdigit():
+        case 4:
             path.write_bytes(b"a" * draw.choice([1, 10_000, 1_000_000]))
         case _:
             kept = [x for x in lines if x.partition(":")[0] != line.partition(":")[0]]
             path.write_text("\n".join([*kept, line, ""]), "utf-8", "surrogatepass")
-    if os.path.lexists(path) and draw.random() < 0.2:  # as that of a run
+    if path.is_file() and draw.random() < 0.2:  # as that of a run
         os.replace(path, here / "run" / "config.yaml")
         return draw.choice([["sample", "run", "--tokens", "2"], ["train", "--config", "run/config.yaml",
                             "--resume"]])  # fmt: skip
+    said = re.match(r"\w*", line)
+    short = [w for k, v in SHORT.items() if not said or k != said[0] for w in (f"--{k}", v)]
+    if said and said[0] in LONG and re.search(r"\b[\d_]{2,300}$", line):
+        short = [w for pair in SHORT.items() for w in (f"--{pair[0]}", pair[1])]
     return draw.choice(
-        [["train", "--config", "bad.yaml"], [*train, "--config", "bad.yaml", "--steps", "1"],
+        [["train", "--config", "bad.yaml", *short], ["train", "--config", "bad.yaml", *short],
          ["explain", "--config", "bad.yaml"], ["train", "--config", "bad.yaml", "--print_config"],
          ["sample", "--config", "bad.yaml"], ["audit", "--config", "bad.yaml"],
          ["data", "--config", "bad.yaml"]]

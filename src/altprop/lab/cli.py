@@ -87,7 +87,10 @@ def _end_output() -> None:
 
 
 def _fail(message: str) -> int:
-    print("altprop: error:", printable(" ".join(message.split("\n"))), file=sys.stderr)
+    line = printable(" ".join(message.split("\n")))
+    if len(line) > _LONGEST:
+        line = f"{line[: _LONGEST // 2]} ... {line[-_LONGEST // 2 :]}"
+    print("altprop: error:", line, file=sys.stderr)
     return 2
 
 
@@ -186,6 +189,7 @@ def _call(prog: str, function: Callable[..., Any], argv: Sequence[str]) -> None:
         function(target(**values))
 
 
+_LONGEST = 1500  # characters of an error that are shown
 # what says where is written: only the command line does, for a file may be somebody else's
 _WRITES = ("out", "resume", "overwrite", "json", "png")
 # what every command takes besides its own
