@@ -181,8 +181,11 @@ def fuzz(cases: int, seed: int, only: str = "") -> int:
     made = Path(tempfile.mkdtemp())
     try:
         (template := made / "template").mkdir()
+        os.environ["MPLCONFIGDIR"] = str(made)  # its cache is made once
         make_template(template)
-        todo = [only] if only else [f"{k}:{n}" for n in range(-(-cases // len(KINDS))) for k in KINDS]
+        todo = (
+            [only] if only else [f"{k}:{n}" for n in range(-(-cases // len(KINDS))) for k in KINDS]
+        )
         for name in todo:
             kind = name.partition(":")[0]
             outcome, seconds, everything = run_case(kind, f"{seed}/{name}", template)

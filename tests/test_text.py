@@ -258,7 +258,9 @@ def source(tmp_path: Path) -> Path:
     return path
 
 
-def test_a_prepared_folder_loads_like_its_text_and_stays_in_its_files(source: Path, tmp_path: Path) -> None:
+def test_a_prepared_folder_loads_like_its_text_and_stays_in_its_files(
+    source: Path, tmp_path: Path
+) -> None:
     assert prepare(source, tmp_path / "new" / "out") == tmp_path / "new" / "out"
     direct, prepared = load_corpus(source), load_corpus(tmp_path / "new" / "out")
     for split in ("train", "validation"):

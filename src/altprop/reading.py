@@ -41,8 +41,8 @@ def place(path: str | Path, error: type[AltpropError] = ConfigError) -> Path:
     except RuntimeError:
         user = text.partition("/")[0]
         raise error(
-            f"{text[:80]!r} is no path: there is no user {user[1:80]!r} here; write './{user[:80]}' "
-            "for a folder of that name"
+            f"{text[:80]!r} is no path: there is no user {user[1:80]!r} here; write "
+            f"'./{user[:80]}' for a folder of that name"
         ) from None
 
 

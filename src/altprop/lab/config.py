@@ -106,7 +106,8 @@ class _Loader(yaml.SafeLoader):
     def compose_node(self, parent: Any, index: Any) -> yaml.Node:
         self._depth += 1
         self._bound(0, self._depth)
-        node: yaml.Node = super().compose_node(parent, index)
+        node = super().compose_node(parent, index)
+        assert node is not None, "yaml returns None between documents alone"
         self._depth -= 1
         if isinstance(node, yaml.ScalarNode) and len(node.value) > LONGEST:
             raise ConfigError(f"a text of {len(node.value)} characters, expected at most {LONGEST}")

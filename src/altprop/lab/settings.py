@@ -154,7 +154,9 @@ class TrainConfig:
         if self.rule is not None and self.rules:
             raise ConfigError("rule and rules exclude each other: put the rule under '*' in rules")
         shape = self.shape(vocabulary=1)  # refuses a shape that no model can have
-        check_memory(FLOAT * weights(shape, self.model), _sized(self, "d_model", "layers", "context"))
+        check_memory(
+            FLOAT * weights(shape, self.model), _sized(self, "d_model", "layers", "context")
+        )
 
     @classmethod
     def of_file(cls, data: dict[str, Any], file: Path) -> dict[str, Any]:

@@ -28,7 +28,9 @@ class Batches:
     there are fewer than `context + 1` tokens.
     """
 
-    def __init__(self, tokens: Tokens, batch: int, context: int, generator: torch.Generator) -> None:
+    def __init__(
+        self, tokens: Tokens, batch: int, context: int, generator: torch.Generator
+    ) -> None:
         if batch < 1:
             raise ConfigError(f"batch={batch}: expected at least 1")
         check_length("the text", len(tokens), context)
@@ -49,7 +51,9 @@ class Batches:
         return gather(self.tokens, starts.numpy(), self.context)
 
 
-def windows(tokens: Tokens, count: int, context: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+def windows(
+    tokens: Tokens, count: int, context: int, seed: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Return `count` fixed windows for evaluation: x and y, both int64 (count, T).
 
     One window starts at a random place in each of `count` equal stretches of the text. The mean

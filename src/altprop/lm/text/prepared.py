@@ -150,8 +150,8 @@ def _read(folder: Path, opened: int) -> Corpus:
     except CheckpointError as error:
         raise DataError(str(error)) from error
     except OSError as error:
-        name = folder / Path(error.filename or "").name
-        raise DataError(f"cannot read {name}: {error.strerror or error}") from error
+        file = folder / Path(error.filename or "").name
+        raise DataError(f"cannot read {file}: {error.strerror or error}") from error
     name, description = folder.resolve().name, f"the prepared folder {folder}"
     return Corpus(name, description, parts["train.bin"], parts["val.bin"], tokenizer)
 
@@ -168,6 +168,6 @@ def _check_digests(path: Path, opened: int, found: dict[str, str]) -> None:
     wanted = written if isinstance(written, dict) else {}
     if changed := [name for name, digest in found.items() if wanted.get(name) != digest]:
         raise DataError(
-            f"{path.parent}: {', '.join(changed)} is not what was written there (digest.json): write "
-            "the folder again, or remove digest.json if the change is meant"
+            f"{path.parent}: {', '.join(changed)} is not what was written there (digest.json): "
+            "write the folder again, or remove digest.json if the change is meant"
         )

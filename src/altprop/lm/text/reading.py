@@ -9,7 +9,7 @@ import warnings
 from pathlib import Path
 from typing import Any, NoReturn
 
-from altprop.errors import DataError, refusing
+from altprop.errors import DataError
 from altprop.reading import read_bytes
 
 LARGEST_TEXT = 2 << 30  # bytes of the files of a corpus together; more is a prepared folder
@@ -87,8 +87,8 @@ def read_characters(path: Path, folder: int | None = None) -> tuple[str, ...]:
 
     The file is a dict of `vocab_size`, `itos` (id to character) and `stoi` (its inverse). Raises
     DataError when it is damaged, too large, holds anything but plain values (the error names the
-    first global), or when its three entries do not agree. `folder` is the descriptor of the folder that
-    holds it, if that is open.
+    first global), or when its three entries do not agree. `folder` is the descriptor of the folder
+    that holds it, if that is open.
     """
     expected = "expected nanoGPT's dict of vocab_size, itos and stoi, made of plain values"
     try:

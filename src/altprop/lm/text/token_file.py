@@ -27,8 +27,8 @@ class TokenFile:
     **Arguments:** `name`, of a file in the folder whose descriptor is `folder`; `where`, the whole
     path, for errors; `vocabulary`, the number above all ids.
 
-    **Raises:** `DataError` for a file of another layout, and for ids that the vocabulary lacks, also
-    when they are read later.
+    **Raises:** `DataError` for a file of another layout, and for ids that the vocabulary lacks,
+    also when they are read later.
     """
 
     dtype = np.dtype("<u2")
