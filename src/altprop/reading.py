@@ -5,6 +5,7 @@ What is not read so ends as an `OSError` with the file's name and one line, like
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -25,25 +26,15 @@ _KINDS: tuple[tuple[Callable[[int], bool], str], ...] = (
 
 
 def place(path: str | Path, error: type[AltpropError] = ConfigError) -> Path:
-    """Return a path as a person writes it: `~` is the home of its user.
+    """Return a path as a person writes it: `~` is a home, unless it is that of nobody here.
 
     **Raises:** `error` for what no file can be named.
     """
     text = os.fspath(path)
-    try:
-        if b"\0" in os.fsencode(text):
-            raise ValueError("a zero byte")
-        return Path(text).expanduser()
-    except UnicodeEncodeError:
-        raise error(f"{text[:80]!r} is no path: half a character stands in it") from None
-    except ValueError as fault:
-        raise error(f"{text[:80]!r} is no path: {fault} stands in it") from None
-    except RuntimeError:
-        user = text.partition("/")[0]
-        raise error(
-            f"{text[:80]!r} is no path: there is no user {user[1:80]!r} here; write "
-            f"'./{user[:80]}' for a folder of that name"
-        ) from None
+    with contextlib.suppress(UnicodeEncodeError):
+        if b"\0" not in os.fsencode(text):
+            return Path(os.path.expanduser(text))
+    raise error(f"{text[:80]!r} is no path: it holds a zero byte or half a character")
 
 
 def open_regular(path: str | Path, most: int, folder: int | None = None) -> int:
@@ -127,10 +118,15 @@ def parse_json(text: str | bytes, deepest: int = DEEPEST) -> Any:
         data = json.loads(text)
     except RecursionError:
         raise ValueError(f"more than {deepest} levels in one another") from None
-    level: Iterable[Any] = [data]
-    for _ in range(deepest + 1):
-        found = [x for x in level if isinstance(x, (list, dict))]
-        level = [x for each in found for x in (each.values() if isinstance(each, dict) else each)]
-        if not level:
-            return data
-    raise ValueError(f"more than {deepest} levels in one another")
+    level = _nested([data])
+    for _ in range(deepest):
+        level = _nested(
+            x for each in level for x in (each if type(each) is list else each.values())
+        )
+    if level:
+        raise ValueError(f"more than {deepest} levels in one another")
+    return data
+
+
+def _nested(values: Iterable[Any]) -> list[Any]:
+    return [value for value in values if isinstance(value, (list, dict))]

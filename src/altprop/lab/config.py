@@ -104,26 +104,29 @@ class _Loader(yaml.SafeLoader):
         self._sizes: dict[int, tuple[int, int]] = {}  # of nodes: how many values, how deep
 
     def compose_node(self, parent: Any, index: Any) -> yaml.Node:
+        alias = self.check_event(yaml.AliasEvent)
         self._depth += 1
         self._bound(0, self._depth)
         node = super().compose_node(parent, index)
-        assert node is not None, "yaml returns None between documents alone"
         self._depth -= 1
-        if isinstance(node, yaml.ScalarNode) and len(node.value) > LONGEST:
-            raise ConfigError(f"a text of {len(node.value)} characters, expected at most {LONGEST}")
-        if id(node) not in self._sizes:
+        assert node is not None, "yaml returns None between documents alone"
+        if not alias:
             self._sizes[id(node)] = self._size(node)
+        elif id(node) not in self._sizes:  # it is not read to its end yet
+            raise ConfigError("an alias stands inside of what it stands for")
         count, depth = self._sizes[id(node)]
         self._bound(count, self._depth + depth)
         return node
 
     def _size(self, node: yaml.Node) -> tuple[int, int]:
         if isinstance(node, yaml.ScalarNode):
+            if len(node.value) > LONGEST:
+                raise ConfigError(
+                    f"a text of {len(node.value)} characters, expected at most {LONGEST}"
+                )
             return 1, 0
         pairs = isinstance(node, yaml.MappingNode)
         inside = [item for pair in node.value for item in pair] if pairs else node.value
-        if any(id(item) not in self._sizes for item in inside):  # it is not read to its end yet
-            raise ConfigError("an alias stands inside of what it stands for")
         sizes = [self._sizes[id(item)] for item in inside]
         return 1 + sum(n for n, _ in sizes), 1 + max((d for _, d in sizes), default=0)
 
