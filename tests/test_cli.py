@@ -432,11 +432,12 @@ def test_an_error_of_the_system_without_a_file_is_a_bug(monkeypatch: pytest.Monk
         main(["fail", "os"], TABLE)
 
 
-def test_a_reader_that_went_away_ends_the_output_quietly() -> None:
+@pytest.mark.parametrize("word", ["--help", "data"])
+def test_a_reader_that_went_away_ends_the_output_quietly(word: str) -> None:
     read, write = os.pipe()
     os.close(read)
     done = subprocess.run(
-        [sys.executable, "-m", "altprop", "--help"], stdout=write, stderr=subprocess.PIPE
+        [sys.executable, "-m", "altprop", word], stdout=write, stderr=subprocess.PIPE
     )
     os.close(write)
     assert done.returncode == 141

@@ -52,6 +52,10 @@ def main(argv: Sequence[str] | None = None, commands: Commands = COMMANDS) -> in
     except BrokenPipeError:
         _end_output()
         return 141
+    except SystemExit as end:
+        if isinstance(end.__context__, BrokenPipeError):  # so rich ends when its reader has gone
+            return 141
+        raise
     except OSError as error:
         if error.filename is not None:
             return _fail(f"{error.filename}: {error.strerror}")
