@@ -5,7 +5,8 @@
 
 A case is good if the command succeeds, or if it ends with status 2, one line on standard error and
 every file as it was. A traceback, a longer or unfiltered message, a changed file and more than ten
-seconds of computing (or six times as many of waiting) are failures. Everything is drawn from the seed, the kind and the number of a case.
+seconds of computing (or six times as many of waiting) are failures. Everything is drawn from the
+seed, the kind and the number of a case.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from altprop.terminal import printable
 
 
 def data(corpus: str | None = None, *, out: Path | None = None, overwrite: bool = False) -> None:
-    """List the corpora, describe one, or encode it once into a memory-mapped folder.
+    """List the corpora, describe one, or encode it once into a folder of tokens.
 
     Args:
         corpus: Name of a corpus, a UTF-8 text file, a folder of text files, or a folder in

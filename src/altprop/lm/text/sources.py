@@ -59,8 +59,8 @@ def load_corpus(spec: str | Path) -> Corpus:
     """Load the corpus that `spec` names.
 
     `spec` is a name (`list_corpora`), a UTF-8 text file, a folder of `*.txt` and `*.md` files, or a
-    folder of nanoGPT's layout: `train.bin`, `val.bin` (raw little-endian uint16, mapped, not read
-    into memory) and `vocab.json` or `meta.pkl`. How text is read and split stands in
+    folder of nanoGPT's layout: `train.bin`, `val.bin` (raw little-endian uint16, read as needed and
+    not into memory) and `vocab.json` or `meta.pkl`. How text is read and split stands in
     `read_source`; the vocabulary is that of both splits.
 
     Raises DataError, one line each, for everything that cannot be used.
