@@ -16,6 +16,7 @@ from altprop.lab.cli import main
 from altprop.lab.config import read_config
 from altprop.lab.settings import TrainConfig
 from altprop.lab.train import train
+from altprop.lab.values import fit
 from lm_runs import SMALL, assert_equal_bits, curve, sentences, steps, tensors, tree
 
 
@@ -233,9 +234,20 @@ def test_a_home_folder_is_found_behind_the_tilde(
 ) -> None:
     monkeypatch.setenv("HOME", str(here))
     Path("mine.yaml").write_text("steps: 7\n", encoding="utf-8")
-    assert main(["train", "--config=~/mine.yaml", "--out=~/runs/new", "--print_config"]) == 0
-    read = yaml.safe_load(capsys.readouterr().out)
-    assert (read["out"], read["steps"]) == (str(here / "runs" / "new"), 7)
+    assert main(["train", "--config=~/mine.yaml", "--print_config"]) == 0
+    assert yaml.safe_load(capsys.readouterr().out)["steps"] == 7
+    assert fit(Path, "~/runs/new", "out") == here / "runs" / "new"
+
+
+@pytest.mark.parametrize("line", ["out: /elsewhere", "resume: true", "overwrite: true"])
+def test_a_file_does_not_say_where_a_run_writes(
+    line: str, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("mine.yaml").write_text(f"{line}\n", encoding="utf-8")
+    assert main(["train", "--config=mine.yaml"]) == 2
+    assert "is not read from a file: write --" in capsys.readouterr().err
+    Path("mine.yaml").write_text("out: null\nresume: false\n", encoding="utf-8")
+    assert main(["train", "--config=mine.yaml", "--print_config"]) == 0
 
 
 # The text, and how far

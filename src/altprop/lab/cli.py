@@ -12,13 +12,15 @@ import importlib
 import inspect
 import os
 import sys
+import traceback
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import altprop
-from altprop.errors import AltpropError, ConfigError, unknown
+from altprop.errors import AltpropError, ConfigError, in_a_line, unknown
+from altprop.terminal import printable
 
 Commands = Mapping[str, tuple[str, str]]
 
@@ -37,7 +39,8 @@ def main(argv: Sequence[str] | None = None, commands: Commands = COMMANDS) -> in
 
     The status is 0, 2 for bad input (one line on standard error says what to write instead), 130
     after an interrupt, 143 or 129 where SIGTERM or SIGHUP ended a run, and 141 when the reader of
-    the output went away. Anything else that goes wrong is a bug and keeps its traceback.
+    the output went away. Anything else that goes wrong is a bug and keeps its traceback, with the
+    request to report it.
     """
     try:
         _run(sys.argv[1:] if argv is None else argv, commands)
@@ -50,6 +53,10 @@ def main(argv: Sequence[str] | None = None, commands: Commands = COMMANDS) -> in
     except BrokenPipeError:
         _end_output()
         return 141
+    except SystemExit as end:
+        if isinstance(end.__context__, BrokenPipeError):  # so rich ends when its reader has gone
+            return 141
+        raise
     except OSError as error:
         if error.filename is not None:
             return _fail(f"{error.filename}: {error.strerror}")
@@ -57,7 +64,23 @@ def main(argv: Sequence[str] | None = None, commands: Commands = COMMANDS) -> in
             raise
         _end_output()
         return _fail(f"{error.strerror}: free some; a run goes on with --resume")
+    except Exception as error:
+        if _lacks_memory(error):
+            return _fail(
+                f"not enough memory ({in_a_line(error)}): take a smaller model, context or batch"
+            )
+        error.add_note(
+            "altprop: this is a fault of altprop and not of your input: please report it with the "
+            "lines above and the command"
+        )
+        raise
     return 0
+
+
+def _lacks_memory(error: Exception) -> bool:
+    """Tell what torch, numpy or Python raise where a size is past what there is."""
+    of_torch = ("out of memory", "can't allocate memory", "Storage size calculation overflowed")
+    return isinstance(error, MemoryError) or any(said in str(error) for said in of_torch)
 
 
 def _end_output() -> None:
@@ -69,7 +92,10 @@ def _end_output() -> None:
 
 
 def _fail(message: str) -> int:
-    print("altprop: error:", " ".join(message.split("\n")), file=sys.stderr)
+    line = printable(" ".join(message.split("\n")))
+    if len(line) > _LONGEST:
+        line = f"{line[: _LONGEST // 2]} ... {line[-_LONGEST // 2 :]}"
+    print("altprop: error:", line, file=sys.stderr)
     return 2
 
 
@@ -149,7 +175,7 @@ def _call(prog: str, function: Callable[..., Any], argv: Sequence[str]) -> None:
         return
     for name, text in pairs:
         if name == "config":
-            values |= read_values(Path(str(text)), target)
+            values |= read_values(Path(str(text)), target, unsaid=_WRITES)
     said: dict[str, Any] = {}
     for name, text in pairs:
         top, *path = name.split(".")
@@ -159,7 +185,7 @@ def _call(prog: str, function: Callable[..., Any], argv: Sequence[str]) -> None:
     values |= {name: fit(types[name], value, option[name]) for name, value in said.items()}
     values = {name: values[name] for name in types if name in values}
     if "print_config" in asked:
-        print(to_yaml(values), end="")
+        print(to_yaml({k: v for k, v in values.items() if k not in _WRITES}), end="")
     elif missing := [option[name] for name in types if name not in values]:
         raise ConfigError(f"{', '.join(missing)} is missing")
     elif target is function:
@@ -168,6 +194,9 @@ def _call(prog: str, function: Callable[..., Any], argv: Sequence[str]) -> None:
         function(target(**values))
 
 
+_LONGEST = 1500  # characters of an error that are shown
+# what says where is written: only the command line does, for a file may be somebody else's
+_WRITES = ("out", "resume", "overwrite", "json", "png")
 # what every command takes besides its own
 _EVERYWHERE = {
     "config": "take options from a YAML file; those written here win.",
@@ -187,3 +216,9 @@ def _import(module: str) -> None:
         importlib.import_module(module)
     except ImportError as error:
         raise ConfigError(f"--import {module}: {error}") from error
+    except (Exception, SystemExit) as error:
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        why = f"{type(error).__name__}: {in_a_line(error)}"
+        raise ConfigError(
+            f"--import {module}: {why} ({last.filename}, line {last.lineno})"
+        ) from error

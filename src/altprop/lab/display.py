@@ -21,6 +21,7 @@ from rich.text import Text
 
 from altprop.lab.evaluation import Evaluation
 from altprop.lab.run import Progress
+from altprop.terminal import printable
 
 
 class Lasting(io.TextIOBase):
@@ -98,7 +99,8 @@ class Display:
     def note(self, text: str) -> None:
         """Print a line of its own, as it is."""
         # rich would take [brackets] for its markup and :names: for its pictures
-        self._console.print(text, markup=False, emoji=False, highlight=False, soft_wrap=True)
+        shown = printable(text, keep="\n\t")
+        self._console.print(shown, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
     def step(self, record: dict[str, Any]) -> None:
         """Show what a step measured."""

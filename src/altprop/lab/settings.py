@@ -19,6 +19,7 @@ from altprop.errors import unknown
 from altprop.lab.choices import defaults_of
 from altprop.lab.folder import is_run
 from altprop.lab.seal import has_seal
+from altprop.lab.memory import FLOAT, check_memory, training, weights
 from altprop.lm.blocks import ESTIMATOR, SOLVER, ModelConfig
 
 PLACES = ("out", "resume", "overwrite")  # said on the command line, never read from a file
@@ -154,7 +155,10 @@ class TrainConfig:
                 )
         if self.rule is not None and self.rules:
             raise ConfigError("rule and rules exclude each other: put the rule under '*' in rules")
-        self.shape(vocabulary=1)  # refuses a shape that no model can have
+        shape = self.shape(vocabulary=1)  # refuses a shape that no model can have
+        check_memory(
+            FLOAT * weights(shape, self.model), _sized(self, "d_model", "layers", "context")
+        )
 
     @classmethod
     def of_file(cls, data: dict[str, Any], file: Path) -> dict[str, Any]:
@@ -182,6 +186,16 @@ class TrainConfig:
         if self.model == "equilibrium":
             return type(self.estimator).__name__
         return "rules" if self.rules else type(self.rule).__name__ if self.rule else "backprop"
+
+    def check_training(self, vocabulary: int) -> None:
+        """Refuse to train, on the CPU, what needs more memory than there is.
+
+        **Raises:** `ConfigError`.
+        """
+        shape, average = self.shape(vocabulary), self.ema > 0
+        needed = training(shape, self.model, self.batch, self.eval_windows, average)
+        names = ("d_model", "layers", "context", "batch", "eval_windows")
+        check_memory(needed, _sized(self, *names))
 
     def shape(self, vocabulary: int) -> ModelConfig:
         """Return the model's shape for a vocabulary of so many tokens."""
@@ -211,6 +225,10 @@ _OWN = {
     ),
     "gpt": ("tie_head", "rule", "rules"),
 }
+
+
+def _sized(config: object, *names: str) -> str:
+    return ", ".join(f"{name} is {getattr(config, name)}" for name in names)
 
 
 def _require(name: str, value: object, holds: bool, expected: str) -> None:

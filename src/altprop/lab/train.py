@@ -139,6 +139,8 @@ def begin(config: TrainConfig, corpus: Corpus) -> tuple[State, Guard]:
 
     **Raises:** as `build_model` and `pick_device`.
     """
+    if pick_device(config.device).type == "cpu":
+        config.check_training(len(corpus.tokenizer))
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
         model = build_model(config, len(corpus.tokenizer)).to(pick_device(config.device))
@@ -188,7 +190,7 @@ def steps(config: TrainConfig, state: State, guard: Guard) -> Iterator[dict[str,
         progress.step += 1
         if state.average is not None and not progress.in_a_row():  # of applied steps alone
             state.average.update_parameters(model)
-        seconds = time.perf_counter() - clock
+        seconds = max(time.perf_counter() - clock, 1e-9)  # a coarse clock may stand still
         yield {
             "step": progress.step,
             "loss": float(loss.detach()),
