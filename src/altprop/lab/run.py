@@ -26,7 +26,6 @@ from altprop.lab.config import read_config, write_config
 from altprop.lab.settings import TrainConfig, is_run
 from altprop.lm.text import CharTokenizer, Corpus, describe, names_corpus
 
-
 Batch = tuple[Tensor, ...]
 Loss = Callable[[nn.Module, Batch], Tensor]
 

@@ -33,7 +33,6 @@ class Fashion(AbstractClassification):
     hidden_widths: tuple[int, ...] = (500,)
 
     name: ClassVar[str] = "fashion"
-    classes: ClassVar[int] = 10
     rates: ClassVar[tuple[float, ...]] = (3e-4, 1e-3, 3e-3)
 
     @property

@@ -31,7 +31,6 @@ class Skew(AbstractClassification):
     coupling: float = 3.0
 
     name: ClassVar[str] = "skew"
-    classes: ClassVar[int] = 10
     hidden: ClassVar[tuple[str, ...]] = ("system.*",)
 
     @property
