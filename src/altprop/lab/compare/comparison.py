@@ -102,7 +102,7 @@ def compare(
         return [job for arm in arms for job in wanted(arm, plan, outcomes)]
 
     write_results(folder, compiled(task, plan, arms, outcomes))
-    with Trials(len(arms) * _expected(plan), sum(k[1] != "refused" for k in outcomes)) as shown:
+    with Trials(len(arms) * _expected(plan), len(outcomes)) as shown:
         shown.note(f"{len(arms)} arms on {task.name} ({task.source}); folder {folder}")
         for job, outcome in run_jobs(task, folder, workers, next_jobs):
             outcomes[job.key] = outcome

@@ -57,7 +57,11 @@ def open_folder(
         folder.mkdir(parents=True, exist_ok=True)
         text = yaml.safe_dump(dict(options), sort_keys=False, allow_unicode=True, width=10**6)
         write_whole(folder / OPTIONS, text)
-        write_whole(folder / RECORD, json.dumps(_record(command), indent=1) + "\n")
+        record = _record(command)
+        if resume:
+            started = json.loads((folder / RECORD).read_text(encoding="utf-8")).get("started")
+            record |= {"started": started, "resumed": record["started"]}
+        write_whole(folder / RECORD, json.dumps(record, indent=1) + "\n")
     except OSError as error:
         raise CheckpointError(f"{folder}: cannot be written ({error.strerror})") from None
     return outcomes_in(folder)

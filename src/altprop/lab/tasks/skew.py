@@ -72,8 +72,8 @@ class SkewNetwork(nn.Module):
         dynamics = from_function(
             force, step=1 / (1 + coupling**2), start=lambda x: x.new_zeros(len(x), states)
         )
-        solver = Anderson(tol=1e-5, max_steps=200)
-        self.system = Equilibrium(dynamics, solver, Implicit(tol=1e-5), on_failure="accept")
+        solver = Anderson(tol=1e-4, max_steps=200)
+        self.system = Equilibrium(dynamics, solver, Implicit(tol=1e-4), on_failure="accept")
         self.head = nn.Linear(states, 10)
 
     def forward(self, x: Tensor) -> Tensor:

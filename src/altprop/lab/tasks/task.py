@@ -31,6 +31,7 @@ class AbstractTask(ABC):
     leaves as they were drawn.
     """
 
+    small_names: ClassVar[bool] = True  # digits stands for Digits on the command line
     name: ClassVar[str]
     score_name: ClassVar[str] = "accuracy"
     unit: ClassVar[str] = "%"
