@@ -16,12 +16,13 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from timing import now
+
 from altprop.lab.run import Run
 from altprop.lab.settings import TrainConfig
 from altprop.lab.train import begin, steps
 from altprop.lm.text import load_corpus
 from common import markdown, write
-from timing import now
 
 MADE, SAVED = 60, 20
 

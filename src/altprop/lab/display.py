@@ -8,7 +8,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO, cast
@@ -162,6 +162,45 @@ class Display:
         made = step - self._first
         left = (time.monotonic() - self._started) / max(1, made) * (self._total - step)
         return f"{int(left // 60)}:{int(left % 60):02d} left"
+
+
+class Trials:
+    """Shows the trials of a comparison as they are done.
+
+    **Arguments:** `total`, about how many there will be; `done`, how many there are already;
+    `console` and `every`, as of `Display`.
+    """
+
+    def __init__(
+        self, total: int, done: int = 0, console: Console | None = None, every: float = 10.0
+    ) -> None:
+        self._console = console or Console()
+        self._done, self._total, self._every = done, max(total, done), every
+        self._shown = -math.inf
+        self._bar = _bar(self._console, transient=True, disable=not self._console.is_terminal)
+        self._task = self._bar.add_task("trial", total=self._total, completed=done)
+
+    def __enter__(self) -> Trials:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._bar.stop()
+
+    def note(self, text: str) -> None:
+        """Print a line of its own, as it is."""
+        self._console.print(text, markup=False, emoji=False, highlight=False, soft_wrap=True)
+
+    def trial(self, name: str, outcome: Mapping[str, Any]) -> None:
+        """Show that a trial is done, and how it ended."""
+        self._done += 1
+        self._total = max(self._total, self._done)
+        self._bar.update(self._task, completed=self._done, total=self._total)
+        trouble = outcome["refused"] or outcome["failed"]
+        if trouble or time.monotonic() - self._shown >= self._every:
+            self._shown = time.monotonic()
+            score = "" if outcome["score"] is None else f"score {outcome['score']:.4g}"
+            self.note(f"{self._done} of about {self._total}: {name}  {trouble or score}")
 
 
 @contextmanager

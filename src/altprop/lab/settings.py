@@ -18,8 +18,8 @@ from altprop import (
 from altprop.errors import unknown
 from altprop.lab.choices import defaults_of
 from altprop.lab.folder import is_run
-from altprop.lab.seal import has_seal
 from altprop.lab.memory import FLOAT, check_memory, training, weights
+from altprop.lab.seal import has_seal
 from altprop.lm.blocks import ESTIMATOR, SOLVER, ModelConfig
 
 PLACES = ("out", "resume", "overwrite")  # said on the command line, never read from a file

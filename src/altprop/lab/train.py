@@ -297,7 +297,7 @@ def dropping(config: TrainConfig, step: int) -> Iterator[None]:
         yield
 
 
-def rehearse(model: LanguageModel, held_out: tuple[Tensor, Tensor], device: torch.device) -> None:
+def rehearse(model: nn.Module, held_out: tuple[Tensor, Tensor], device: torch.device) -> None:
     """Make one gradient and drop it: an estimator that cannot work with the solver says so now.
 
     **Raises:** `RuleError`, before the run's folder is made.

@@ -201,6 +201,9 @@ def _built(base: type, call: Call, place: str) -> Any:
 def looked_up(base: type, call: Call, place: str) -> tuple[Any, dict[str, Any]]:
     """Return the class that is called, and what it is given by the names of its fields."""
     known = choices(base)
+    if getattr(base, "small_names", False):
+        small = {name.lower(): name for name in known}
+        call = Call(small.get(call.name, call.name), call.args, call.given)
     if call.name not in known:
         raise ConfigError(
             f"{place}: unknown class {shown(call.name)}: {suggest(call.name, known)}; "

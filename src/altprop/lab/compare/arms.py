@@ -73,6 +73,9 @@ class Arm:
             broadcast = any(rule.seam == "broadcast" for rule in rules)
             output, axis = (output_of(task, model), 0) if broadcast else (None, None)
             convert(model, self.rule, output=output, seed=seed, batch_axis=axis)
+            if isinstance(self.rule, CalibrationAlone):
+                for parameter in model.parameters():
+                    parameter.register_post_accumulate_grad_hook(_drop_zero)
 
 
 def output_of(task: AbstractTask, model: nn.Module) -> str:
@@ -105,9 +108,15 @@ def _estimate(model: nn.Module, estimator: Any) -> None:
     convert(model, {("blocks" if "blocks" in stacks else stacks[0]): estimator})
 
 
+def _drop_zero(parameter: Tensor) -> None:
+    """Drop a gradient of zeros, so that the optimiser leaves its parameter as it is."""
+    if parameter.grad is not None and not bool(parameter.grad.any()):
+        parameter.grad = None
+
+
 @dataclass(frozen=True)
 class CalibrationAlone(AbstractBroadcast):
-    """The exact steps of a calibrated rule and, between them, no signal at all.
+    """The exact steps of a calibrated rule; between them, what it would reach stays as it is.
 
     What a calibrated rule gains over this is the rule's own. **Arguments:** `rule`.
     """
@@ -141,9 +150,7 @@ class CalibrationAlone(AbstractBroadcast):
         return torch.zeros(site.rows, site.columns)
 
 
-def arms_of(
-    rules: Sequence[Rule] | Mapping[str, Rule], controls: Sequence[str]
-) -> list[Arm]:
+def arms_of(rules: Sequence[Rule] | Mapping[str, Rule], controls: Sequence[str]) -> list[Arm]:
     """Return the arms of a comparison: the controls first, and then the rules.
 
     **Raises:** `ConfigError` for two arms of one name, and for a control that is none.

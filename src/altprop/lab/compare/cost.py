@@ -65,9 +65,7 @@ def measure_cost(task: AbstractTask, arm: Arm, recipe: TrainConfig) -> dict[str,
     }
 
 
-def _loop(
-    task: AbstractTask, arm: Arm, recipe: TrainConfig
-) -> tuple[Callable[[], object], State]:
+def _loop(task: AbstractTask, arm: Arm, recipe: TrainConfig) -> tuple[Callable[[], object], State]:
     """Return what makes a step of an arm's training, as often as it is called."""
     recipe = replace(recipe, steps=ENDLESS, refused_in_a_row=ENDLESS)
     model = task.model(recipe.seed)

@@ -1,4 +1,4 @@
-"""Means and intervals of a comparison: Student's for means, paired by seed, and Fieller's for ratios.
+"""Means and intervals of a comparison: Student's, paired by seed, and Fieller's for ratios.
 
 A value that is missing (a seed that failed) leaves its pair out; too few values have no interval.
 """

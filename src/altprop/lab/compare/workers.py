@@ -31,12 +31,12 @@ def run_jobs(
     **Arguments:** `wanted`, returns the jobs that can be done and are not done, running ones too.
     """
     running: dict[Future[dict[str, Any]], Job] = {}
-    with _executor(workers) as executor:
+    most = 1 if workers == 1 else 2 * workers  # no worker waits for the next
+    with _executor(workers, task) as executor:
         while True:
             busy = {job.key for job in running.values()}
-            # few at a time: in this process a job is done as soon as it is submitted
-            for job in [job for job in wanted() if job.key not in busy][: 2 * workers - len(busy)]:
-                running[executor.submit(run_job, task, job, folder)] = job
+            for job in [job for job in wanted() if job.key not in busy][: most - len(busy)]:
+                running[executor.submit(_run, job, folder)] = job
             if not running:
                 return
             try:
@@ -51,13 +51,14 @@ def run_jobs(
 
 
 @contextmanager
-def _executor(workers: int) -> Iterator[Executor]:
+def _executor(workers: int, task: AbstractTask) -> Iterator[Executor]:
+    _Task.task = task
     if workers == 1:
         yield _Here()
         return
     before = set(multiprocessing.active_children())
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_begin)
+    pool = ProcessPoolExecutor(workers, context, initializer=_begin, initargs=(task,))
     try:
         yield pool
     finally:  # after an interrupt or an error no trial is waited for
@@ -76,8 +77,19 @@ class _Here(Executor):
         return future
 
 
-def _begin() -> None:
+class _Task:
+    """Holds the task of this process: it is sent once, and reads its data once."""
+
+    task: AbstractTask
+
+
+def _run(job: Job, folder: Path) -> dict[str, Any]:
+    return run_job(_Task.task, job, folder)
+
+
+def _begin(task: AbstractTask) -> None:
     """Prepare a worker: one thread, and no life after the process that it works for."""
+    _Task.task = task
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # who asked for it ends the workers
     parent = multiprocessing.parent_process()

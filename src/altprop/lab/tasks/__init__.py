@@ -1,4 +1,4 @@
-"""What a comparison learns: the tasks by name, and `Supervised` for a model and data of your own."""
+"""What a comparison learns: tasks by name, and `Supervised` for a model and data of your own."""
 
 from altprop.lab.tasks.digits import Digits as Digits
 from altprop.lab.tasks.fashion import Fashion as Fashion

@@ -24,7 +24,6 @@ class Digits(AbstractClassification):
     hidden_widths: tuple[int, ...] = (256, 256)
 
     name: ClassVar[str] = "digits"
-    classes: ClassVar[int] = 10
 
     @property
     def source(self) -> str:

@@ -17,7 +17,7 @@ from altprop import DataError
 from altprop.lab.settings import TrainConfig
 from altprop.lab.tasks.task import MLP, AbstractClassification, plain_adamw
 
-DEBIAN = Path("/usr/share/datasets/fashion-mnist")
+DEBIAN = "/usr/share/datasets/fashion-mnist"
 LARGEST = 2**30  # bytes of a file's numbers
 
 
@@ -29,11 +29,10 @@ class Fashion(AbstractClassification):
     `hidden_widths`, of the hidden layers.
     """
 
-    folder: Path = DEBIAN
+    folder: str = DEBIAN
     hidden_widths: tuple[int, ...] = (500,)
 
     name: ClassVar[str] = "fashion"
-    classes: ClassVar[int] = 10
     rates: ClassVar[tuple[float, ...]] = (3e-4, 1e-3, 3e-3)
 
     @property
@@ -63,7 +62,8 @@ class Fashion(AbstractClassification):
         return images.flatten(1).float() / 255, labels.long()
 
     def _file(self, name: str) -> Path:
-        for file in (self.folder / name, self.folder / f"{name}.gz"):
+        folder = Path(self.folder).expanduser()
+        for file in (folder / name, folder / f"{name}.gz"):
             if file.is_file():
                 return file
         raise DataError(

@@ -24,7 +24,6 @@ class Mnist5k(AbstractClassification):
     hidden_widths: tuple[int, ...] = (500,)
 
     name: ClassVar[str] = "mnist5k"
-    classes: ClassVar[int] = 10
 
     @property
     def source(self) -> str:

@@ -28,7 +28,6 @@ class Parity(AbstractClassification):
     width: int = 128
 
     name: ClassVar[str] = "parity"
-    classes: ClassVar[int] = 2
 
     def __post_init__(self) -> None:
         if not 1 <= self.k <= self.bits:
@@ -38,6 +37,10 @@ class Parity(AbstractClassification):
                 f"examples is {self.examples} and width {self.width}, expected at least "
                 f"{self.recipe.batch} and 1"
             )
+
+    @property
+    def classes(self) -> int:
+        return 2
 
     @property
     def source(self) -> str:

@@ -31,7 +31,6 @@ class Skew(AbstractClassification):
     coupling: float = 3.0
 
     name: ClassVar[str] = "skew"
-    classes: ClassVar[int] = 10
     hidden: ClassVar[tuple[str, ...]] = ("system.*",)
 
     @property
@@ -73,8 +72,8 @@ class SkewNetwork(nn.Module):
         dynamics = from_function(
             force, step=1 / (1 + coupling**2), start=lambda x: x.new_zeros(len(x), states)
         )
-        solver = Anderson(tol=1e-5, max_steps=200)
-        self.system = Equilibrium(dynamics, solver, Implicit(tol=1e-5), on_failure="accept")
+        solver = Anderson(tol=1e-4, max_steps=200)
+        self.system = Equilibrium(dynamics, solver, Implicit(tol=1e-4), on_failure="accept")
         self.head = nn.Linear(states, 10)
 
     def forward(self, x: Tensor) -> Tensor:

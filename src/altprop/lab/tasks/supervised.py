@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
@@ -47,12 +47,12 @@ class Supervised(AbstractTask):
     score_name: str = "accuracy"  # type: ignore[misc]
     unit: str = "%"  # type: ignore[misc]
     better: Literal["higher", "lower"] = "higher"  # type: ignore[misc]
-    chance: float | None = None  # type: ignore[misc]
+    chance: float | None = None
     output: str | None = None  # type: ignore[misc]
     hidden: tuple[str, ...] = ()  # type: ignore[misc]
-    source: str = "given in Python"  # type: ignore[misc]
+    source: str = "given in Python"
     rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2)  # type: ignore[misc]
-    recipe: TrainConfig = field(default_factory=lambda: plain_adamw(500, 32, 3e-3))  # type: ignore[misc]
+    recipe: TrainConfig = plain_adamw(steps=500, batch=32, lr=3e-3)
 
     def __post_init__(self) -> None:
         if self.better not in ("higher", "lower"):

@@ -1,4 +1,4 @@
-"""What is learned: a task gives a model, batches, a loss and a score, and says where its data is from.
+"""What is learned: a task gives a model, batches, a loss, a score, and where its data is from.
 
 A task is a frozen dataclass, so that a command line and a file can name it. Whatever it draws comes
 from the seed that it is given: every arm of a comparison starts from the same weights and sees the
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +31,7 @@ class AbstractTask(ABC):
     leaves as they were drawn.
     """
 
+    small_names: ClassVar[bool] = True  # digits stands for Digits on the command line
     name: ClassVar[str]
     score_name: ClassVar[str] = "accuracy"
     unit: ClassVar[str] = "%"
@@ -38,6 +39,11 @@ class AbstractTask(ABC):
     rates: ClassVar[tuple[float, ...]] = (1e-3, 3e-3, 1e-2)
     output: ClassVar[str | None] = "head"
     hidden: ClassVar[tuple[str, ...]] = ("blocks.*",)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out the data that was read: another process reads its own."""
+        fields = self.__dataclass_fields__  # type: ignore[attr-defined]
+        return {name: value for name, value in self.__dict__.items() if name in fields}
 
     @property
     @abstractmethod
@@ -117,10 +123,14 @@ class MLP(nn.Module):
 class AbstractClassification(AbstractTask):
     """Base of tasks whose batches are inputs and classes: cross-entropy, and accuracy in per cent.
 
-    A concrete task gives `data`, by `train`, `validation` and `test`, and `classes`.
+    A concrete task gives `data`, by `train`, `validation` and `test`, and says how many `classes`
+    there are where it is not ten.
     """
 
-    classes: int
+    @property
+    def classes(self) -> int:
+        """How many classes there are."""
+        return 10
 
     @property
     @abstractmethod

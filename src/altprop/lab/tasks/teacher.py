@@ -43,7 +43,7 @@ class Teacher(AbstractClassification):
             raise ConfigError(f"labels is {self.labels}, expected at least 2")
 
     @property
-    def classes(self) -> int:  # type: ignore[override]
+    def classes(self) -> int:
         return self.labels
 
     @property

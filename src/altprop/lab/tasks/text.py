@@ -84,7 +84,5 @@ class Text(AbstractTask):
 
     def score(self, model: nn.Module, part: Part) -> float:
         recipe = self.recipe
-        held = windows(
-            self.corpus.validation, recipe.eval_windows, self.context, seed=_SEEDS[part]
-        )
+        held = windows(self.corpus.validation, recipe.eval_windows, self.context, seed=_SEEDS[part])
         return evaluate(model, held, self.batch, torch.device("cpu")).loss
