@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from altprop.auditing.agreement import t_quantile
+from altprop.statistics import t_quantile
 
 Values = Sequence[float | None]
 

@@ -17,11 +17,12 @@ from altprop.lab.tasks.task import MLP, AbstractClassification
 
 RATE, DECAY, MIRROR_RATE = 0.5, 2e-4, 0.2
 UPDATES = 4690  # 10 epochs of 60 000 images in batches of 128
-RULES: dict[str, tuple[AbstractRule | None, float]] = {  # and the decay of the weights
-    "backprop": (None, 0.0),
-    "feedback alignment": (FeedbackAlignment(std=0.06), 0.0),
-    "Kolen-Pollack": (KolenPollack(std=0.06), DECAY),
-    "weight mirror": (WeightMirror(std=0.06, probes=128), 0.0),
+# a rule, the decay of the weights, and how its feedback learns where it learns otherwise than they
+RULES: dict[str, tuple[AbstractRule | None, float, dict[str, float]]] = {
+    "backprop": (None, 0.0, {}),
+    "feedback alignment": (FeedbackAlignment(std=0.06), 0.0, {}),
+    "Kolen-Pollack": (KolenPollack(std=0.06), DECAY, {}),
+    "weight mirror": (WeightMirror(std=0.06, probes=128), 0.0, {"lr": MIRROR_RATE}),
 }
 PUBLISHED = {
     "backprop": (94.1, None),
@@ -43,7 +44,7 @@ def measure(seed: int) -> Mapping[str, float]:
 
 
 def _measured(task: AbstractClassification, name: str, seed: int) -> Iterator[tuple[str, float]]:
-    rule, decay = RULES[name]
+    rule, decay, own_way = RULES[name]
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = MLP((784, 500), 10, nn.Sigmoid)
@@ -53,8 +54,7 @@ def _measured(task: AbstractClassification, name: str, seed: int) -> Iterator[tu
     fed = [p for n, p in model.named_parameters() if n.endswith(".B")]
     optimiser = torch.optim.SGD(own, lr=RATE, weight_decay=decay)
     if fed:
-        mirror = {"lr": MIRROR_RATE, "weight_decay": 0.0} if name == "weight mirror" else {}
-        optimiser.add_param_group({"params": fed, **mirror})
+        optimiser.add_param_group({"params": fed, **own_way})
     batches = task.batches(seed)
     for _ in range(UPDATES):
         optimiser.zero_grad()
