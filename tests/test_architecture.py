@@ -93,7 +93,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "altprop.lab": ("altprop.lab.*",),
     # what an audit counts and how sure a mean is, which a comparison says in the same way
     "altprop.lab.compare.cost": ("altprop", "altprop.auditing.memory", "altprop.lab.*"),
-    "altprop.lab.compare.statistics": ("altprop.auditing.agreement",),
+    "altprop.lab.compare.statistics": ("altprop.statistics",),
     "altprop.lab.compare": ("altprop.lab.compare.*",),
     "altprop.lab.tasks": ("altprop.lab.tasks.*",),
     "altprop.lab.*": (

@@ -80,7 +80,7 @@ def _lines() -> Iterator[tuple[str, float | None]]:
         for rule, (accuracy, angle) in PUBLISHED.items():
             theirs = data == "MNIST-5k"
             yield f"{data}, {rule}: accuracy", accuracy if theirs else None
-            if rule != "backprop":
+            if angle is not None:
                 yield f"{data}, {rule}: angle", angle if theirs else None
 
 
