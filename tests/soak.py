@@ -76,6 +76,7 @@ def child(words: list[str], prepare: Act = lambda: None, kill: tuple[float, int]
             try:
                 os.dup2(out.fileno(), 1)
                 os.dup2(err.fileno(), 2)
+                signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which nohup ignores
                 torch.set_num_threads(1)
                 train.plot_run = _picture  # matplotlib would take most of the time
                 prepare()

@@ -6,6 +6,7 @@ a command that runs is imported, so that `altprop --help` answers at once.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import importlib
@@ -49,7 +50,8 @@ def main(argv: Sequence[str] | None = None, commands: Commands = COMMANDS) -> in
     except AltpropError as error:
         return _fail(str(error))
     except KeyboardInterrupt as error:
-        print("altprop: interrupted", file=sys.stderr)
+        with contextlib.suppress(OSError):  # of a terminal that has been closed
+            print("altprop: interrupted", file=sys.stderr)
         return getattr(error, "status", 130)  # of another signal, where a run was asked to stop
     except BrokenPipeError:
         _end_output()

@@ -43,6 +43,18 @@ class Identity:
         text = {name: facts[name] for name in ("train_sha256", "validation_sha256")}
         return cls(options_of(config), vocabulary_of(corpus.tokenizer), text)
 
+    @classmethod
+    def read(cls, saved: Checkpoint, path: Path) -> Identity:
+        """Return what a checkpoint says that its run is.
+
+        **Raises:** `CheckpointError` if it does not say so.
+        """
+        held = saved.notes.get("identity")
+        kinds = {"options": dict, "vocabulary": str, "text": dict}
+        if not isinstance(held, dict) or {k: type(v) for k, v in held.items()} != kinds:
+            raise CheckpointError(f"{path}: does not say which run it is of; take another")
+        return cls(**held)
+
     def changed(self, other: Identity) -> list[str]:
         """Return the options, and `data` for another text, in which the other run differs."""
         names = changed_options(self.options, other.options)
@@ -78,9 +90,9 @@ def check_settings(
 
     **Raises:** `CheckpointError` naming what is of another run.
     """
-    then = saved.notes.get("identity", {"options": {}, "vocabulary": ""})
-    names = [n for n in changed_options(options_of(config), then["options"]) if n != "data"]
-    if then["vocabulary"] != vocabulary_of(tokenizer):
+    then = Identity.read(saved, path)
+    names = [n for n in changed_options(options_of(config), then.options) if n != "data"]
+    if then.vocabulary != vocabulary_of(tokenizer):
         names.append("vocab.json")
     if names:
         raise CheckpointError(

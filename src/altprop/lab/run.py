@@ -202,7 +202,7 @@ class Run:
         The checkpoint alone says what that was: a `config.yaml` may have been lost or changed.
         """
         path, saved = self._find()
-        now, then = self._identity, Identity(**saved.notes["identity"])
+        now, then = self._identity, Identity.read(saved, path)
         if changed := now.changed(then):
             raise CheckpointError(
                 f"{self.folder} was started with other values of {', '.join(changed)}: write "
@@ -222,7 +222,8 @@ class Run:
         for path in (self.folder / f"{name}.safetensors" for name in ("last", PREVIOUS)):
             try:
                 saved = checkpoint.load(path)
-                if not saved.notes.get("resumable") or "identity" not in saved.notes:
+                Identity.read(saved, path)
+                if not saved.notes.get("resumable"):
                     raise CheckpointError(
                         f"{path}: without the optimiser's state: nothing to go on from"
                     )

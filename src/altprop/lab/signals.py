@@ -35,9 +35,11 @@ def interruptible() -> Iterator[Callable[[], int]]:
 
     def ask(number: int, frame: Any) -> None:
         now = time.monotonic()
-        # a terminal that is closed says so to its shell and to the run, and so does the shell
-        again = number == asked[0][0] != signal.SIGINT and now < asked[0][1] + 1 if asked else False
-        if asked and not again:
+        if asked:
+            first, since = asked[0]
+            # a terminal that is closed says so to its shell and to the run, and so does the shell
+            if number == first == getattr(signal, "SIGHUP", 0) and now < since + 1:
+                return
             raise Stopped(number)
         asked.append((number, now))
 
