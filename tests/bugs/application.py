@@ -133,8 +133,8 @@ BUGS = [
     ),
     Bug(
         _LM + "text/prepared.py",
-        'file.write(piece.astype("<u2", copy=False).data)',
-        'file.write(piece.astype(">u2", copy=False).data)',
+        'raw = piece.astype("<u2", copy=False).data',
+        'raw = piece.astype(">u2", copy=False).data',
         _TEXT,
     ),
     Bug(
