@@ -21,7 +21,8 @@ from altprop.lab.cli import main
 from altprop.lab.compare import Comparison, compare
 from altprop.lab.compare.arms import Arm, CalibrationAlone, arms_of
 from altprop.lab.compare.trial import group_of
-from altprop.lab.tasks import Parity, Supervised
+from altprop.lab.tasks import Parity
+from altprop.lab.tasks.supervised import Supervised
 from lm_runs import tree
 
 TASK = Parity(bits=4, k=1, examples=64, width=6)
@@ -31,7 +32,9 @@ FA, DFA = ap.FeedbackAlignment(std=0.3), ap.DirectFeedback("block", std=0.3, cal
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("altprop.lab.compare.cost.ROUNDS", 2)
+    monkeypatch.setattr("altprop.lab.compare.cost.ROUNDS", 1)
+    monkeypatch.setattr("altprop.lab.compare.cost.SHORT", -1.0)
+    monkeypatch.setattr("altprop.lab.compare.cost.peak_live_bytes", lambda step: 1)
     monkeypatch.chdir(tmp_path)
 
 
@@ -119,10 +122,11 @@ def test_a_rule_that_does_not_fit_is_said_in_its_arm_and_the_others_run() -> Non
 def test_a_run_that_diverges_is_an_outcome(monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = replace(TASK.recipe, refused_in_a_row=2)
     monkeypatch.setattr(Parity, "recipe", property(lambda self: recipe))
-    found = small(rates=(1e30,), steps=30, equal_cost=False)
+    found = small(rules={"FA": FA}, rates=(1e30,), steps=30, equal_cost=False)
+    assert found.arm("FA")["difference"] is None
     assert found.results["finished"]
     assert found.arm("backprop")["failed"].startswith("seed 0: diverged")
-    assert found.arm("backprop")["mean"] is None and found.arm("FA")["difference"] is None
+    assert found.arm("backprop")["mean"] is None
 
 
 def test_a_comparison_goes_on_where_it_was_cut_off_and_ends_the_same() -> None:
@@ -171,6 +175,12 @@ def test_anybody_s_model_and_data_are_a_task() -> None:
     assert found.arm("FA")["mean"] is not None and found.results["task"]["name"] == "own"
     assert yaml.safe_load(Path("out/comparison.yaml").read_text())["task"] == "own"
     assert found.arm("frozen")["cost"]["parameters"] == 12  # the last map alone
+
+
+def test_an_arm_that_is_not_there_is_answered_with_those_that_are() -> None:
+    found = Comparison(Path("out"), {"arms": [{"name": "backprop"}, {"name": "FA"}]})
+    with pytest.raises(ap.ConfigError, match="unknown arm 'fa': did you mean FA"):
+        found.arm("fa")
 
 
 def test_a_group_is_a_layer() -> None:
@@ -258,6 +268,7 @@ def test_every_option_changes_what_comes_out_or_is_refused() -> None:
     assert before == call()
     same = [name for name, value in OPTIONS.items() if call(**{name: value}) == before]
     assert same == ["overwrite"]  # where there is nothing to replace
+    shutil.rmtree("out")
     small(**plain)
     with pytest.raises(ap.CheckpointError, match="already holds a comparison"):
         small(**plain)

@@ -24,11 +24,11 @@ from altprop.lab.tasks import (
     Mnist5k,
     Parity,
     Skew,
-    Supervised,
     Teacher,
     Text,
 )
 from altprop.lab.tasks.fashion import read_idx
+from altprop.lab.tasks.supervised import Supervised
 from altprop.lab.tasks.teacher import gaussians, labelled
 from altprop.lab.train import begin_with, steps
 from altprop.lab.values import fit, plain

@@ -34,7 +34,7 @@ def measure_cost(task: AbstractTask, arm: Arm, recipe: TrainConfig) -> dict[str,
     numbers = _numbers(state.model) - _numbers(task.model(recipe.seed))
     start = time.perf_counter()
     own()
-    several = 20 if time.perf_counter() - start < SHORT else 4  # rules that act now and then, too
+    several = 10 if time.perf_counter() - start < SHORT else 4  # rules that act now and then, too
 
     def chunk(step: Callable[[], object]) -> Callable[[], None]:
         def run() -> None:

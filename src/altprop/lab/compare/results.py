@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.table import Table
 
+from altprop.errors import unknown
 from altprop.lab.compare.arms import Arm
 from altprop.lab.compare.plan import (
     Outcomes,
@@ -35,8 +36,14 @@ class Comparison:
     results: Mapping[str, Any]
 
     def arm(self, name: str) -> Mapping[str, Any]:
-        """Return what was found of the arm of that name."""
-        return next(arm for arm in self.results["arms"] if arm["name"] == name)
+        """Return what was found of the arm of that name.
+
+        **Raises:** `ConfigError` for a name that no arm has.
+        """
+        arms = {arm["name"]: arm for arm in self.results["arms"]}
+        if name not in arms:
+            raise unknown("arm", name, arms)
+        return arms[name]
 
     def __str__(self) -> str:
         rows = [_cells(arm) for arm in self.results["arms"]]

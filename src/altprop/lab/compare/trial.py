@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import Tensor, nn
 
-from altprop import ConvergenceError, Installed, RuleError, Trial, audit_trials
+from altprop import ConvergenceError, RuleError, compare, feedback_parameters, rules_off
 from altprop.files import write_whole
 from altprop.lab.compare.arms import Arm
 from altprop.lab.compare.cost import measure_cost
@@ -142,19 +143,36 @@ def _finite(value: float) -> float | None:
 
 
 def _audited(state: State, batch: Batch) -> dict[str, Any]:
-    """Compare the rule's gradient with the exact one at the weights that it has reached.
+    """Compare the rule's gradient with the exact one at the weights that it has reached, by layer.
 
     Works on a copy, so that a rule that counts its passes or carries estimates is not disturbed.
     """
     model = copy.deepcopy(state.model)
-    trial = Trial(model, lambda: state.loss(model, batch), "a batch")
-    arms, exact = [Installed(name="rule")], Installed(exact=True, name="backprop")
-    report = audit_trials([trial], arms, exact, repeats=0, floor=1e-6, by=group_of)
+    found = _gradients(state, model, batch)
+    with rules_off(model):
+        exact = _gradients(state, model, batch)
     groups = []
-    for name, found in report.rows[0].parameters.items():
-        cosine, ratio = (found.figures[figure].mean for figure in ("cosine", "norm_ratio"))
-        groups.append({"name": name, "cosine": cosine, "ratio": ratio})
+    for name, reference in exact.items():
+        agreement = compare(found[name], reference)
+        groups.append({"name": name, "cosine": agreement.cosine, "ratio": agreement.norm_ratio})
     return {"step": state.progress.step, "groups": groups}
+
+
+def _gradients(state: State, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+    """Return the gradients of each group as one vector, learned feedback left out."""
+    feedback = {id(p) for p in feedback_parameters(model)}
+    learning = {
+        name: p for name, p in model.named_parameters() if p.requires_grad and id(p) not in feedback
+    }
+    with torch.random.fork_rng():  # both draw the same
+        loss = state.loss(model, batch)
+        found = torch.autograd.grad(
+            loss, list(learning.values()), allow_unused=True, materialize_grads=True
+        )
+    groups: dict[str, list[Tensor]] = {}
+    for name, gradient in zip(learning, found, strict=True):
+        groups.setdefault(group_of(name), []).append(gradient.flatten())
+    return {name: torch.cat(parts) for name, parts in groups.items()}
 
 
 def group_of(parameter: str) -> str:
