@@ -50,7 +50,7 @@ def measure(seed: int) -> Mapping[str, float]:
 
 FIGURE = Figure(
     title="The cosines of feedback alignment inside a transformer block",
-    source="Published lab notes on feedback alignment in a language model's block",
+    source="Lab notes on feedback alignment in a language model's block",
     setting=f"A GPT of one block (C = 128, T = 64) on the plays, {STEPS} steps by feedback "
     "alignment in every linear map; cosine to backprop at the weights reached, over 64 windows",
     unit="cosine",

@@ -33,7 +33,7 @@ def page(name: str, figure: Figure, found: Measured) -> str:
             f"### {figure.title}",
             "",
             f"`altprop reproduce {name}`. {figure.setting}. Published: {figure.source}. "
-            f"Measured: {brief(found)}. {figure.differs}",
+            f"Measured: {brief(found)}. {figure.differs}.",
             "",
             f"| {figure.unit} | published | measured |",
             "|---|---|---|",
