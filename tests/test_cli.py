@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import os
 import subprocess
 import sys
@@ -442,6 +443,15 @@ def test_a_reader_that_went_away_ends_the_output_quietly(word: str) -> None:
     os.close(write)
     assert done.returncode == 141
     assert done.stderr == b""
+
+
+def test_an_output_that_lacks_a_character_shows_its_escape(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "text.txt").write_text("caf\xe9 \u20ac " * 20, encoding="utf-8")
+    monkeypatch.setattr(sys, "stdout", out := io.TextIOWrapper(io.BytesIO(), "ascii"))
+    assert main(["data", str(tmp_path / "text.txt")]) == 0
+    assert b"caf\\xe9 \\u20ac" in out.buffer.getvalue()  # type: ignore[attr-defined]
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")

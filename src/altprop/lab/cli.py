@@ -11,6 +11,7 @@ import dataclasses
 import errno
 import importlib
 import inspect
+import io
 import os
 import sys
 import traceback
@@ -44,6 +45,9 @@ def main(argv: Sequence[str] | None = None, commands: Commands = COMMANDS) -> in
     the output went away. Anything else that goes wrong is a bug and keeps its traceback, with the
     request to report it.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # whose encoding may lack a character of a text
+            stream.reconfigure(errors="backslashreplace")
     try:
         _run(sys.argv[1:] if argv is None else argv, commands)
         sys.stdout.flush()
