@@ -10,6 +10,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from altprop import Implicit
 from altprop.lab.evaluation import evaluate
 from altprop.lab.run import Batch, Stream
 from altprop.lab.settings import TrainConfig
@@ -62,9 +63,11 @@ class Text(AbstractTask):
 
     @property
     def recipe(self) -> TrainConfig:
+        # exact, so that what stands beside the estimators is none of them
+        exact = {"estimator": Implicit(tol=1e-4)} if self.kind == "equilibrium" else {}
         return TrainConfig(
             data=self.data, model=self.kind, layers=self.layers, d_model=self.d_model,
-            heads=self.heads, context=self.context, batch=self.batch, device="cpu",
+            heads=self.heads, context=self.context, batch=self.batch, device="cpu", **exact,
         )  # fmt: skip
 
     @cached_property
