@@ -7,13 +7,14 @@ import itertools
 import math
 import sys
 import types
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import altprop as ap
 from altprop.errors import AltpropError
@@ -144,6 +145,15 @@ def test_on_the_skew_system_aep_is_exact_and_ep_is_not() -> None:
     cosine = torch.nn.functional.cosine_similarity
     assert float(cosine(gradient(ap.AEP()), exact, dim=0)) > 0.999
     assert float(cosine(gradient(ap.EP()), exact, dim=0)) < 0.9
+
+
+@pytest.mark.parametrize("make", [Skew(states=4).network, None], ids=["skew", "text"])
+def test_a_model_with_an_equilibrium_learns_exactly_unless_a_rule_is_put_into_it(
+    make: Callable[[], nn.Module] | None, tmp_path: Path
+) -> None:
+    model = make() if make else replace(text(tmp_path), kind="equilibrium").network()
+    found = [type(block.estimator) for _, block in ap.equilibria(model)]
+    assert found == [ap.Implicit]
 
 
 # Fashion-MNIST

@@ -76,9 +76,9 @@ def _cells(arm: Mapping[str, Any]) -> list[str]:
     cost, equal = arm["cost"], arm["equal_cost"]
     return [
         arm["name"],
-        _estimate(arm, "{:.2f}"),
-        _estimate(arm["difference"], "{:+.2f}"),
-        _estimate(arm["recovery"], "{:.2f}"),
+        _estimate(arm, "{:z.2f}"),
+        _estimate(arm["difference"], "{:+z.2f}"),
+        _estimate(arm["recovery"], "{:z.2f}"),
         f"{arm['lr']:g}" + (" (edge)" if arm["edge"] else ""),
         f"{cost['relative']:.2f}" if cost else "",
         f"{_estimate(equal, '{:.2f}')} in {equal['steps']}" if equal else "",

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
+from altprop import Implicit
 from altprop.lab.evaluation import evaluate
 from altprop.lab.run import Batch, Stream
 from altprop.lab.settings import TrainConfig
@@ -62,9 +63,13 @@ class Text(AbstractTask):
 
     @property
     def recipe(self) -> TrainConfig:
+        # exact, so that what stands beside the estimators is none of them
+        exact: dict[str, Any] = (
+            {"estimator": Implicit(tol=1e-4)} if self.kind == "equilibrium" else {}
+        )
         return TrainConfig(
             data=self.data, model=self.kind, layers=self.layers, d_model=self.d_model,
-            heads=self.heads, context=self.context, batch=self.batch, device="cpu",
+            heads=self.heads, context=self.context, batch=self.batch, device="cpu", **exact,
         )  # fmt: skip
 
     @cached_property
