@@ -1,11 +1,11 @@
 # Every target sets up what it needs, so that any may be the first on a fresh machine.
 #   make train ARGS="--steps 1000"      make test ARGS="tests/test_cli.py -k help"
-#   make bench ARGS=--quick
+#   make bench ARGS=--quick             make soak ARGS="--minutes 60"
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: train test bench lint types docs clean
+.PHONY: train test soak bench lint types docs clean
 .DELETE_ON_ERROR:
 
 train: .venv/.installed-train
@@ -13,6 +13,9 @@ train: .venv/.installed-train
 
 test: .venv/.installed-dev
 	$(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
+
+soak: .venv/.installed-dev
+	$(BIN)/python tests/soak.py $(ARGS)
 
 bench: .venv/.installed-dev
 	$(BIN)/python benchmarks/gradient.py $(ARGS)

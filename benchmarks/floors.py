@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from timing import Ratio
+from altprop.lab.timing import Ratio
 
 PATH = Path(__file__).with_name("floors.json")
 

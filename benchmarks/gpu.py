@@ -17,10 +17,10 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import altprop as ap
+from altprop.lab.timing import now
 from arms import UNIT, UNROLL, Arm, by_library, ordinary, unrolled
 from common import markdown
 from problems import Gradients, Problem
-from timing import now
 
 UNROLLED = f"backprop, {UNROLL}-step unroll"
 PEAK_SIZE = 8192

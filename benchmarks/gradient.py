@@ -25,6 +25,7 @@ import floors
 import gpu
 from altprop.auditing.memory import peak_live_bytes
 from altprop.lab.reference import Sizes
+from altprop.lab.timing import Ratio, Times, paired, ratio
 from altprop.lab.train import pick_device
 from arms import (
     CHUNKED,
@@ -45,7 +46,6 @@ from arms import (
 from common import markdown, results, write
 from problems import Gradients, Problem, gated, reference
 from published import EVALUATIONS, published_aep
-from timing import Ratio, Times, paired, ratio
 
 ROUNDS = 9
 PROBLEMS = ("reference", "gated-128", "gated-256")

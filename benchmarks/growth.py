@@ -22,11 +22,11 @@ import torch
 
 import altprop as ap
 from altprop.auditing.memory import peak_live_bytes
+from altprop.lab.timing import paired
 from altprop.lab.train import pick_device
 from arms import UNIT, Arm, by_library, ordinary
 from common import markdown, write
 from problems import Head, Problem
-from timing import paired
 
 BASE = {"T": 64, "C": 64, "B": 4}
 SWEEPS = {"T": (64, 128, 256, 512, 1024), "C": (64, 128, 256, 512), "B": (4, 8, 16, 32, 64)}

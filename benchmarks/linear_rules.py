@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 import altprop as ap
 from altprop.auditing.memory import peak_live_bytes
+from altprop.lab.timing import paired, ratio
 from altprop.lm.model import GPT, ModelConfig
 from common import markdown, write
-from timing import paired, ratio
 
 TRANSPORTS: dict[str, ap.AbstractRule] = {
     "Backprop": ap.Backprop(),

@@ -37,11 +37,11 @@ import altprop as ap
 from altprop.lab.run import Run
 from altprop.lab.sample_command import load_run
 from altprop.lab.settings import TrainConfig
+from altprop.lab.timing import now
 from altprop.lab.train import build_model, learning_rate, make_optimiser, train
 from altprop.lm.model import LanguageModel, generate
 from altprop.lm.text import Batches, Corpus, load_corpus
 from common import markdown, write
-from timing import now
 
 GPT = {"model": "gpt"}
 LOOPS: dict[str, dict[str, Any]] = {

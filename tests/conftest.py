@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -12,6 +13,14 @@ settings.register_profile("altprop", derandomize=True, deadline=None, max_exampl
 settings.load_profile("altprop")
 
 torch.set_num_threads(1)  # the tensors here are tiny: a second thread would only spin
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _without_waiting_for_the_disk() -> Iterator[None]:
+    """A power failure is no test's business, and a hundred runs would wait for the disk each."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda opened: None)
+        yield
 
 
 @pytest.fixture(autouse=True)

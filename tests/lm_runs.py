@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import random
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from altprop.lab import checkpoint
+from altprop.lab.config import read_config, to_yaml
+from altprop.lab.identity import options_of
 from altprop.lab.reporting.metrics import read_metrics
+from altprop.lab.seal import sealed
 from altprop.lab.settings import TrainConfig
 
 SMALL: dict[str, Any] = {
@@ -71,6 +77,19 @@ def tensors(folder: Path, which: str = "last") -> dict[str, Tensor]:
     names = ("model", "training", "optimiser", "extra")
     groups = {name: getattr(saved, name) for name in names}
     return {f"{group}.{k}": v for group, held in groups.items() for k, v in held.items()}
+
+
+def reconfigure(folder: Path, **changes: Any) -> None:
+    """Let a run have been started with other options, its checkpoints too."""
+    config = replace(read_config(folder / "config.yaml", TrainConfig), **changes)
+    (folder / "config.yaml").write_bytes(sealed(to_yaml(options_of(config))))
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata()
+        notes = json.loads(header["notes"])
+        notes["identity"]["options"] = options_of(config)
+        header["notes"] = json.dumps(notes)
+        save_file(load_file(path), path, {**header, "digest": checkpoint._digest(header)})
 
 
 def assert_equal_bits(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:

@@ -40,7 +40,7 @@ from altprop import (
     audit_trials,
     finite_difference_errors,
 )
-from altprop.auditing.agreement import Agreements, Flag, compare, compare_all, summarise, t_quantile
+from altprop.auditing.agreement import Agreements, Flag, compare, compare_all, summarise
 from altprop.auditing.measure import trainable
 from altprop.auditing.rows import Words
 
@@ -144,11 +144,6 @@ def test_gradients_of_other_shapes_or_names_are_refused() -> None:
         compare(torch.ones(3), torch.ones(2))
     with pytest.raises(ConfigError, match="on one side only: b"):
         compare_all({"a": torch.ones(1), "b": torch.ones(1)}, {"a": torch.ones(1)})
-
-
-@pytest.mark.parametrize(("freedom", "t"), [(1, 12.706), (2, 4.303), (5, 2.571), (19, 2.093)])
-def test_t_quantiles_are_those_of_the_tables(freedom: int, t: float) -> None:
-    assert t_quantile(freedom) == pytest.approx(t, abs=5e-4)
 
 
 def test_a_summary_has_the_t_interval_and_the_value_farthest_from_ideal() -> None:

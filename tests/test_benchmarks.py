@@ -7,6 +7,7 @@ import torch
 
 import altprop as ap
 import floors
+from altprop.lab.timing import Ratio, paired, ratio
 from arms import (
     EXACT_ENOUGH,
     FREE_TOLERANCES,
@@ -22,7 +23,6 @@ from arms import (
 from floors import Floor, behind
 from problems import Head, Problem
 from published import published_aep
-from timing import Ratio, paired, ratio
 
 LOWER = Floor("a", "b", 2.0, "lower")
 HIGHER = Floor("a", "b", 2.0, "higher")

@@ -44,7 +44,7 @@ def test_what_is_saved_is_read_back_bit_for_bit(tmp_path: Path) -> None:
     old, old_optimiser = trained()
     new, new_optimiser = trained(steps=0)
     checkpoint.restore_model(new, read, path)
-    checkpoint.restore_optimiser(new, new_optimiser, read)
+    checkpoint.restore_optimiser(new, new_optimiser, read, path)
     for model, optimiser in ((old, old_optimiser), (new, new_optimiser)):
         torch.manual_seed(1)
         optimiser.zero_grad()
@@ -67,7 +67,7 @@ def test_moments_go_to_the_parameter_of_that_very_name_and_the_count_of_steps_st
             for state in optimisers[0].state.values():
                 state["step"].fill_(steps)
             checkpoint.save(path, model, optimisers[0], {}, {})
-    checkpoint.restore_optimiser(model, optimisers[1], checkpoint.load(path))
+    checkpoint.restore_optimiser(model, optimisers[1], checkpoint.load(path), path)
     for old, new in zip(*(o.state.values() for o in optimisers), strict=True):
         assert_equal_bits(old, new)
 
@@ -83,7 +83,9 @@ def test_without_an_optimiser_there_are_no_moments(tmp_path: Path) -> None:
 def test_the_file_is_plain_safetensors_whose_header_says_what_wrote_it(tmp_path: Path) -> None:
     with safe_open(saved(tmp_path), framework="pt") as file:
         header, names = file.metadata(), set(file.keys())
-    assert header == {"format": "altprop/1", "notes": json.dumps({"step": 3})}
+    assert header.keys() == {"format", "notes", "sums", "digest"}
+    assert header["format"] == "altprop/2" and json.loads(header["notes"]) == {"step": 3}
+    assert json.loads(header["sums"]).keys() == names
     assert {"model.0.weight", "optimiser.0.weight.exp_avg", "optimiser.1.bias.step"} <= names
 
 
@@ -147,6 +149,82 @@ def test_a_truncated_file_is_refused(kept: float, tmp_path: Path) -> None:
     assert "truncated or not a checkpoint" in refused(path)
 
 
+def test_a_bit_that_has_changed_anywhere_is_noticed(tmp_path: Path) -> None:
+    path = saved(tmp_path, probe=torch.zeros(3))
+    raw = path.read_bytes()
+    header = int.from_bytes(raw[:8], "little")
+    names = len(raw[8 : 8 + header].rstrip())  # what follows pads the header
+    for at in [*range(0, 8 + names, 37), *range(8 + header, len(raw), 5)]:
+        changed = bytearray(raw)
+        changed[at] ^= 1 << at % 8
+        path.write_bytes(changed)
+        refused(path)
+    path.write_bytes(raw)
+    assert checkpoint.load(path).notes == {"step": 3}
+
+
+def test_a_checkpoint_that_does_not_read_back_never_takes_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved(tmp_path)
+    before = tree(tmp_path)
+    write = checkpoint.save_file
+
+    def spoiled(tensors: Any, path: Path, header: Any) -> None:
+        write(tensors, path, header)
+        content = bytearray(path.read_bytes())
+        content[-1] ^= 1
+        path.write_bytes(content)
+
+    monkeypatch.setattr(checkpoint, "save_file", spoiled)
+    model, optimiser = trained(steps=5)
+    with pytest.raises(CheckpointError, match="is not as it was written"):
+        checkpoint.save(
+            tmp_path / "last.safetensors", model, optimiser, {}, {}, None, tmp_path / "before"
+        )
+    assert tree(tmp_path) == before
+
+
+def test_the_file_before_is_kept_where_that_is_asked_for(tmp_path: Path) -> None:
+    path = saved(tmp_path)
+    before = path.read_bytes()
+    model, _ = trained(steps=5)
+    checkpoint.save(path, model, None, {}, {}, None, tmp_path / "before")
+    assert (tmp_path / "before").read_bytes() == before != path.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("0.weight.exp_avg", torch.zeros(3, 4)),
+        ("0.weight.exp_avg", torch.zeros(4, 3).double()),
+        ("0.weight.step", torch.zeros(2)),
+        ("0.weight.exp_avg_sq", None),
+        ("0.weight.more", torch.zeros(4, 3)),
+        ("9.weight.exp_avg", torch.zeros(4, 3)),
+    ],
+    ids=["reversed", "of another type", "no count", "missing", "unknown", "of nothing"],
+)
+def test_moments_that_do_not_fit_are_refused(
+    name: str, value: torch.Tensor | None, tmp_path: Path
+) -> None:
+    path = saved(tmp_path)
+    read = checkpoint.load(path)
+    read.optimiser.pop(name, None)
+    if value is not None:
+        read.optimiser[name] = value
+    model, optimiser = trained(steps=0)
+    with pytest.raises(CheckpointError, match=f"moments of '{name[:2]}weight' that do not fit"):
+        checkpoint.restore_optimiser(model, optimiser, read, path)
+
+
+def test_weights_of_another_type_are_refused(tmp_path: Path) -> None:
+    path = saved(tmp_path)
+    model = trained()[0].double()
+    with pytest.raises(CheckpointError, match="0.weight is of torch.float32, expected torch.flo"):
+        checkpoint.restore_model(model, checkpoint.load(path), path)
+
+
 @pytest.mark.parametrize(
     "content", [b"PK\x03\x04 a zip of torch.save", b"\xff" * 64, b"{}", b"\0" * 4096]
 )
@@ -156,14 +234,14 @@ def test_a_file_that_is_no_safetensors_is_refused(content: bytes, tmp_path: Path
     assert "truncated or not a checkpoint" in refused(path)
 
 
-@pytest.mark.parametrize("header", [None, {"format": "pt"}, {"format": "altprop/0"}])
+@pytest.mark.parametrize("header", [None, {"format": "pt"}, {"format": "altprop/1"}])
 def test_safetensors_of_somebody_else_are_refused(
     header: dict[str, str] | None, tmp_path: Path
 ) -> None:
     path = tmp_path / "last.safetensors"
     save_file({"model.0.weight": torch.zeros(4, 3)}, path, header)
     given = None if header is None else header["format"]
-    assert f"says format {given!r}, expected 'altprop/1'" in refused(path)
+    assert f"says format {given!r}, expected 'altprop/2'" in refused(path)
 
 
 @pytest.mark.parametrize(

@@ -109,11 +109,11 @@ def test_a_bad_file_in_a_folder_is_named(tmp_path: Path) -> None:
 def test_a_file_that_may_not_be_read_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def deny(self: Path) -> bytes:
-        raise PermissionError(13, "Permission denied", str(self))
+    def deny(path: Path, *rest: object, **more: object) -> int:
+        raise PermissionError(13, "Permission denied", str(path))
 
     (tmp_path / "a.txt").write_text(SAMPLE)
-    monkeypatch.setattr(Path, "read_bytes", deny)
+    monkeypatch.setattr("altprop.reading.os.open", deny)
     with pytest.raises(DataError, match=r"cannot read .*a\.txt: Permission denied"):
         load_corpus(tmp_path / "a.txt")
 

@@ -25,7 +25,7 @@ def test_the_command_lists_describes_and_prepares(
     source.write_text("[bold]x[/italic] :smile: \x1b[31m" + SAMPLE)
     data(str(source))
     shown = capsys.readouterr().out
-    assert "[bold]x[/italic] :smile: \ufffd[31m" in shown and "\x1b[31m" not in shown
+    assert "[bold]x[/italic] :smile: \\x1b[31m" in shown and "\x1b[31m" not in shown
     data(str(source), out=tmp_path / "out")
     facts = describe(load_corpus(tmp_path / "out"))
     assert facts["train_sha256"] in capsys.readouterr().out

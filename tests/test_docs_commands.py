@@ -16,8 +16,15 @@ from lm_runs import SMALL, sentences
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
+IN_QUOTES = re.compile(r"\n(?= {4})")  # a value that goes on over lines, which are indented
 TINY = [word for name, value in SMALL.items() for word in (f"--{name}", str(value))]
-STANDS_FOR = {"COMMAND": "data", "RUN": "runs/old", "N": "0", "[CORPUS]": "mytext.txt"}
+STANDS_FOR = {
+    "COMMAND": "data",
+    "TASK": "parity",
+    "RUN": "runs/old",
+    "N": "0",
+    "[CORPUS]": "mytext.txt",
+}
 
 
 def commands(page: Path) -> list[list[str]]:
@@ -26,7 +33,7 @@ def commands(page: Path) -> list[list[str]]:
     lines = [
         line
         for _, block in FENCED.findall(text)  # in any language
-        for line in block.replace("\\\n", " ").splitlines()
+        for line in IN_QUOTES.sub(" ", block.replace("\\\n", " ")).splitlines()
         if line.startswith("altprop ")
     ]
     lines += re.findall(r"`(altprop [^`]*)`", FENCED.sub("", text))
@@ -39,14 +46,18 @@ class ReachedError(Exception):
 
 
 def understood(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Go as far as an audit goes before it reads a text, which its sizes make long."""
+    """Go as far as a command goes before what takes long: a text of its sizes, the trials."""
 
     def reached(*_: object) -> None:
         raise ReachedError
 
     with monkeypatch.context() as patch:
-        for module in ("audit_command", "audit_gpt"):
-            patch.setattr(f"altprop.lab.{module}.load_corpus", reached)
+        for place in (
+            "audit_command.load_corpus",
+            "audit_gpt.load_corpus",
+            "compare.comparison.run_jobs",
+        ):
+            patch.setattr(f"altprop.lab.{place}", reached)
         with pytest.raises(ReachedError):
             main(words)
 
@@ -63,7 +74,7 @@ def test_every_command_on_the_page_works(
     assert main(["train", *data, "--out", "runs/old", *TINY]) == 0
     for words in commands(page):
         command, *rest = words
-        if command == "audit":
+        if command in ("audit", "compare") and "--task.help" not in words:
             understood(words, monkeypatch)
         elif "--print_config" in words:  # > FILE
             printed = io.StringIO()

@@ -66,6 +66,42 @@ def test_a_linked_file_is_replaced_and_what_it_was_linked_to_stays(
     assert not (folder / name).is_symlink()
 
 
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_file_has_the_mode_of_the_umask(name: str, folder: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        WRITERS[name](folder / name)
+    finally:
+        os.umask(before)
+    assert (folder / name).stat().st_mode & 0o777 == 0o640
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_file_is_on_the_disk_before_it_has_its_name_and_then_the_name_too(
+    name: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+    replace = os.replace
+
+    def renamed(source: Path, target: Path) -> None:
+        done.append(f"rename {target.name}")
+        replace(source, target)
+
+    monkeypatch.setattr("altprop.files.os.replace", renamed)
+    monkeypatch.setattr(
+        "os.fsync", lambda opened: done.append(os.readlink(f"/proc/self/fd/{opened}"))
+    )
+    WRITERS[name](folder / name)
+    assert done[-3:] == [str(folder / f".{name}.part"), f"rename {name}", str(folder)]
+
+
+def test_what_a_crash_left_is_replaced_and_a_link_there_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("mine")
+    (tmp_path / ".file.part").symlink_to("mine")
+    write_whole(tmp_path / "file", "new")
+    assert tree(tmp_path) == {"file": b"new", "mine": b"mine"}
+
+
 def test_an_error_while_writing_leaves_the_file_as_it_was(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_text("before")

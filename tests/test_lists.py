@@ -74,10 +74,17 @@ def list_options(command: str) -> Iterator[ListOption]:
 OPTIONS = [option for command in COMMANDS for option in list_options(command)]
 
 
+_PLAIN = {
+    str: ["*.attn.*", "AEP (published, T2=40)"],
+    int: ["3", "5"],
+    float: ["0.5", "2.5"],
+}
+
+
 def two(item: Any) -> list[str]:
     """Return two different items of a list, as a person writes them."""
-    if item is str:
-        return ["*.attn.*", "AEP (published, T2=40)"]
+    if item in _PLAIN:
+        return _PLAIN[item]
     whole = []
     for name, cls in choices(item).items():
         try:
@@ -95,7 +102,7 @@ def read(option: ListOption, words: list[str], capsys: pytest.CaptureFixture[str
     value = yaml.safe_load(capsys.readouterr().out)[top]
     for name in path:
         value = parse(value).given[name]
-    return [item if option.item is str else short(item) for item in value]
+    return [str(item) if option.item in _PLAIN else short(item) for item in value]
 
 
 def short(item: Any) -> str:

@@ -14,10 +14,11 @@ import torch
 
 import altprop as ap
 from altprop.errors import AltpropError
+from altprop.lab import checkpoint
 from altprop.lab.audit_command import audit
 from altprop.lab.data_command import data
 from altprop.lab.reference import Rest
-from altprop.lab.sample_command import sample
+from altprop.lab.sample_command import load_run, sample
 from altprop.lab.settings import TrainConfig
 from altprop.lab.train import train
 from lm_runs import SMALL, curve, sentences, small, tensors, tree
@@ -74,6 +75,7 @@ BOTH: dict[str, Any] = {
     "dropout": 0.5,
     "seed": 1,
     "eval_every": 1,
+    "save_every": 0.0,
     "eval_windows": 3,
     "final_windows": 2,
     "device": "abacus",
@@ -137,6 +139,7 @@ def trained(there: bool = False, **options: Any) -> Any:
     def call() -> Any:
         result = train(TrainConfig(**{**base, **options}))
         kept = {"curve": curve(result.folder), "folder": result.folder, "sample": result.sample}
+        kept["saves"] = (result.folder / "last.previous.safetensors").exists()
         return {**kept, "last": tensors(result.folder), "best": tensors(result.folder, "best")}
 
     return outcome(call)
@@ -180,7 +183,9 @@ def test_every_option_of_sample_changes_the_text_or_is_refused(
     assert SAMPLE.keys() == inspect.signature(sample).parameters.keys()
     for seed, name in enumerate("abc"):
         train(small(Path(name).absolute(), model="gpt", layers=1, lr=3e-2, seed=seed))
-    shutil.copy("c/best.safetensors", "a/best.safetensors")  # another than the last
+    notes = checkpoint.load(Path("a/best.safetensors")).notes
+    other, _ = load_run(Path("c"), device="cpu")
+    checkpoint.save(Path("a/best.safetensors"), other, None, {}, notes)  # another than the last
 
     def text(**options: Any) -> Any:
         capsys.readouterr()

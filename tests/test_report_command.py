@@ -118,9 +118,9 @@ def test_steps_without_a_fixed_point_and_refused_ones_are_marked() -> None:
 
 def test_the_scripts_are_those_that_their_makers_published() -> None:
     listed = re.findall(r"^(\S+\.js) .*?sha256 ([0-9a-f]{64})$", static("LICENSES.txt"), re.M)
-    assert [name for name, _ in listed] == ["d3.min.js", "plot.umd.min.js"]
-    for name, digest in listed:
-        assert hashlib.sha256(static(name).encode()).hexdigest() == digest
+    assert [script for script, _ in listed] == ["d3.min.js", "plot.umd.min.js"]
+    for script, digest in listed:
+        assert hashlib.sha256(static(script).encode()).hexdigest() == digest
 
 
 def test_the_table_has_every_point_of_every_arm_and_seed(tmp_path: Path) -> None:
@@ -204,7 +204,7 @@ def spoiled(folder: Path, change: str) -> Path:
         ("json", "results.json: not JSON"),
         ("format", "its format is 'altprop-comparison/9', expected 'altprop-comparison/1'"),
         ("arm", r"arms\[1\] has no curves: compare again"),
-        ("record", "record.json: not a JSON object"),
+        ("record", "record.json: no record of a run or comparison"),
     ],
 )
 def test_a_folder_that_is_not_whole_is_refused_in_a_line(

@@ -243,6 +243,7 @@ def test_resume_says_what_is_missing(tmp_path: Path) -> None:
     assert not (tmp_path / "nothing").exists()
     folder = tmp_path / "run"
     train(small(folder))
+    (folder / "last.previous.safetensors").unlink()
     (folder / "best.safetensors").replace(folder / "last.safetensors")
     with pytest.raises(CheckpointError, match="without the optimiser's state"):
         train(small(folder, resume=True))
@@ -308,10 +309,12 @@ def test_a_finished_run_holds_its_configuration_vocabulary_metrics_and_checkpoin
     config = small(folder, steps=6, solver=Anderson(tol=1e-4), sample=30)
     result = train(config)
     assert set(os.listdir(folder)) == {
+        ".lock",
+        "run.json",
+        "last.previous.safetensors",
         "config.yaml",
         "vocab.json",
         "metrics.jsonl",
-        "record.json",
         "best.safetensors",
         "last.safetensors",
     }  # and curves.png, in tests/test_report.py

@@ -16,6 +16,7 @@ from altprop.lab.cli import main
 from altprop.lab.config import read_config
 from altprop.lab.settings import TrainConfig
 from altprop.lab.train import train
+from altprop.lab.values import fit
 from lm_runs import SMALL, assert_equal_bits, curve, sentences, steps, tensors, tree
 
 
@@ -79,13 +80,13 @@ def linked_file_by_file(here: Path) -> Path:
     return Path("runs/copy/config.yaml")
 
 
-def written_by_an_older_version(here: Path) -> Path:
+def without_its_vocabulary(here: Path) -> Path:
     file = copied(here)
-    file.write_text(file.read_text().replace("out: null", "out: runs/a"), encoding="utf-8")
+    (file.parent / "vocab.json").unlink()
     return file
 
 
-COPIES = [copied, copied_far_away, linked_hard, linked_file_by_file, written_by_an_older_version]
+COPIES = [copied, copied_far_away, linked_hard, linked_file_by_file, without_its_vocabulary]
 
 
 @pytest.mark.parametrize("copy", COPIES, ids=lambda copy: copy.__name__)
@@ -141,15 +142,23 @@ def test_a_link_to_a_run_is_that_run(link: str, here: Path) -> None:
     assert Path("runs/a/config.yaml").is_file() and not Path("runs/a").is_symlink()
 
 
-def test_a_damaged_copy_does_not_lead_to_the_original(
-    here: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("last", ["", "out: runs/a\n", "sample: 3\n"])
+def test_a_config_that_was_cut_off_or_edited_leads_nowhere(
+    last: str, here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """It would read as another configuration, the default's where lines are missing."""
     file = copied(here)
-    (file.parent / "vocab.json").unlink()
+    lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+    file.write_text("".join(lines[: len(lines) // 2]) + last, encoding="utf-8")
     before = tree(here)
     assert go_on(file) == 2
-    assert "resume needs the run's folder: write --out FOLDER --resume" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "cut off, edited" in said or "out is not read from a file: write --out" in said
+    assert main(["sample", str(file.parent)]) == 2
     assert tree(here) == before
+    train(run("runs/copy", steps=4, resume=True))  # the checkpoint knows what it was
+    assert curve(here / "runs" / "copy") == curve(here / "runs" / "longer")
+    assert read_config(file, TrainConfig).steps == 4
 
 
 def test_a_folder_in_words_wins_over_the_one_of_the_file(here: Path) -> None:
@@ -185,8 +194,16 @@ def test_a_config_copied_out_of_a_run_starts_a_new_one_below_runs(here: Path) ->
 
 
 def test_a_file_of_that_name_that_is_no_run_s_is_read_as_it_stands(here: Path) -> None:
-    Path("config.yaml").write_text("out: runs/b\nsteps: 7\n", encoding="utf-8")
-    assert read_config(Path("config.yaml"), TrainConfig).out == Path("runs/b")
+    Path("config.yaml").write_text("steps: 7\n", encoding="utf-8")
+    read = read_config(Path("config.yaml"), TrainConfig)
+    assert (read.out, read.steps) == (None, 7)
+
+
+@pytest.mark.parametrize("line", ["out: runs/b", "resume: true", "overwrite: true"])
+def test_where_to_and_whether_to_go_on_is_not_read_from_a_file(line: str, here: Path) -> None:
+    Path("mine.yaml").write_text(f"{line}\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match=f"mine.yaml: {line.partition(':')[0]} is not read from"):
+        read_config(Path("mine.yaml"), TrainConfig)
 
 
 def test_two_runs_of_one_second_get_two_folders(
@@ -216,10 +233,21 @@ def test_a_home_folder_is_found_behind_the_tilde(
     here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("HOME", str(here))
-    Path("mine.yaml").write_text("out: ~/runs/new\n", encoding="utf-8")
-    for words in (["--out=~/runs/new"], ["--config=~/mine.yaml"]):
-        assert main(["train", *words, "--print_config"]) == 0
-        assert yaml.safe_load(capsys.readouterr().out)["out"] == str(here / "runs" / "new")
+    Path("mine.yaml").write_text("steps: 7\n", encoding="utf-8")
+    assert main(["train", "--config=~/mine.yaml", "--print_config"]) == 0
+    assert yaml.safe_load(capsys.readouterr().out)["steps"] == 7
+    assert fit(Path, "~/runs/new", "out") == here / "runs" / "new"
+
+
+@pytest.mark.parametrize("line", ["out: /elsewhere", "resume: true", "overwrite: true"])
+def test_a_file_does_not_say_where_a_run_writes(
+    line: str, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("mine.yaml").write_text(f"{line}\n", encoding="utf-8")
+    assert main(["train", "--config=mine.yaml"]) == 2
+    assert "is not read from a file: write --" in capsys.readouterr().err
+    Path("mine.yaml").write_text("out: null\nresume: false\n", encoding="utf-8")
+    assert main(["train", "--config=mine.yaml", "--print_config"]) == 0
 
 
 # The text, and how far

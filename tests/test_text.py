@@ -25,6 +25,7 @@ from altprop.lm.text import (
     prepare,
     windows,
 )
+from altprop.lm.text.token_file import TokenFile
 
 ROOT = Path(__file__).resolve().parents[1]
 SAMPLE = "To be, or not to be: that is the question.\n" * 5
@@ -257,12 +258,14 @@ def source(tmp_path: Path) -> Path:
     return path
 
 
-def test_a_prepared_folder_loads_like_its_text_and_is_mapped(source: Path, tmp_path: Path) -> None:
+def test_a_prepared_folder_loads_like_its_text_and_stays_in_its_files(
+    source: Path, tmp_path: Path
+) -> None:
     assert prepare(source, tmp_path / "new" / "out") == tmp_path / "new" / "out"
     direct, prepared = load_corpus(source), load_corpus(tmp_path / "new" / "out")
     for split in ("train", "validation"):
         ids = getattr(prepared, split)
-        assert isinstance(ids, np.memmap) and ids.dtype == np.uint16 and not ids.flags.writeable
+        assert isinstance(ids, TokenFile) and ids.dtype == np.uint16
         assert np.array_equal(ids, getattr(direct, split))
     assert prepared.tokenizer == direct.tokenizer
     facts, expected = describe(prepared), describe(direct)
@@ -349,7 +352,7 @@ def test_a_foreign_id_is_found_in_any_piece(
     ids = np.fromfile(folder / "train.bin", dtype=np.uint16)
     ids[-1] = len(set(SAMPLE))
     ids.tofile(folder / "train.bin")
-    monkeypatch.setattr("altprop.lm.text.prepared.CHUNK", 7)
+    monkeypatch.setattr("altprop.lm.text.token_file.CHUNK", 7)
     with pytest.raises(DataError, match=f"holds the id {len(set(SAMPLE))}, but"):
         load_corpus(folder)
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 Problems = list[tuple[str, str]]
 """What is wrong with a model: a place or nothing, and why it is refused."""
@@ -39,6 +40,34 @@ class RuleWarning(UserWarning):
 
 class ConvergenceError(AltpropError, RuntimeError):
     """A solve did not reach its tolerance."""
+
+
+@contextmanager
+def refusing(error: type[AltpropError], what: str) -> Iterator[None]:
+    """Turn whatever an input raises while it is read into one `error` that names the input.
+
+    Errors that say already what is wrong, those of altprop and of files, pass as they are.
+
+    **Arguments:** `what`, the name of the input.
+    """
+    try:
+        yield
+    except (AltpropError, OSError):
+        raise
+    except Exception as fault:
+        raise error(f"{what}: {in_a_line(fault)}") from fault
+
+
+def in_a_line(fault: BaseException, most: int = 300) -> str:
+    """Return in one line what an exception says, and its name if that says nothing by itself.
+
+    >>> in_a_line(KeyError("step")), in_a_line(ValueError("too long"))
+    ("KeyError: 'step'", 'too long')
+    """
+    text = " ".join(str(fault).split())
+    if not text or isinstance(fault, LookupError):
+        text = f"{type(fault).__name__}: {text}" if text else type(fault).__name__
+    return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
 def suggest(name: str, known: Iterable[str]) -> str:

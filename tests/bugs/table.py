@@ -7,6 +7,7 @@ from bugs import (
     contracts,
     equilibrium,
     estimators,
+    inputs,
     layered,
     measuring,
     places,
@@ -24,5 +25,6 @@ FOLDERS = (
     measuring,
     contracts,
     application,
+    inputs,
 )
 BUGS = [bug for folder in FOLDERS for bug in folder.BUGS]

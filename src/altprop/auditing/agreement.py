@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from altprop.errors import ConfigError
+from altprop.statistics import half_width
 
 FIGURES = ("cosine", "norm_ratio", "relative_error", "sign_agreement")
 
@@ -132,11 +133,9 @@ def summarise(figure: str, values: Sequence[float | None]) -> Summary:
     if not known:
         return Summary(None, None, None, 0)
     mean = math.fsum(known) / len(known)
-    half = None
-    if len(known) > 1:
-        variance = math.fsum((v - mean) ** 2 for v in known) / (len(known) - 1)
-        half = t_quantile(len(known) - 1) * math.sqrt(variance / len(known))
-    return Summary(mean, half, max(known, key=lambda v: _distance(figure, v)), len(known))
+    return Summary(
+        mean, half_width(known), max(known, key=lambda v: _distance(figure, v)), len(known)
+    )
 
 
 def _distance(figure: str, value: float) -> float:
@@ -167,32 +166,3 @@ class Agreements:
     def flags(self) -> dict[Flag, int]:
         """How many trials miss a figure, by why."""
         return dict(Counter(t.flag for t in self.trials if t.flag is not None))
-
-
-def t_quantile(freedom: int, level: float = 0.95) -> float:
-    """Return `t` such that `|T| < t` with probability `level`, `T` being Student's.
-
-    Source: Abramowitz and Stegun, "Handbook of Mathematical Functions", 26.7.3 and 26.7.4.
-
-    >>> round(t_quantile(2), 3)
-    4.303
-    """
-
-    def inside(t: float) -> float:
-        angle = math.atan(t / math.sqrt(freedom))
-        square, odd = math.cos(angle) ** 2, freedom % 2
-        term = math.cos(angle) if odd else 1.0
-        total = term if freedom > 1 or not odd else 0.0
-        for k in range(2 if odd else 1, freedom - 2, 2):
-            term *= square * k / (k + 1)
-            total += term
-        total *= math.sin(angle)
-        return (angle + total) * 2 / math.pi if odd else total
-
-    low, high = 0.0, 1.0
-    while inside(high) < level:
-        high *= 2
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if inside(middle) < level else (low, middle)
-    return high

@@ -6,6 +6,7 @@ import importlib.util
 import io
 import json
 import math
+import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from altprop.auditing.rows import Reference, Row
 from altprop.auditing.tables import tables
 from altprop.errors import ConfigError, DataError
 from altprop.files import replacing
+from altprop.reading import place
 
 
 @dataclass(frozen=True)
@@ -75,9 +77,11 @@ class AuditReport:
         """
         if plot and importlib.util.find_spec("matplotlib") is None:
             raise ConfigError('plots need matplotlib: pip install "altprop[plots]"')
-        target = Path(path).expanduser()
+        target = place(path, DataError)
         if target.is_dir():
             raise DataError(f"{path} is a folder: give the path of a file to write")
+        if os.path.lexists(target) and not target.is_file():
+            raise DataError(f"{path} is no regular file: give the path of a file to write")
         if not target.parent.is_dir():
             raise DataError(f"cannot write {path}: there is no folder {target.parent}")
         try:
@@ -101,7 +105,7 @@ class AuditReport:
 
 def _write(path: str | Path, write: Callable[[Path], object]) -> Path:
     AuditReport.check_target(path)
-    target = Path(path).expanduser()
+    target = place(path, DataError)
     try:
         with replacing(target) as fresh:
             write(fresh)

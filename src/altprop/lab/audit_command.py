@@ -20,6 +20,7 @@ from altprop.errors import unknown
 from altprop.lab.audit_gpt import audit_gpt
 from altprop.lab.choices import defaults_of
 from altprop.lab.display import counting
+from altprop.lab.memory import FLOAT, MATRICES, check_memory
 from altprop.lab.reference import (
     CHECKS,
     REFERENCE,
@@ -34,6 +35,7 @@ from altprop.lab.reference import (
 from altprop.lab.settings import TrainConfig
 from altprop.lab.values import plain
 from altprop.lm.text import Corpus, describe, load_corpus
+from altprop.terminal import printable
 
 # what only one of the audits has, so that an option of the other is refused and not ignored
 _OWN = {
@@ -142,7 +144,7 @@ def audit(
     if png is not None:
         said.append(f"wrote {report.plot(png)}")
     for line in said:
-        console.print(line, markup=False)
+        console.print(printable(line), markup=False, emoji=False)
     return report
 
 
@@ -168,6 +170,7 @@ def _audit_reference(
             raise unknown("row", row, arms)
     chosen = [arm for name, arm in arms.items() if rows is None or name in rows]
     corpus = load_corpus(data)
+    _check_memory(sizes, len(corpus.tokenizer))
     rests: list[Rest] = []
 
     def trials() -> Iterator[Trial]:
@@ -208,6 +211,17 @@ def _audit_reference(
         _finite_differences(checked),
     ]
     return replace(report, extra=found), said
+
+
+def _check_memory(sizes: Sizes, vocabulary: int) -> None:
+    """Refuse a problem whose weights, kept states and logits alone are past the memory there is."""
+    tokens = sizes.batch * sizes.context
+    states = RELAXATION.max_steps * tokens * sizes.d_model  # which the reference keeps
+    matrices = (MATRICES["damped"] * sizes.d_model + 2 * vocabulary) * sizes.d_model
+    check_memory(
+        FLOAT * (matrices + states + 2 * tokens * vocabulary),
+        f"batch is {sizes.batch}, context is {sizes.context}, d_model is {sizes.d_model}",
+    )
 
 
 def _finite_differences(checked: dict[str, Any]) -> str:

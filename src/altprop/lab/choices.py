@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import inspect
+import sys
 import types
 import typing
 from abc import ABC
@@ -49,10 +50,12 @@ def members_of(hint: Any) -> Sequence[Any]:
 def choices(base: type) -> dict[str, type]:
     """Return the dataclasses that are a `base`, by the names that stand for them.
 
-    Of altprop these are its exports, of other modules that are imported all public classes.
+    Of altprop these are its exports and those of the package that `base` lies in, of other modules
+    that are imported all public classes.
     """
     for name in altprop.__all__:
         getattr(altprop, name)  # an export is imported on first use
+    home = sys.modules[base.__module__.rpartition(".")[0] or base.__module__]
     ours: dict[str, type] = {}
     others: dict[str, type] = {}
     todo = [base]
@@ -63,7 +66,7 @@ def choices(base: type) -> dict[str, type]:
             continue
         if cls.__module__.partition(".")[0] != "altprop":
             others[name] = cls
-        elif getattr(altprop, name, None) is cls:
+        elif cls in (getattr(altprop, name, None), getattr(home, name, None)):
             ours[name] = cls
     return dict(sorted({**others, **ours}.items()))
 

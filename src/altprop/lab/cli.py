@@ -6,28 +6,34 @@ a command that runs is imported, so that `altprop --help` answers at once.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import importlib
 import inspect
+import io
 import os
 import sys
+import traceback
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import altprop
-from altprop.errors import AltpropError, ConfigError, unknown
+from altprop.errors import AltpropError, ConfigError, in_a_line, unknown
+from altprop.terminal import printable
 
 Commands = Mapping[str, tuple[str, str]]
 
 COMMANDS: Commands = {
     "train": ("altprop.lab.train:train", "Train a language model by a rule of your choice."),
+    "compare": ("altprop.lab.compare:compare", "Compare learning rules on a task."),
     "audit": ("altprop.lab.audit_command:audit", "Compare gradients with an exact one."),
     "sample": ("altprop.lab.sample_command:sample", "Write text with a trained model."),
     "explain": ("altprop.lab.explain_command:explain_run", "Show what each parameter receives."),
     "report": ("altprop.lab.report_command:report", "Show a run or a comparison on one page."),
+    "reproduce": ("altprop.lab.reproduce.command:reproduce", "Measure published figures again."),
     "data": ("altprop.lab.data_command:data", "List, describe or encode corpora."),
 }
 
@@ -36,20 +42,29 @@ def main(argv: Sequence[str] | None = None, commands: Commands = COMMANDS) -> in
     """Run `altprop` and return its exit status.
 
     The status is 0, 2 for bad input (one line on standard error says what to write instead), 130
-    after an interrupt, and 141 when the reader of the output went away. Anything else that goes
-    wrong is a bug and keeps its traceback.
+    after an interrupt, 143 or 129 where SIGTERM or SIGHUP ended a run, and 141 when the reader of
+    the output went away. Anything else that goes wrong is a bug and keeps its traceback, with the
+    request to report it.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # whose encoding may lack a character of a text
+            stream.reconfigure(errors="backslashreplace")
     try:
         _run(sys.argv[1:] if argv is None else argv, commands)
         sys.stdout.flush()
     except AltpropError as error:
         return _fail(str(error))
-    except KeyboardInterrupt:
-        print("altprop: interrupted", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as error:
+        with contextlib.suppress(OSError):  # of a terminal that has been closed
+            print("altprop: interrupted", file=sys.stderr)
+        return getattr(error, "status", 130)  # of another signal, where a run was asked to stop
     except BrokenPipeError:
         _end_output()
         return 141
+    except SystemExit as end:
+        if isinstance(end.__context__, BrokenPipeError):  # so rich ends when its reader has gone
+            return 141
+        raise
     except OSError as error:
         if error.filename is not None:
             return _fail(f"{error.filename}: {error.strerror}")
@@ -57,7 +72,23 @@ def main(argv: Sequence[str] | None = None, commands: Commands = COMMANDS) -> in
             raise
         _end_output()
         return _fail(f"{error.strerror}: free some; a run goes on with --resume")
+    except Exception as error:
+        if _lacks_memory(error):
+            return _fail(
+                f"not enough memory ({in_a_line(error)}): take a smaller model, context or batch"
+            )
+        error.add_note(
+            "altprop: this is a fault of altprop and not of your input: please report it with the "
+            "lines above and the command"
+        )
+        raise
     return 0
+
+
+def _lacks_memory(error: Exception) -> bool:
+    """Tell what torch, numpy or Python raise where a size is past what there is."""
+    of_torch = ("out of memory", "can't allocate memory", "Storage size calculation overflowed")
+    return isinstance(error, MemoryError) or any(said in str(error) for said in of_torch)
 
 
 def _end_output() -> None:
@@ -69,7 +100,10 @@ def _end_output() -> None:
 
 
 def _fail(message: str) -> int:
-    print("altprop: error:", " ".join(message.split("\n")), file=sys.stderr)
+    line = printable(" ".join(message.split("\n")))
+    if len(line) > _LONGEST:
+        line = f"{line[: _LONGEST // 2]} ... {line[-_LONGEST // 2 :]}"
+    print("altprop: error:", line, file=sys.stderr)
     return 2
 
 
@@ -149,7 +183,7 @@ def _call(prog: str, function: Callable[..., Any], argv: Sequence[str]) -> None:
         return
     for name, text in pairs:
         if name == "config":
-            values |= read_values(Path(str(text)), target)
+            values |= read_values(Path(str(text)), target, unsaid=_WRITES)
     said: dict[str, Any] = {}
     for name, text in pairs:
         top, *path = name.split(".")
@@ -159,7 +193,7 @@ def _call(prog: str, function: Callable[..., Any], argv: Sequence[str]) -> None:
     values |= {name: fit(types[name], value, option[name]) for name, value in said.items()}
     values = {name: values[name] for name in types if name in values}
     if "print_config" in asked:
-        print(to_yaml(values), end="")
+        print(to_yaml({k: v for k, v in values.items() if k not in _WRITES}), end="")
     elif missing := [option[name] for name in types if name not in values]:
         raise ConfigError(f"{', '.join(missing)} is missing")
     elif target is function:
@@ -168,6 +202,9 @@ def _call(prog: str, function: Callable[..., Any], argv: Sequence[str]) -> None:
         function(target(**values))
 
 
+_LONGEST = 1500  # characters of an error that are shown
+# what says where is written: only the command line does, for a file may be somebody else's
+_WRITES = ("out", "resume", "overwrite", "json", "png")
 # what every command takes besides its own
 _EVERYWHERE = {
     "config": "take options from a YAML file; those written here win.",
@@ -187,3 +224,9 @@ def _import(module: str) -> None:
         importlib.import_module(module)
     except ImportError as error:
         raise ConfigError(f"--import {module}: {error}") from error
+    except (Exception, SystemExit) as error:
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        why = f"{type(error).__name__}: {in_a_line(error)}"
+        raise ConfigError(
+            f"--import {module}: {why} ({last.filename}, line {last.lineno})"
+        ) from error

@@ -13,12 +13,16 @@ from typing import Any, TypeVar
 
 import yaml
 
-from altprop.errors import ConfigError
+from altprop.errors import ConfigError, refusing
 from altprop.files import write_whole
 from altprop.lab.choices import at, no_option, shown, types_of
-from altprop.lab.values import fit, plain
+from altprop.lab.values import LONGEST, fit, plain
+from altprop.reading import DEEPEST, place, read_bytes
+from altprop.terminal import printable
 
 Config = TypeVar("Config")
+LARGEST = 256 << 10  # bytes of a file
+MOST = 10_000  # values in it, those behind an alias wherever it stands
 
 
 def to_yaml(values: Mapping[str, Any]) -> str:
@@ -26,7 +30,10 @@ def to_yaml(values: Mapping[str, Any]) -> str:
 
     **Raises:** `ConfigError` for a value that would not read back; see `values.plain`.
     """
-    return yaml.safe_dump(plain(values), sort_keys=False, allow_unicode=True, width=math.inf)
+    text = yaml.safe_dump(plain(values), sort_keys=False, allow_unicode=True, width=math.inf)
+    if printable(text, keep="\n") != text:  # then all that is not ASCII is escaped
+        text = yaml.safe_dump(plain(values), sort_keys=False, width=math.inf)
+    return text
 
 
 def write_config(path: Path, config: Any, without: Iterable[str] = ()) -> None:
@@ -43,22 +50,28 @@ def read_config(path: Path, cls: type[Config]) -> Config:
     return cls(**read_values(path, cls))
 
 
-def read_values(path: Path, target: Any) -> dict[str, Any]:
+def read_values(path: Path, target: Any, unsaid: Iterable[str] = ()) -> dict[str, Any]:
     """Read from a file what a function or dataclass is given, by name.
 
-    **Raises:** `ConfigError` for a file that is not YAML or does not fit; `OSError` for one that
-    cannot be read.
+    **Arguments:** `unsaid`, options that a file must not give.
+
+    **Raises:** `ConfigError` for a file that is not YAML or does not fit, or gives what is
+    `unsaid`; `OSError` for one that cannot be read.
     """
-    path, hints = path.expanduser(), types_of(target)
+    path, hints = place(path), types_of(target)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_bytes(path, LARGEST).decode("utf-8")
     except UnicodeDecodeError:
         raise ConfigError(f"{path}: not a text file, expected YAML in UTF-8") from None
 
     def fitted() -> dict[str, Any]:
         data = _mapping(text)
+        said = {name: data[name] for name in unsaid if data.get(name) not in (None, False)}
         if hasattr(target, "of_file"):  # what it says depends on where it lies
             data = target.of_file(data, path)
+        for name, value in said.items():
+            if name in hints and data.get(name) is value:
+                raise ConfigError(f"{name} is not read from a file: write --{name} instead")
         for name in data:
             if name not in hints:
                 raise no_option("", name, hints)
@@ -69,12 +82,10 @@ def read_values(path: Path, target: Any) -> dict[str, Any]:
 
 def _mapping(text: str) -> dict[str, Any]:
     try:
-        data = yaml.load(text, _Loader)  # a safe one
-    except ConfigError:
-        raise
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # such as the date 2000-99-99
-        where = " ".join(str(error).replace('in "<unicode string>"', "in it").split())
-        raise ConfigError(f"not valid YAML: {where}") from error
+        with refusing(ConfigError, "not valid YAML"):  # such as the date 2000-99-99
+            data = yaml.load(text, _Loader)  # a safe one
+    except ConfigError as error:
+        raise ConfigError(str(error).replace('in "<unicode string>"', "in it")) from error.__cause__
     data = {} if data is None else data
     if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
         raise ConfigError(f"expected lines such as 'steps: 1000', got {shown(text)}")
@@ -82,7 +93,48 @@ def _mapping(text: str) -> dict[str, Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a key that stands twice in one mapping, of which YAML by itself takes the last."""
+    """Refuses a key that stands twice in one mapping, of which YAML by itself takes the last.
+
+    It also bounds how much a text says, and how deeply: an alias counts as what it stands for.
+    """
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self._depth = 0
+        self._sizes: dict[int, tuple[int, int]] = {}  # of nodes: how many values, how deep
+
+    def compose_node(self, parent: Any, index: Any) -> yaml.Node:
+        alias = self.check_event(yaml.AliasEvent)
+        self._depth += 1
+        self._bound(0, self._depth)
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        assert node is not None, "yaml returns None between documents alone"
+        if not alias:
+            self._sizes[id(node)] = self._size(node)
+        elif id(node) not in self._sizes:  # it is not read to its end yet
+            raise ConfigError("an alias stands inside of what it stands for")
+        count, depth = self._sizes[id(node)]
+        self._bound(count, self._depth + depth)
+        return node
+
+    def _size(self, node: yaml.Node) -> tuple[int, int]:
+        if isinstance(node, yaml.ScalarNode):
+            if len(node.value) > LONGEST:
+                raise ConfigError(
+                    f"a text of {len(node.value)} characters, expected at most {LONGEST}"
+                )
+            return 1, 0
+        pairs = isinstance(node, yaml.MappingNode)
+        inside = [item for pair in node.value for item in pair] if pairs else node.value
+        sizes = [self._sizes[id(item)] for item in inside]
+        return 1 + sum(n for n, _ in sizes), 1 + max((d for _, d in sizes), default=0)
+
+    def _bound(self, count: int, depth: int) -> None:
+        if count > MOST or depth > DEEPEST:
+            raise ConfigError(
+                f"more than {MOST} values, or more than {DEEPEST} levels in one another"
+            )
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         # here and not where it is built: by then what a merge (`<<`) brings in stands there too

@@ -10,10 +10,11 @@ from rich.text import Text
 
 from altprop.errors import ConfigError
 from altprop.lm.text import Corpus, describe, list_corpora, load_corpus, prepare
+from altprop.terminal import printable
 
 
 def data(corpus: str | None = None, *, out: Path | None = None, overwrite: bool = False) -> None:
-    """List the corpora, describe one, or encode it once into a memory-mapped folder.
+    """List the corpora, describe one, or encode it once into a folder of tokens.
 
     Args:
         corpus: Name of a corpus, a UTF-8 text file, a folder of text files, or a folder in
@@ -61,8 +62,6 @@ def _corpus_table(corpus: Corpus) -> Table:
     table.add_column()
     table.add_column(overflow="fold")
     for name, value in rows.items():
-        # A corpus is foreign text: as Text its brackets are no markup, and nothing that a terminal
-        # would obey gets through.
-        shown = "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in value)
-        table.add_row(name, Text(shown))
+        # as Text the brackets of a foreign text are no markup
+        table.add_row(name, Text(printable(value, keep="\n")))
     return table

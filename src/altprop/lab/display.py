@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import math
+import os
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO, cast
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -17,6 +21,48 @@ from rich.text import Text
 
 from altprop.lab.evaluation import Evaluation
 from altprop.lab.run import Progress
+from altprop.terminal import printable
+
+
+class Lasting(io.TextIOBase):
+    """Writes to a stream for as long as it is there: a run outlives its terminal or its reader.
+
+    After that nothing more is written to it, nor by Python when it exits.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream, self._gone = stream, False
+
+    def write(self, text: str) -> int:
+        self._try(lambda: self._stream.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        self._try(self._stream.flush)
+
+    def isatty(self) -> bool:
+        return not self._gone and self._stream.isatty()
+
+    def fileno(self) -> int:
+        return self._stream.fileno()
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]  # by which rich chooses its characters
+        return self._stream.encoding
+
+    def _try(self, act: Callable[[], object]) -> None:
+        if self._gone:
+            return
+        try:
+            act()
+        except UnicodeError:
+            raise
+        except (OSError, ValueError):  # no reader, no terminal, no space; or it has been closed
+            self._gone = True
+            with contextlib.suppress(OSError, ValueError):
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, self._stream.fileno())  # where its buffer goes, too
+                os.close(nowhere)
 
 
 class Display:
@@ -29,7 +75,7 @@ class Display:
     def __init__(
         self, total: int, done: int = 0, console: Console | None = None, every: float = 10.0
     ) -> None:
-        self._console = console or Console()
+        self._console = console or _terminal()
         self._total, self._every = total, every
         self._validation = math.nan
         self._shown = -math.inf
@@ -53,7 +99,8 @@ class Display:
     def note(self, text: str) -> None:
         """Print a line of its own, as it is."""
         # rich would take [brackets] for its markup and :names: for its pictures
-        self._console.print(text, markup=False, emoji=False, highlight=False, soft_wrap=True)
+        shown = printable(text, keep="\n\t")
+        self._console.print(shown, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
     def step(self, record: dict[str, Any]) -> None:
         """Show what a step measured."""
@@ -117,13 +164,56 @@ class Display:
         return f"{int(left // 60)}:{int(left % 60):02d} left"
 
 
+class Trials:
+    """Shows the trials of a comparison as they are done.
+
+    **Arguments:** `total`, about how many there will be; `done`, how many there are already;
+    `console` and `every`, as of `Display`.
+    """
+
+    def __init__(
+        self, total: int, done: int = 0, console: Console | None = None, every: float = 10.0
+    ) -> None:
+        self._console = console or Console()
+        self._done, self._total, self._every = done, max(total, done), every
+        self._shown = -math.inf
+        self._bar = _bar(self._console, transient=True, disable=not self._console.is_terminal)
+        self._task = self._bar.add_task("trial", total=self._total, completed=done)
+
+    def __enter__(self) -> Trials:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._bar.stop()
+
+    def note(self, text: str) -> None:
+        """Print a line of its own, as it is."""
+        self._console.print(text, markup=False, emoji=False, highlight=False, soft_wrap=True)
+
+    def trial(self, name: str, outcome: Mapping[str, Any]) -> None:
+        """Show that a trial is done, and how it ended."""
+        self._done += 1
+        self._total = max(self._total, self._done)
+        self._bar.update(self._task, completed=self._done, total=self._total)
+        trouble = outcome["refused"] or outcome["failed"]
+        if trouble or time.monotonic() - self._shown >= self._every:
+            self._shown = time.monotonic()
+            score = "" if outcome["score"] is None else f"score {outcome['score']:.4g}"
+            self.note(f"{self._done} of about {self._total}: {name}  {trouble or score}")
+
+
 @contextmanager
 def counting(total: int, what: str) -> Iterator[Callable[[], None]]:
     """Show on a terminal how much of `total` is done and the time left; count by what it gives."""
-    console = Console()
+    console = _terminal()
     with _bar(console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(what, total=total)
         yield lambda: bar.advance(task)
+
+
+def _terminal() -> Console:
+    return Console(file=cast(TextIO, Lasting(sys.stdout)))
 
 
 def _bar(console: Console, **options: Any) -> Bar:

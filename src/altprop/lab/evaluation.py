@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from altprop.lab.guard import certificates, within
-from altprop.lm.text import Ids, gather
+from altprop.lm.text import gather
+from altprop.lm.text.token_file import Tokens
 
 
 class Evaluation(NamedTuple):
@@ -58,7 +59,7 @@ def evaluate(
     return Evaluation(total / len(ids), worst, settled)
 
 
-def tiles(tokens: Ids, most: int, context: int) -> tuple[Tensor, Tensor]:
+def tiles(tokens: Tokens, most: int, context: int) -> tuple[Tensor, Tensor]:
     """Return the windows of a text, one after the other without overlap, as x and y, `(N, T)`.
 
     The last tokens, which fill no window, are left out. Of more than `most` windows, `most` evenly
@@ -69,6 +70,6 @@ def tiles(tokens: Ids, most: int, context: int) -> tuple[Tensor, Tensor]:
     return gather(tokens, chosen * context, context)
 
 
-def count_tiles(tokens: Ids, context: int) -> int:
+def count_tiles(tokens: Tokens, context: int) -> int:
     """Return how many windows a text has without overlap."""
     return (len(tokens) - 1) // context

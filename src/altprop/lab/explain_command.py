@@ -8,6 +8,7 @@ from altprop import ConfigError, explain
 from altprop.lab.settings import TrainConfig
 from altprop.lab.train import build_model
 from altprop.lm.text import load_corpus
+from altprop.terminal import printable
 
 
 def explain_run(config: TrainConfig) -> None:
@@ -20,4 +21,5 @@ def explain_run(config: TrainConfig) -> None:
             "nothing to explain: no rule was given, for example --model gpt --rule SignSymmetry"
         )
     model = build_model(config, len(load_corpus(config.data).tokenizer))
-    Console(highlight=False).print(str(explain(model)), markup=False, soft_wrap=True)
+    table = printable(str(explain(model)), keep="\n")
+    Console(highlight=False).print(table, markup=False, emoji=False, soft_wrap=True)

@@ -9,13 +9,13 @@ from pathlib import Path
 
 from altprop import AuditReport, CheckpointError, ConfigError
 from altprop.files import write_whole
+from altprop.lab.folder import is_run
 from altprop.lab.reporting.comparison import is_comparison, read_comparison
 from altprop.lab.reporting.comparison_page import comparison_page
 from altprop.lab.reporting.picture import plot_comparison, plot_run
 from altprop.lab.reporting.run_facts import run_facts
 from altprop.lab.reporting.run_page import run_page
 from altprop.lab.reporting.tidy import comparison_rows, run_rows, write_csv
-from altprop.lab.settings import is_run
 
 
 def report(

@@ -2,31 +2,42 @@
 
 from __future__ import annotations
 
-import contextlib
-import itertools
-import json
 import math
-import os
 import shlex
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, is_dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol, TextIO, cast
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from altprop import CheckpointError
+from altprop import CheckpointError, ConvergenceError
 from altprop.files import write_whole
 from altprop.lab import checkpoint
 from altprop.lab.choices import types_of
-from altprop.lab.config import read_config, write_config
-from altprop.lab.record import RECORD, write_record
-from altprop.lab.settings import TrainConfig, is_run
-from altprop.lm.model import LanguageModel
-from altprop.lm.text import Batches, CharTokenizer, Corpus, describe, names_corpus
+from altprop.lab.config import to_yaml
+from altprop.lab.folder import FILES, LOCK, PREVIOUS, clean, is_free, is_run, new_folder
+from altprop.lab.identity import Identity, options_of
+from altprop.lab.lock import Lock
+from altprop.lab.metrics import Metrics
+from altprop.lab.record import Record
+from altprop.lab.seal import sealed
+from altprop.lab.settings import TrainConfig
+from altprop.lm.text import Corpus
+
+Batch = tuple[Tensor, ...]
+Loss = Callable[[nn.Module, Batch], Tensor]
+
+
+class Stream(Protocol):
+    """What gives a run its batches, one after the other, drawn by a generator of its own."""
+
+    generator: torch.Generator
+
+    def draw(self) -> Batch: ...
 
 
 class Stateful(Protocol):
@@ -47,6 +58,18 @@ class Progress:
     best_loss: float = math.inf
     recently: list[int] = field(default_factory=list)
 
+    @classmethod
+    def of(cls, notes: Mapping[str, Any]) -> Progress:
+        """Return what a checkpoint holds of it; it raises `TypeError` for anything else."""
+        progress = cls(**notes)
+        counts = [progress.step, progress.refused, *progress.recently]
+        losses = [progress.loss, progress.best_loss]
+        if not all(type(n) is int and n >= 0 for n in counts) or not all(
+            isinstance(loss, (int, float)) for loss in losses
+        ):
+            raise TypeError(f"the progress {dict(notes)} is none")
+        return progress
+
     def in_a_row(self) -> int:
         """Return how many steps in a row were refused, up to the last that was made."""
         return sum(at == self.step - back for back, at in enumerate(reversed(self.recently)))
@@ -56,220 +79,312 @@ class Progress:
 class State:
     """Everything that a run goes on from.
 
-    **Arguments:** `stabiliser`, its own state; `average`, the averaged weights, if it keeps any.
+    **Arguments:** `loss`, of the model on a batch; `stabiliser`, its own state; `average`, the
+    averaged weights, if it keeps any.
     """
 
-    model: LanguageModel
+    model: nn.Module
+    loss: Loss
     optimiser: torch.optim.Optimizer
-    batches: Batches
+    batches: Stream
     stabiliser: Stateful | None = None
     average: AveragedModel | None = None
     progress: Progress = field(default_factory=Progress)
 
     @property
-    def judged(self) -> LanguageModel:
+    def judged(self) -> nn.Module:
         """The model that is evaluated, kept as best and sampled from: the average, if any."""
-        return self.model if self.average is None else cast(LanguageModel, self.average.module)
+        return self.model if self.average is None else self.average.module
+
+    def drawn(self) -> dict[str, Tensor]:
+        """Return what random draws go on from, and the stabiliser's state, as tensors by name."""
+        extra = {"batches": self.batches.generator.get_state()}
+        if self.stabiliser is not None:
+            extra |= {f"stabiliser.{k}": v for k, v in self.stabiliser.state_dict().items()}
+        return extra
+
+    def draw_again(self, extra: Mapping[str, Tensor]) -> None:
+        """Take back what `drawn` returned."""
+        self.batches.generator.set_state(extra["batches"])
+        prefix = "stabiliser."
+        kept = {k[len(prefix) :]: v for k, v in extra.items() if k.startswith(prefix)}
+        if self.stabiliser is not None:
+            self.stabiliser.load_state_dict(kept)
+
+    def restore(self, saved: checkpoint.Checkpoint, path: Path) -> None:
+        """Take everything back to a checkpoint.
+
+        **Raises:** `CheckpointError`, or what a part raises that is given another's state.
+        """
+        checkpoint.restore_model(self.judged, saved, path)
+        if self.average is not None:
+            checkpoint.restore_model(self.model, replace(saved, model=saved.training), path)
+            self.average.n_averaged.copy_(saved.extra["averaged"])
+        checkpoint.restore_optimiser(self.model, self.optimiser, saved, path)
+        self.draw_again(saved.extra)
+        self.progress = Progress.of(saved.notes["progress"])
 
 
 class Run:
-    """A run's folder: what it was configured with, its metrics and its checkpoints."""
+    """A run's folder: what it was configured with, its metrics and its checkpoints.
 
-    # what a resumed run may change without becoming another run; of the data, the place alone
-    _FREE = {
-        *("out", "resume", "overwrite", "steps", "eval_every", "device", "sample"),
-        *("on_failure", "refused_in_a_row", "final_windows"),
-    }
+    It belongs to this process until the end of the `with` block. `said` holds what a person should
+    know of how it was opened.
+    """
 
-    # what a run that takes the place of another must not leave there
-    _MADE = (
-        *("metrics.jsonl", "best.safetensors", "last.safetensors"),
-        *("curves.png", "report.html", RECORD),
-    )
-
-    def __init__(self, folder: Path, config: TrainConfig, text: dict[str, str]) -> None:
+    def __init__(self, folder: Path, config: TrainConfig, corpus: Corpus, lock: Lock) -> None:
         self.folder, self.config = folder, config
-        self._text = text  # its digests
-        self._saved: checkpoint.Checkpoint | None = None  # what to go on from
-        self._metrics: TextIO | None = None
+        self.said: list[str] = []
+        self._lock, self._tokenizer = lock, corpus.tokenizer
+        self._identity = Identity.of(config, corpus)
+        self._metrics = Metrics(folder / "metrics.jsonl")
+        self._record: Record | None = None
+        self._saved: tuple[Path, checkpoint.Checkpoint] | None = None  # what to go on from
+        self._last_is_whole = True
+        self._step, self._kept = 0, -1  # the last step that was logged, and that was saved
+        self._seconds = 0.0  # of the sessions before
+        self._began = self._saved_at = time.monotonic()
 
     @classmethod
     def open(cls, config: TrainConfig, corpus: Corpus) -> Run:
         """Make the folder, or find the one to go on in; refuse to mix two runs.
 
-        **Raises:** `CheckpointError` for a run that is in the way or cannot be resumed.
+        **Raises:** `CheckpointError` for a run that is in the way, in use or not to be resumed.
         """
-        facts = describe(corpus)
-        text = {name: facts[name] for name in ("train_sha256", "validation_sha256")}
+        options_of(config)  # refuses what no file can hold, before there is a folder
         try:
-            folder = config.out or _new_folder(config)
-            run = cls(folder, config, text)
+            folder = config.out or new_folder(config.data, config.method)
             there = is_run(folder)
-            if config.resume:
-                run._check_same(there, corpus)
-            elif there and not config.overwrite:
+            if config.resume and not there:
+                raise CheckpointError(f"{folder} holds no run to resume: leave out --resume")
+            if there and not (config.resume or config.overwrite):
                 raise CheckpointError(
                     f"{folder} already holds a run: add --resume to go on with it, --overwrite to "
                     "replace it, or name another folder with --out"
                 )
             # a config.yaml alone may be anybody's: --overwrite must not replace what is not ours
-            elif folder.exists() and not there and (not folder.is_dir() or any(folder.iterdir())):
+            if not there and not is_free(folder):
                 raise CheckpointError(f"{folder} is no run folder: name a new folder with --out")
-            else:
-                folder.mkdir(parents=True, exist_ok=folder.exists())
-                for old in cls._MADE:
-                    (folder / old).unlink(missing_ok=True)
-                corpus.tokenizer.to_json(folder / "vocab.json")
-                write_config(folder / "config.yaml", _stored(config), config.foreign)
-                write_record(folder, f"altprop train {run._options()} --out again")
+            folder.mkdir(parents=True, exist_ok=folder.exists())
+            lock = Lock(folder / LOCK)
+            try:
+                run = cls(folder, config, corpus, lock)
+                if not lock.held:
+                    run.said.append(f"{folder} cannot be locked: start no second process on it")
+                if config.resume:
+                    run._check_same()
+                else:
+                    run._start()
+                clean(folder)
+            except BaseException:
+                lock.close()
+                raise
         except OSError as error:
             where = config.out or "runs"
             raise CheckpointError(f"{where}: cannot be written ({error.strerror})") from None
         return run
 
-    def _check_same(self, there: bool, corpus: Corpus) -> None:
-        if not there:
-            raise CheckpointError(f"{self.folder} holds no run to resume: leave out --resume")
-        path = self.folder / "last.safetensors"
-        if not path.exists():
-            raise CheckpointError(
-                f"{self.folder} has no checkpoint yet to go on from: write --overwrite instead of "
-                "--resume to start it again"
-            )
-        before = read_config(self.folder / "config.yaml", TrainConfig)
-        same_tokens = CharTokenizer.from_json(self.folder / "vocab.json") == corpus.tokenizer
-        self._saved = checkpoint.load(path)
-        same_text = same_tokens and self._saved.notes.get("text", self._text) == self._text
-        now, then = _stored(self.config), _stored(before)
-        changed = [
-            f.name
-            for f in fields(TrainConfig)
-            if f.name not in self._FREE and getattr(now, f.name) != getattr(then, f.name)
-        ]
-        if same_text and "text" in self._saved.notes:
-            changed = [name for name in changed if name != "data"]  # the same text, elsewhere
-        if changed:
+    def _start(self) -> None:
+        """Make an empty run of the folder: a crash from here on leaves one to be overwritten."""
+        for old in (name for name in FILES if name not in ("config.yaml", "vocab.json")):
+            (self.folder / old).unlink(missing_ok=True)
+        self._write_config()
+        self._tokenizer.to_json(self.folder / "vocab.json")
+        self._metrics.start()
+        self._record = Record(self.folder / "run.json", [])
+
+    def _write_config(self) -> None:
+        write_whole(self.folder / "config.yaml", sealed(to_yaml(self._identity.options)))
+
+    def _check_same(self) -> None:
+        """Find what to go on from, and refuse a run that was started with something else.
+
+        The checkpoint alone says what that was: a `config.yaml` may have been lost or changed.
+        """
+        path, saved = self._find()
+        now, then = self._identity, Identity.read(saved, path)
+        if changed := now.changed(then):
             raise CheckpointError(
                 f"{self.folder} was started with other values of {', '.join(changed)}: write "
                 f"{self.resume_options()}, or start a new run"
             )
-        if not same_text:
-            what = "another text" if same_tokens else "other characters"
+        if (now.vocabulary, now.text) != (then.vocabulary, then.text):
+            what = "another text" if now.vocabulary == then.vocabulary else "other characters"
             raise CheckpointError(
                 f"{self.folder} was started with {what} than {self.config.data} has now: "
                 "give the text of that time, or start a new run"
             )
+        self._saved = path, saved
+
+    def _find(self) -> tuple[Path, checkpoint.Checkpoint]:
+        """Return the last checkpoint that is whole, and say which were skipped and why."""
+        skipped: list[str] = []
+        for path in (self.folder / f"{name}.safetensors" for name in ("last", PREVIOUS)):
+            try:
+                saved = checkpoint.load(path)
+                Identity.read(saved, path)
+                if not saved.notes.get("resumable"):
+                    raise CheckpointError(
+                        f"{path}: without the optimiser's state: nothing to go on from"
+                    )
+            except CheckpointError as error:
+                if path.exists():
+                    skipped.append(str(error).partition("; ")[0])
+                continue
+            self._last_is_whole = not skipped
+            if skipped or path.stem == PREVIOUS:
+                why = "; ".join(skipped) or "there is no last.safetensors"
+                self.said.append(f"going on from {path}, the checkpoint before: {why}")
+            return path, saved
+        again = "write --overwrite instead of --resume to start it again"
+        if skipped:
+            raise CheckpointError(f"{'; '.join(skipped)}: {again}")
+        raise CheckpointError(f"{self.folder} has no checkpoint yet to go on from: {again}")
 
     def resume_options(self) -> str:
         """Return the options that go on with this run, ready for a shell."""
-        return f"{self._options()} --resume"
-
-    def _options(self) -> str:
         imports = "".join(f"--import {module} " for module in sorted(_homes(self.config)))
-        return f"{imports}--config {shlex.quote(str(self.folder / 'config.yaml'))}"
+        return f"{imports}--config {shlex.quote(str(self.folder / 'config.yaml'))} --resume"
 
-    def restore(self, state: State) -> None:
-        """Take everything back to the last checkpoint, the metrics too.
+    def begin(self, state: State, device: torch.device) -> None:
+        """Take the state back to the last checkpoint, if there is one, and start the session.
 
-        **Raises:** `CheckpointError` for a checkpoint that this run cannot go on from.
+        **Raises:** `CheckpointError` for a checkpoint that this run cannot go on from; then
+        nothing in the folder has changed.
         """
-        path, saved = self.folder / "last.safetensors", self._saved
-        self._saved = None  # its tensors need not stay in memory
-        assert saved is not None, "restore belongs to a run that was opened to be resumed"
-        if not saved.notes.get("resumable"):
-            raise CheckpointError(f"{path}: without the optimiser's state: nothing to go on from")
-        checkpoint.restore_model(state.judged, saved, path)
-        if state.average is not None:
-            checkpoint.restore_model(state.model, replace(saved, model=saved.training), path)
-            state.average.n_averaged.copy_(saved.extra["averaged"])
-        checkpoint.restore_optimiser(state.model, state.optimiser, saved)
-        state.batches.generator.set_state(saved.extra["batches"])
-        prefix = "stabiliser."
-        kept = {k[len(prefix) :]: v for k, v in saved.extra.items() if k.startswith(prefix)}
-        if state.stabiliser is not None:
-            state.stabiliser.load_state_dict(kept)
-        state.progress = Progress(**saved.notes["progress"])
-        if state.progress.step > self.config.steps:
-            raise CheckpointError(
-                f"{self.folder} has made {state.progress.step} steps, more than "
-                f"{self.config.steps}: write --steps {state.progress.step}, or more to go on"
-            )
-        self._trim_metrics(state.progress.step)
-        # steps and the like may have changed, and the next --resume must not take them back
-        write_config(self.folder / "config.yaml", _stored(self.config), self.config.foreign)
-
-    def _trim_metrics(self, step: int) -> None:
-        """Drop the lines past `step`, the figure of the end, and a line that a crash cut off."""
-        metrics = self.folder / "metrics.jsonl"
-        kept = []
-        for line in metrics.read_text(encoding="utf-8").splitlines():
+        if self._saved is not None:
+            path, saved = self._saved
+            self._saved = None  # its tensors need not stay in memory
             try:
-                record = json.loads(line)
-                if record["step"] > step:
-                    break
-            except ValueError:
-                break
-            if "final_validation_loss" not in record:  # the end is another one now
-                kept.append(f"{line}\n")
-        write_whole(metrics, "".join(kept))
+                state.restore(saved, path)
+                made = state.progress.step
+                written, self._seconds = dict(saved.notes["metrics"]), float(saved.notes["seconds"])
+            except CheckpointError:
+                raise
+            except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+                why = " ".join(str(error).split())
+                raise CheckpointError(f"{path}: does not fit this run ({why})") from error
+            if made > self.config.steps:
+                raise CheckpointError(
+                    f"{self.folder} has made {made} steps, more than {self.config.steps}: write "
+                    f"--steps {made}, or more to go on"
+                )
+            self._go_on(made, written)
+        assert self._record is not None
+        self._say(self._record.start(self._step, device, self._identity.text))
+        self._began = self._saved_at = time.monotonic()
+
+    def _go_on(self, made: int, written: dict[str, Any]) -> None:
+        """Take the files back to the step of the checkpoint."""
+        self._step = self._kept = made
+        try:
+            self._say(self._metrics.go_on(made, written))
+            # steps and the like may have changed, and the next --resume must not take them back
+            self._write_config()
+            self._tokenizer.to_json(self.folder / "vocab.json")
+            self._record = Record.go_on(self.folder / "run.json")
+        except OSError as error:
+            raise CheckpointError(f"{self.folder}: cannot be written ({error.strerror})") from None
+        best = self.folder / "best.safetensors"
+        try:
+            if best.exists():
+                checkpoint.load(best)
+        except CheckpointError as error:
+            self._say(f"{str(error).partition('; ')[0]}: it is lost until a better evaluation")
+
+    def _say(self, text: str) -> None:
+        if text:
+            self.said.append(text)
 
     def __enter__(self) -> Run:
-        self._metrics = open(self.folder / "metrics.jsonl", "a", encoding="utf-8")
         return self
 
-    def __exit__(self, *exc: object) -> None:
-        if self._metrics is not None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if self._record is not None:
+                self._record.end(self._step, self._worked())
+        except CheckpointError:
+            if kind is None:  # else the disk that is full has been named already
+                raise
+        finally:
             self._metrics.close()
+            self._lock.close()
+
+    def _worked(self) -> float:
+        return self._seconds + time.monotonic() - self._began
+
+    def follow(self, records: Iterator[dict[str, Any]], state: State) -> Iterator[dict[str, Any]]:
+        """Pass on the records of a run's steps; save first what a failed step leaves behind.
+
+        **Raises:** what a step raises, with how to go on.
+        """
+        while True:
+            before = state.drawn()
+            try:
+                record = next(records)
+            except StopIteration:
+                return
+            except ConvergenceError as error:
+                state.draw_again(before)  # the weights are those before the step already
+                self.save("last", state, resumable=True)
+                raise ConvergenceError(
+                    f"{error}; the steps before are saved: altprop train {self.resume_options()} "
+                    "--on_failure skip"
+                ) from error
+            yield record
 
     def log(self, record: dict[str, Any]) -> None:
-        """Append one JSON object to `metrics.jsonl`, at once; what is not finite becomes null."""
-        assert self._metrics is not None, "log belongs inside the run's with block"
-        plain = {
-            k: None if isinstance(v, float) and not math.isfinite(v) else v
-            for k, v in record.items()
-        }
-        self._metrics.write(json.dumps(plain, allow_nan=False) + "\n")
-        self._metrics.flush()
+        """Append one JSON object to `metrics.jsonl`, at once; what is not finite becomes null.
+
+        **Raises:** `CheckpointError` if it cannot be written.
+        """
+        try:
+            self._metrics.append(record)
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}{self._way_on()}") from error
+        self._step = record["step"]
+
+    def due(self) -> bool:
+        """Tell whether the last checkpoint is `save_every` seconds old."""
+        return time.monotonic() - self._saved_at >= self.config.save_every
 
     def save(self, name: str, state: State, *, resumable: bool) -> None:
-        """Write `<name>.safetensors`: the judged model, and if `resumable` what to go on from."""
-        extra = {"batches": state.batches.generator.get_state()}
-        if state.stabiliser is not None:
-            extra |= {f"stabiliser.{k}": v for k, v in state.stabiliser.state_dict().items()}
-        notes = {"progress": vars(state.progress), "resumable": resumable, "text": self._text}
+        """Write `<name>.safetensors`: the judged model, and if `resumable` what to go on from.
+
+        What is resumable is written once a step, and keeps its predecessor beside it.
+
+        **Raises:** `CheckpointError` if it cannot be written.
+        """
+        if resumable and state.progress.step == self._kept:
+            return
         path = self.folder / f"{name}.safetensors"
-        if not resumable:
-            checkpoint.save(path, state.judged, None, extra, notes)
-        elif state.average is None:
-            checkpoint.save(path, state.model, state.optimiser, extra, notes)
-        else:
-            extra["averaged"] = state.average.n_averaged
-            checkpoint.save(path, state.model, state.optimiser, extra, notes, average=state.judged)
+        try:
+            notes = {
+                "progress": vars(state.progress),
+                "resumable": resumable,
+                "identity": vars(self._identity),
+                "metrics": self._metrics.mark(),
+                "seconds": self._worked(),
+            }
+            if not resumable:
+                checkpoint.save(path, state.judged, None, state.drawn(), notes)
+                return
+            extra, average = state.drawn(), None
+            if state.average is not None:
+                extra["averaged"], average = state.average.n_averaged, state.judged
+            before = self.folder / f"{PREVIOUS}.safetensors" if self._last_is_whole else None
+            checkpoint.save(path, state.model, state.optimiser, extra, notes, average, before)
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}{self._way_on()}") from error
+        self._last_is_whole, self._kept = True, state.progress.step
+        self._saved_at = time.monotonic()
 
-
-def _new_folder(config: TrainConfig) -> Path:
-    """Make a folder below runs/ that nobody else has, not even a run of the same second."""
-    parent = Path("runs")
-    parent.mkdir(exist_ok=True)
-    text = Path(os.path.abspath(config.data)).stem  # of `.` too
-    name = f"{text}-{config.method}-{time.strftime('%Y%m%d-%H%M%S')}"
-    for number in itertools.count(1):
-        folder = parent / (name if number == 1 else f"{name}-{number}")
-        with contextlib.suppress(FileExistsError):
-            folder.mkdir()
-            break
-    return folder
-
-
-def _stored(config: TrainConfig) -> TrainConfig:
-    """Return the configuration as a run keeps it: it means the same wherever it is read from.
-
-    The folder is that of the file, so the file does not name it; a text is found from any other.
-    """
-    data = config.data
-    if not names_corpus(data):
-        data = str(Path(data).expanduser().absolute())
-    return replace(config, data=data, out=None, resume=False, overwrite=False)
+    def _way_on(self) -> str:
+        kept = any((self.folder / f"{n}.safetensors").exists() for n in ("last", PREVIOUS))
+        how = (
+            self.resume_options() if kept else f"--out {shlex.quote(str(self.folder))} --overwrite"
+        )
+        return f": free some space, then altprop train {how}"
 
 
 def _homes(value: Any) -> set[str]:

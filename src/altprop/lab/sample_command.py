@@ -13,10 +13,12 @@ from altprop import CheckpointError, ConfigError, using
 from altprop.errors import unknown
 from altprop.lab import checkpoint
 from altprop.lab.config import read_config
+from altprop.lab.identity import check_settings
 from altprop.lab.settings import TrainConfig
 from altprop.lab.train import build_model, opening, pick_device
 from altprop.lm.model import LanguageModel, stream
 from altprop.lm.text import CharTokenizer
+from altprop.terminal import printable
 
 Which = Literal["best", "last"]
 
@@ -46,9 +48,15 @@ def load_run(
             f"of an evaluation at a fixed point): write --which {kept[0]}"
         )
     saved = checkpoint.load(path)
+    check_settings(saved, path, config, tokenizer)
     model = build_model(config, len(tokenizer)).to(pick_device(device))
     checkpoint.restore_model(model, saved, path)
     return model.eval(), tokenizer
+
+
+def _write(text: str) -> None:
+    """Write a piece of text at once; a terminal obeys nothing in it but its lines."""
+    print(printable(text, keep="\n\t"), end="", flush=True)
 
 
 def sample(
@@ -86,13 +94,13 @@ def sample(
     news = stream(model, ids, tokens, temperature=temperature, top_k=top_k, generator=generator)
     with using(model, on_failure="warn"), warnings.catch_warnings(record=True) as unsettled:
         warnings.simplefilter("always", RuntimeWarning)
-        print(text, end="", flush=True)
+        _write(text)
         for new in news:
-            print(tokenizer.decode(new[0].cpu().numpy()), end="", flush=True)
+            _write(tokenizer.decode(new[0].cpu().numpy()))
     print()
     if unsettled:
         print(
             f"altprop: warning: {len(unsettled)} of {tokens} tokens were read from a state that "
-            f"is no equilibrium; the last one: {unsettled[-1].message}",
+            f"is no equilibrium; the last one: {printable(str(unsettled[-1].message))}",
             file=sys.stderr,
         )

@@ -17,12 +17,12 @@ from altprop import (
 )
 from altprop.errors import unknown
 from altprop.lab.choices import defaults_of
+from altprop.lab.folder import is_run
+from altprop.lab.memory import FLOAT, check_memory, training, weights
+from altprop.lab.seal import has_seal
 from altprop.lm.blocks import ESTIMATOR, SOLVER, ModelConfig
 
-
-def is_run(folder: Path) -> bool:
-    """Tell whether a folder is that of a run."""
-    return all((folder / name).is_file() for name in ("config.yaml", "vocab.json"))
+PLACES = ("out", "resume", "overwrite")  # said on the command line, never read from a file
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,8 @@ class TrainConfig:
             from; 0 for the weights themselves. They remember about 1 / (1 - ema) steps.
         seed: of everything random in the run.
         eval_every: steps between evaluations.
+        save_every: seconds of work after which a checkpoint is written between evaluations too; 0
+            for every step.
         eval_windows: fixed windows that an evaluation covers.
         final_windows: windows without overlap that the figure at the end covers; evenly spaced ones
             where the validation part has more.
@@ -112,6 +114,7 @@ class TrainConfig:
     ema: float = 0.0
     seed: int = 0
     eval_every: int = 250
+    save_every: float = 60.0
     eval_windows: int = 320
     final_windows: int = 2048
     free_limit: float = 2e-2
@@ -128,7 +131,7 @@ class TrainConfig:
         for name in ("lr", "clip", "free_limit", "adjoint_limit"):
             value = getattr(self, name)
             _require(name, value, math.isfinite(value) and value > 0, "a number > 0")
-        for name in ("warmup", "weight_decay", "sample", "final_lr"):
+        for name in ("warmup", "weight_decay", "sample", "final_lr", "save_every"):
             value = getattr(self, name)
             _require(name, value, math.isfinite(value) and value >= 0, "a number ≥ 0")
         for name in ("beta1", "beta2", "ema"):
@@ -152,13 +155,23 @@ class TrainConfig:
                 )
         if self.rule is not None and self.rules:
             raise ConfigError("rule and rules exclude each other: put the rule under '*' in rules")
-        self.shape(vocabulary=1)  # refuses a shape that no model can have
+        shape = self.shape(vocabulary=1)  # refuses a shape that no model can have
+        check_memory(
+            FLOAT * weights(shape, self.model), _sized(self, "d_model", "layers", "context")
+        )
 
     @classmethod
     def of_file(cls, data: dict[str, Any], file: Path) -> dict[str, Any]:
         """Return the options that a file holds: a run is the folder that its config lies in."""
+        for name in (name for name in PLACES if data.pop(name, None)):
+            raise ConfigError(f"{name} is not read from a file: write --{name} on the command line")
         for place in (file, file.resolve()):
             if place.name == "config.yaml" and is_run(place.parent):
+                if not has_seal(place):
+                    raise ConfigError(
+                        "not as altprop wrote it (cut off, edited, or of an older version): leave "
+                        f"out --config and give the run's own options, with --out {place.parent}"
+                    )
                 return {**data, "out": str(place.parent)}
         return data
 
@@ -173,6 +186,16 @@ class TrainConfig:
         if self.model == "equilibrium":
             return type(self.estimator).__name__
         return "rules" if self.rules else type(self.rule).__name__ if self.rule else "backprop"
+
+    def check_training(self, vocabulary: int) -> None:
+        """Refuse to train, on the CPU, what needs more memory than there is.
+
+        **Raises:** `ConfigError`.
+        """
+        shape, average = self.shape(vocabulary), self.ema > 0
+        needed = training(shape, self.model, self.batch, self.eval_windows, average)
+        names = ("d_model", "layers", "context", "batch", "eval_windows")
+        check_memory(needed, _sized(self, *names))
 
     def shape(self, vocabulary: int) -> ModelConfig:
         """Return the model's shape for a vocabulary of so many tokens."""
@@ -202,6 +225,10 @@ _OWN = {
     ),
     "gpt": ("tie_head", "rule", "rules"),
 }
+
+
+def _sized(config: object, *names: str) -> str:
+    return ", ".join(f"{name} is {getattr(config, name)}" for name in names)
 
 
 def _require(name: str, value: object, holds: bool, expected: str) -> None:

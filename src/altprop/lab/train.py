@@ -3,28 +3,27 @@
 from __future__ import annotations
 
 import math
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from altprop import ConfigError, ConvergenceError, convert
+from altprop import CheckpointError, ConfigError, ConvergenceError, convert
 from altprop.errors import suggest
 from altprop.lab.display import Display, counting
 from altprop.lab.evaluation import count_tiles, evaluate, tiles
 from altprop.lab.guard import Guard
 from altprop.lab.reporting.picture import plot_run
-from altprop.lab.run import Run, State
+from altprop.lab.run import Batch, Loss, Run, State, Stream
 from altprop.lab.settings import TrainConfig
+from altprop.lab.signals import Stopped, interruptible
 from altprop.lm.model import GPT, EquilibriumLM, LanguageModel, generate
 from altprop.lm.text import Batches, CharTokenizer, Corpus, check_context, load_corpus, windows
 
@@ -64,17 +63,30 @@ def train(config: TrainConfig) -> TrainResult:
     held_out = windows(corpus.validation, config.eval_windows, config.context, seed=0)
     rehearse(state.model, held_out, device)
 
-    run = Run.open(config, corpus)
-    if config.resume:
-        run.restore(state)
-    progress = state.progress
-    with run, Display(config.steps, progress.step) as display, interruptible() as interrupted:
+    with Run.open(config, corpus) as run:
+        run.begin(state, device)
+        return _learn(config, corpus, state, guard, held_out, run)
+
+
+def _learn(
+    config: TrainConfig,
+    corpus: Corpus,
+    state: State,
+    guard: Guard,
+    held_out: tuple[Tensor, Tensor],
+    run: Run,
+) -> TrainResult:
+    """Make a run's steps and its figure at the end, in its open folder; see `train`."""
+    progress, device = state.progress, next(state.model.parameters()).device
+    with Display(config.steps, progress.step) as display, interruptible() as interrupted:
         display.note(
             f"{corpus.description}: {len(corpus.train):,} tokens, vocabulary of "
             f"{len(corpus.tokenizer)}\n"
             f"{count_parameters(state.model):,} parameters; run folder {run.folder}"
         )
-        for record in steps(config, state, guard):
+        for said in run.said:
+            display.note(said)
+        for record in run.follow(steps(config, state, guard), state):
             run.log(record)
             display.step(record)
             if progress.step % config.eval_every == 0 or progress.step == config.steps:
@@ -86,27 +98,29 @@ def train(config: TrainConfig) -> TrainResult:
                     progress.best_loss = seen.loss
                     run.save("best", state, resumable=False)
                 run.save("last", state, resumable=True)
+            elif run.due():
+                run.save("last", state, resumable=True)
             if interrupted():
                 break
-        if progress.step < config.steps:
-            run.save("last", state, resumable=True)
+        run.save("last", state, resumable=True)
 
     draw_curves(run.folder, display)
     if guard.lost(progress):
         raise guard.error(progress, run.resume_options())
-    if progress.step < config.steps:
+    if interrupted():
         display.note(
             f"stopped after step {progress.step} of {config.steps}; go on with\n"
             f"  altprop train {run.resume_options()}"
         )
-        raise KeyboardInterrupt
+        raise Stopped(interrupted())
     parts = tiles(corpus.validation, config.final_windows, config.context)
     used, there = len(parts[0]), count_tiles(corpus.validation, config.context)
-    with run, counting(-(-used // config.batch), "final validation") as count:
+    with counting(-(-used // config.batch), "final validation") as count:
         final = evaluate(state.judged, parts, config.batch, device, config.free_limit, count)
         coverage = {"final_windows": used, "validation_windows": there}
         run.log({"step": progress.step, **final.record("final_validation"), **coverage})
-    text = write_sample(state.judged.eval(), corpus, config, device, display)
+    model = cast(LanguageModel, state.judged.eval())
+    text = write_sample(model, corpus, config, device, display)
     display.sample(text)
     display.finish(progress, final, (used, there), run.folder)
     return TrainResult(
@@ -125,14 +139,28 @@ def begin(config: TrainConfig, corpus: Corpus) -> tuple[State, Guard]:
 
     **Raises:** as `build_model` and `pick_device`.
     """
+    if pick_device(config.device).type == "cpu":
+        config.check_training(len(corpus.tokenizer))
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
         model = build_model(config, len(corpus.tokenizer)).to(pick_device(config.device))
     drawn = torch.Generator().manual_seed(config.seed)
     batches = Batches(corpus.train, config.batch, config.context, drawn)
+    return begin_with(config, model, predicted, batches)
+
+
+def begin_with(
+    config: TrainConfig, model: nn.Module, loss: Loss, batches: Stream
+) -> tuple[State, Guard]:
+    """Return what a run of any model, loss and batches starts from, and the guard of its steps."""
     guard = Guard(config, torch.Generator().manual_seed(config.seed + 1))
     optimiser = make_optimiser(model, config)
-    return State(model, optimiser, batches, guard.state, averaged(model, config)), guard
+    return State(model, loss, optimiser, batches, guard.state, averaged(model, config)), guard
+
+
+def predicted(model: nn.Module, batch: Batch) -> Tensor:
+    """Return a language model's loss: its mean cross-entropy on ids and the ids that follow."""
+    return model(*batch)[1]
 
 
 def steps(config: TrainConfig, state: State, guard: Guard) -> Iterator[dict[str, Any]]:
@@ -150,10 +178,10 @@ def steps(config: TrainConfig, state: State, guard: Guard) -> Iterator[dict[str,
         rate = learning_rate(config, progress.step)
         for group in optimiser.param_groups:
             group["lr"] = rate
-        ids, targets = (t.to(device) for t in state.batches.draw())
+        batch = tuple(t.to(device) for t in state.batches.draw())
         optimiser.zero_grad(set_to_none=True)
         with dropping(config, progress.step):
-            _, loss = model(ids, targets)
+            loss = state.loss(model, batch)
             loss.backward()
         measured = guard.check(model, optimiser, float(loss.detach()), progress)
         norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip)
@@ -162,7 +190,7 @@ def steps(config: TrainConfig, state: State, guard: Guard) -> Iterator[dict[str,
         progress.step += 1
         if state.average is not None and not progress.in_a_row():  # of applied steps alone
             state.average.update_parameters(model)
-        seconds = time.perf_counter() - clock
+        seconds = max(time.perf_counter() - clock, 1e-9)  # a coarse clock may stand still
         yield {
             "step": progress.step,
             "loss": float(loss.detach()),
@@ -170,7 +198,7 @@ def steps(config: TrainConfig, state: State, guard: Guard) -> Iterator[dict[str,
             "gradient_norm": float(norm),
             **measured,
             "refused": progress.refused,
-            "tokens_per_second": ids.numel() / seconds,
+            "tokens_per_second": batch[-1].numel() / seconds,
         }
 
 
@@ -181,7 +209,16 @@ def build_model(config: TrainConfig, vocabulary: int) -> LanguageModel:
     freezes nothing and for patterns that leave nothing to learn.
     """
     model = _BUILD[config.model](config, vocabulary)
-    for pattern in config.freeze:
+    freeze(model, config.freeze)
+    return model
+
+
+def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
+    """Let the parameters that name patterns match learn nothing.
+
+    **Raises:** `ConfigError` for a pattern that matches none, and if nothing is left to learn.
+    """
+    for pattern in patterns:
         frozen = [p for name, p in model.named_parameters() if fnmatchcase(name, pattern)]
         if not frozen:
             names = [name for name, _ in model.named_parameters()]
@@ -192,10 +229,9 @@ def build_model(config: TrainConfig, vocabulary: int) -> LanguageModel:
             parameter.requires_grad_(False)
     if count_parameters(model) == 0:
         raise ConfigError(
-            f"freeze: {', '.join(map(repr, config.freeze))} leaves no parameter to learn: freeze a "
+            f"freeze: {', '.join(map(repr, patterns))} leaves no parameter to learn: freeze a "
             "part of the model, such as 'block.*' or 'head.*'"
         )
-    return model
 
 
 def _equilibrium(config: TrainConfig, vocabulary: int) -> EquilibriumLM:
@@ -261,7 +297,7 @@ def dropping(config: TrainConfig, step: int) -> Iterator[None]:
         yield
 
 
-def rehearse(model: LanguageModel, held_out: tuple[Tensor, Tensor], device: torch.device) -> None:
+def rehearse(model: nn.Module, held_out: tuple[Tensor, Tensor], device: torch.device) -> None:
     """Make one gradient and drop it: an estimator that cannot work with the solver says so now.
 
     **Raises:** `RuleError`, before the run's folder is made.
@@ -290,10 +326,10 @@ def pick_device(name: str) -> torch.device:
 
 
 def draw_curves(folder: Path, display: Display) -> None:
-    """Draw the run's curves, or say why not: a run without matplotlib is a whole run."""
+    """Draw the run's curves, or say why not: a run without a picture is a whole run."""
     try:
         plot_run(folder)
-    except ConfigError as error:
+    except (ConfigError, CheckpointError, OSError) as error:
         display.note(f"no curves: {error}")
 
 
@@ -322,22 +358,3 @@ def write_sample(
         display.note(f"no sample: {error}")
         return ""
     return tokenizer.decode(out[0, 1:].cpu().numpy())
-
-
-@contextmanager
-def interruptible() -> Iterator[Callable[[], bool]]:
-    """Let Ctrl-C ask for a stop after the current step; a second one stops at once."""
-    asked = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield asked.is_set
-        return
-
-    def ask(number: int, frame: Any) -> None:
-        asked.set()
-        signal.signal(signal.SIGINT, before)
-
-    before = signal.signal(signal.SIGINT, ask)
-    try:
-        yield asked.is_set
-    finally:
-        signal.signal(signal.SIGINT, before)

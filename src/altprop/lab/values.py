@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import ast
 import math
-import os
 import typing
 import warnings
 from abc import ABC
@@ -19,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from altprop.errors import AltpropError, ConfigError, suggest
+from altprop.errors import ConfigError, refusing, suggest
 from altprop.lab.choices import (
     LISTS,
     at,
@@ -32,10 +31,11 @@ from altprop.lab.choices import (
     shown,
     types_of,
 )
+from altprop.reading import place as path_of
 
 LONGEST = 10_000  # characters of a text
 DEEPEST = 30  # calls and lists in one another
-_BITS = 10_000  # of a whole number: Python writes no longer ones
+_BITS = 63  # of a whole number: torch takes no longer ones
 _EXAMPLE = "such as AEP(tol=0.01, solver=GMRES())"
 _WORDS = {"inf": math.inf, "nan": math.nan, "null": None, "true": True, "false": False}
 _NO: Any = object()  # what does not fit
@@ -168,6 +168,8 @@ def _as(member: Any, value: Any, place: str) -> Any:
     try:
         if isinstance(value, str) or (member is float and type(value) is int):
             value = _READ.get(member, lambda same: same)(value)
+    except ConfigError as error:
+        raise ConfigError(f"{place}: {error}") from None
     except (ValueError, OverflowError, KeyError):
         return _NO
     if member is int and (type(value) is not int or value.bit_length() > _BITS):
@@ -181,7 +183,7 @@ _READ: dict[Any, Callable[[Any], Any]] = {
     bool: lambda text: {"true": True, "false": False}[text.lower()],
     int: int,
     float: float,
-    Path: lambda text: Path(os.path.expanduser(text)),
+    Path: path_of,
 }
 
 
@@ -192,17 +194,16 @@ def _built(base: type, call: Call, place: str) -> Any:
     for name in hints:
         if name not in given and name not in defaults:
             raise ConfigError(f"{place}.{name} is missing: write {call.name}({name}=…)")
-    try:
+    with refusing(ConfigError, place):
         return cls(**values)
-    except AltpropError:
-        raise
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"{place}: {error}") from error
 
 
 def looked_up(base: type, call: Call, place: str) -> tuple[Any, dict[str, Any]]:
     """Return the class that is called, and what it is given by the names of its fields."""
     known = choices(base)
+    if getattr(base, "small_names", False):
+        small = {name.lower(): name for name in known}
+        call = Call(small.get(call.name, call.name), call.args, call.given)
     if call.name not in known:
         raise ConfigError(
             f"{place}: unknown class {shown(call.name)}: {suggest(call.name, known)}; "

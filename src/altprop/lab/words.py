@@ -75,7 +75,8 @@ def word(hint: Any, text: str) -> Any:
         return [item.strip() for item in re.split(commas, text) if item.strip()]
     if items:
         value = parse(text) if text.strip() else []
-        return value if isinstance(value, list) else [value]
+        whole = isinstance(value, dict) and any(typing.get_origin(m) is dict for m in members)
+        return value if whole or isinstance(value, list) else [value]
     return text
 
 

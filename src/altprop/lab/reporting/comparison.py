@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from altprop import CheckpointError
-from altprop.lab.record import read_record
+from altprop.lab.reporting.made_by import read_record
 
 FORMAT = "altprop-comparison/1"
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from altprop.errors import ConfigError
 from altprop.lm.text.corpus import check_length
-from altprop.lm.text.tokenizer import Ids
+from altprop.lm.text.token_file import Tokens
 
 if TYPE_CHECKING:  # torch is imported where batches are made: encoding text does not need it
     import torch
@@ -28,7 +28,9 @@ class Batches:
     there are fewer than `context + 1` tokens.
     """
 
-    def __init__(self, tokens: Ids, batch: int, context: int, generator: torch.Generator) -> None:
+    def __init__(
+        self, tokens: Tokens, batch: int, context: int, generator: torch.Generator
+    ) -> None:
         if batch < 1:
             raise ConfigError(f"batch={batch}: expected at least 1")
         check_length("the text", len(tokens), context)
@@ -49,7 +51,9 @@ class Batches:
         return gather(self.tokens, starts.numpy(), self.context)
 
 
-def windows(tokens: Ids, count: int, context: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+def windows(
+    tokens: Tokens, count: int, context: int, seed: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Return `count` fixed windows for evaluation: x and y, both int64 (count, T).
 
     One window starts at a random place in each of `count` equal stretches of the text. The mean
@@ -69,11 +73,11 @@ def windows(tokens: Ids, count: int, context: int, seed: int) -> tuple[torch.Ten
 
 
 def gather(
-    tokens: Ids, starts: NDArray[np.int64], context: int
+    tokens: Tokens, starts: NDArray[np.int64], context: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the windows at `starts`, x and y, both int64 (B, T)."""
     import torch
 
-    rows = tokens[starts[:, None] + np.arange(context + 1)].astype(np.int64)
-    both = torch.from_numpy(rows)
+    rows = [tokens[start : start + context + 1] for start in starts.tolist()]
+    both = torch.from_numpy(np.stack(rows).astype(np.int64))
     return both[:, :-1].contiguous(), both[:, 1:].contiguous()

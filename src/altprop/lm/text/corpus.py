@@ -10,17 +10,18 @@ from typing import Any
 import numpy as np
 
 from altprop.errors import ConfigError, DataError
+from altprop.lm.text.token_file import Tokens
 from altprop.lm.text.tokenizer import CHUNK, CharTokenizer, Ids
 
 
 @dataclass(frozen=True, eq=False)
 class Corpus:
-    """The ids of a text to train on and one to validate on, in memory or mapped from a file."""
+    """The ids of a text to train on and one to validate on, in memory or in a file."""
 
     name: str
     description: str
-    train: Ids
-    validation: Ids
+    train: Tokens
+    validation: Tokens
     tokenizer: CharTokenizer
 
 
@@ -59,14 +60,14 @@ def describe(corpus: Corpus) -> dict[str, Any]:
     }
 
 
-def little_endian(ids: Ids) -> Iterator[Ids]:
+def little_endian(ids: Tokens) -> Iterator[Ids]:
     """Yield ids as little-endian pieces, the same on every machine."""
     for start in range(0, len(ids), CHUNK):
         piece = ids[start : start + CHUNK]
         yield np.ascontiguousarray(piece, dtype=piece.dtype.newbyteorder("<"))
 
 
-def _digest(ids: Ids) -> str:
+def _digest(ids: Tokens) -> str:
     digest = hashlib.sha256()
     for piece in little_endian(ids):
         digest.update(piece.data)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import pickle
 import shutil
@@ -9,14 +11,17 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from altprop.errors import CheckpointError, DataError
+from altprop.files import write_whole
 from altprop.lm.text.corpus import Corpus, little_endian
 from altprop.lm.text.reading import read_characters
-from altprop.lm.text.tokenizer import CHUNK, CharTokenizer, Ids
+from altprop.lm.text.token_file import TokenFile
+from altprop.lm.text.tokenizer import CharTokenizer
+from altprop.reading import parse_json, place, read_bytes
 
-PREPARED = ("train.bin", "val.bin", "vocab.json", "meta.pkl")
+PREPARED = ("train.bin", "val.bin", "vocab.json", "meta.pkl", "digest.json")
+LARGEST_DIGEST = 64 << 10  # bytes
+ATTEMPTS = 10  # at a folder that is replaced while it is read
 
 
 def is_prepared(folder: Path) -> bool:
@@ -61,10 +66,16 @@ def write_prepared(corpus: Corpus, out: str | Path) -> None:
         )
     try:
         fresh.mkdir(parents=True)
+        digests = _vocabulary_digest(corpus.tokenizer)
         for name, ids in (("train.bin", corpus.train), ("val.bin", corpus.validation)):
+            digest = hashlib.sha256()
             with (fresh / name).open("wb") as file:
                 for piece in little_endian(ids):
-                    file.write(piece.astype("<u2", copy=False).data)
+                    raw = piece.astype("<u2", copy=False).data
+                    digest.update(raw)
+                    file.write(raw)
+            digests[name] = digest.hexdigest()
+        write_whole(fresh / "digest.json", json.dumps(digests, indent=1) + "\n")
         corpus.tokenizer.to_json(fresh / "vocab.json")
         (fresh / "meta.pkl").write_bytes(pickle.dumps(_meta(corpus.tokenizer), protocol=4))
         _swap(fresh, target)
@@ -75,7 +86,7 @@ def write_prepared(corpus: Corpus, out: str | Path) -> None:
 
 
 def _absolute(out: str | Path) -> Path:
-    return Path(os.path.abspath(Path(out).expanduser()))
+    return Path(os.path.abspath(place(out, DataError)))
 
 
 def _swap(fresh: Path, target: Path) -> None:
@@ -99,37 +110,64 @@ def _meta(tokenizer: CharTokenizer) -> dict[str, Any]:
 
 
 def read_prepared(folder: Path) -> Corpus:
+    """Open a prepared folder: the one that is there, whole, or the one that replaces it meanwhile.
+
+    **Raises:** `DataError` for files that are missing, damaged or not of one text.
+    """
+    for _ in range(ATTEMPTS):
+        try:
+            opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError as error:
+            raise DataError(f"cannot read {folder}: {error.strerror or error}") from error
+        try:
+            return _read(folder, opened)
+        except DataError:
+            if os.path.isdir(folder) and os.path.samestat(os.stat(folder), os.fstat(opened)):
+                raise
+        finally:
+            os.close(opened)
+    raise DataError(f"{folder} is replaced again and again while it is read: wait, and try again")
+
+
+def _read(folder: Path, opened: int) -> Corpus:
+    there = set(os.listdir(opened))
     try:
-        if os.path.exists(folder / "vocab.json"):
-            tokenizer = CharTokenizer.from_json(folder / "vocab.json")
-        elif os.path.exists(folder / "meta.pkl"):
-            tokenizer = CharTokenizer(read_characters(folder / "meta.pkl"))
+        if "vocab.json" in there:
+            tokenizer = CharTokenizer.from_json(folder / "vocab.json", opened)
+        elif "meta.pkl" in there:
+            tokenizer = CharTokenizer(read_characters(folder / "meta.pkl", opened))
         else:
             raise DataError(
                 f"{folder} holds tokens but neither vocab.json nor meta.pkl to say what they mean"
             )
+        parts = {
+            name: TokenFile(opened, name, f"{folder / name}", len(tokenizer))
+            for name in ("train.bin", "val.bin")
+        }
+        digests = {name: ids.digest() for name, ids in parts.items()}
+        if "digest.json" in there:
+            _check_digests(folder / "digest.json", opened, digests | _vocabulary_digest(tokenizer))
     except CheckpointError as error:
         raise DataError(str(error)) from error
-    train = _map(folder / "train.bin", len(tokenizer))
-    validation = _map(folder / "val.bin", len(tokenizer))
-    name, description = folder.resolve().name, f"the prepared folder {folder}"
-    return Corpus(name, description, train, validation, tokenizer)
-
-
-def _map(path: Path, size: int) -> Ids:
-    try:
-        length = path.stat().st_size
-        if length == 0 or length % 2:
-            raise DataError(
-                f"{path} has {length} bytes: expected raw uint16 ids, an even number above 0"
-            )
-        ids = np.memmap(path, dtype="<u2", mode="r")
     except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror or error}") from error
-    for start in range(0, len(ids), CHUNK):
-        if (largest := int(ids[start : start + CHUNK].max())) >= size:
-            raise DataError(
-                f"{path} holds the id {largest}, but its vocabulary has {size} characters: "
-                "the tokens and the vocabulary are not of the same text"
-            )
-    return ids
+        file = folder / Path(error.filename or "").name
+        raise DataError(f"cannot read {file}: {error.strerror or error}") from error
+    name, description = folder.resolve().name, f"the prepared folder {folder}"
+    return Corpus(name, description, parts["train.bin"], parts["val.bin"], tokenizer)
+
+
+def _vocabulary_digest(tokenizer: CharTokenizer) -> dict[str, str]:
+    return {"vocabulary": hashlib.sha256("".join(tokenizer.vocab).encode()).hexdigest()}
+
+
+def _check_digests(path: Path, opened: int, found: dict[str, str]) -> None:
+    try:
+        written = parse_json(read_bytes(path.name, LARGEST_DIGEST, opened))
+    except ValueError as error:
+        raise DataError(f"{path} is damaged or not JSON: write the folder again") from error
+    wanted = written if isinstance(written, dict) else {}
+    if changed := [name for name, digest in found.items() if wanted.get(name) != digest]:
+        raise DataError(
+            f"{path.parent}: {', '.join(changed)} is not what was written there (digest.json): "
+            "write the folder again, or remove digest.json if the change is meant"
+        )

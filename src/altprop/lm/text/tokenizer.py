@@ -14,11 +14,13 @@ from numpy.typing import ArrayLike, NDArray
 
 from altprop.errors import CheckpointError, DataError
 from altprop.files import write_whole
+from altprop.reading import parse_json, read_bytes
 
 Ids = NDArray[np.unsignedinteger[Any]]
 
 CHUNK = 1 << 22  # characters or ids that are looked at in one piece
 VOCAB_FORMAT = "altprop-characters-1"
+LARGEST_VOCAB = 32 << 20  # bytes; all characters that there are take about half of it
 
 
 @dataclass(frozen=True)
@@ -49,18 +51,19 @@ class CharTokenizer:
         return cls(tuple(sorted(set(text))))
 
     @classmethod
-    def from_json(cls, path: str | Path) -> CharTokenizer:
-        """Read what `to_json` wrote.
+    def from_json(cls, path: str | Path, folder: int | None = None) -> CharTokenizer:
+        """Read what `to_json` wrote, or that file of the folder that has this descriptor.
 
         Raises CheckpointError when the file is missing, truncated or foreign, and DataError when
         its characters make no vocabulary.
         """
         expected = f"expected the file that CharTokenizer.to_json writes ({VOCAB_FORMAT})"
         try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
+            name = path if folder is None else Path(path).name
+            content = parse_json(read_bytes(name, LARGEST_VOCAB, folder).decode("utf-8"))
         except OSError as error:
             raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             raise CheckpointError(f"{path} is damaged or not JSON: {expected}") from error
         if not isinstance(content, dict) or content.get("format") != VOCAB_FORMAT:
             raise CheckpointError(f"{path} is not a vocabulary: {expected}")

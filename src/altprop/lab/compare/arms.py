@@ -1,0 +1,186 @@
+"""An arm of a comparison: a rule in a task's model, or a control beside it."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from altprop import (
+    AbstractBroadcast,
+    AbstractRule,
+    ConfigError,
+    RuleError,
+    Site,
+    convert,
+    equilibria,
+)
+from altprop.errors import unknown
+from altprop.lab.help import brief
+from altprop.lab.tasks.task import AbstractTask
+from altprop.lab.train import freeze
+
+CONTROLS = ("backprop", "frozen", "calibration")
+Rule = AbstractRule | Mapping[str, AbstractRule]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What trains a model: a rule, a mapping of name patterns to rules, or neither of them.
+
+    `name`, in tables; `rule`; `frozen`, whether hidden layers stay as they were drawn; `control`,
+    whether it was added beside what was asked for.
+    """
+
+    name: str
+    rule: Rule | None = None
+    frozen: bool = False
+    control: bool = False
+
+    @property
+    def text(self) -> str:
+        """The rule as it is written, or the control's name."""
+        return self.name if self.rule is None else brief(self.rule)
+
+    @property
+    def folder(self) -> str:
+        """A name for files: that of the arm, with a digest where that does not fit."""
+        plain = re.sub(r"[^A-Za-z0-9.=_]+", "-", self.name).strip("-.")[:60]
+        if plain == self.name:
+            return plain
+        return f"{plain}-{hashlib.sha256(self.name.encode()).hexdigest()[:6]}"
+
+    def apply(self, task: AbstractTask, model: nn.Module, seed: int) -> None:
+        """Put the rule into a task's model; its feedback is drawn from the seed.
+
+        **Raises:** `RuleError` for a rule that does not fit.
+        """
+        if self.frozen:
+            hidden = task.hidden or tuple(
+                name for name, _ in model.named_parameters()
+                if not name.startswith(f"{output_of(task, model)}.")
+            )  # fmt: skip
+            freeze(model, hidden)
+        if isinstance(self.rule, AbstractRule) and self.rule.seam == "adjoint":
+            _estimate(model, self.rule)
+        elif self.rule is not None:
+            rules = [self.rule] if isinstance(self.rule, AbstractRule) else self.rule.values()
+            broadcast = any(rule.seam == "broadcast" for rule in rules)
+            output, axis = (output_of(task, model), 0) if broadcast else (None, None)
+            convert(model, self.rule, output=output, seed=seed, batch_axis=axis)
+            if isinstance(self.rule, CalibrationAlone):
+                for parameter in model.parameters():
+                    parameter.register_post_accumulate_grad_hook(_drop_zero)
+
+
+def output_of(task: AbstractTask, model: nn.Module) -> str:
+    """Return the path of the linear map that makes the logits."""
+    if task.output is not None:
+        return task.output
+    maps = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
+    if not maps:
+        raise ConfigError(f"{task.name}: the model has no nn.Linear: name its output=")
+    return maps[-1]
+
+
+def _estimate(model: nn.Module, estimator: Any) -> None:
+    """Give an estimator to every equilibrium of a model, or make one of its stack of blocks."""
+    found = list(equilibria(model))
+    for _, block in found:
+        block.estimator = estimator
+    if found:
+        return
+    stacks = [
+        path
+        for path, module in model.named_modules()
+        if isinstance(module, (nn.ModuleList, nn.Sequential)) and path.count(".") == 0
+    ]
+    if not stacks:
+        raise RuleError(
+            f"{type(estimator).__name__} is for an Equilibrium or a stack of blocks, and this "
+            f"{type(model).__name__} has neither"
+        )
+    convert(model, {("blocks" if "blocks" in stacks else stacks[0]): estimator})
+
+
+def _drop_zero(parameter: Tensor) -> None:
+    """Drop a gradient of zeros, so that the optimiser leaves its parameter as it is."""
+    if parameter.grad is not None and not bool(parameter.grad.any()):
+        parameter.grad = None
+
+
+@dataclass(frozen=True)
+class CalibrationAlone(AbstractBroadcast):
+    """The exact steps of a calibrated rule; between them, what it would reach stays as it is.
+
+    What a calibrated rule gains over this is the rule's own. **Arguments:** `rule`.
+    """
+
+    rule: AbstractBroadcast
+
+    @property
+    def takes(self) -> frozenset[str]:
+        return self.rule.takes
+
+    @property
+    def sends(self) -> bool:
+        return self.rule.sends
+
+    @property
+    def at_head_input(self) -> bool:
+        return self.rule.at_head_input
+
+    @property
+    def width(self) -> int | None:
+        return self.rule.width
+
+    @property
+    def period(self) -> int:
+        return self.rule.period
+
+    def plan(self, scope: Any) -> None:
+        self.rule.plan(scope)
+
+    def draw(self, site: Site, generator: torch.Generator) -> Tensor:
+        return torch.zeros(site.rows, site.columns)
+
+
+def arms_of(rules: Sequence[Rule] | Mapping[str, Rule], controls: Sequence[str]) -> list[Arm]:
+    """Return the arms of a comparison: the controls first, and then the rules.
+
+    **Raises:** `ConfigError` for two arms of one name, and for a control that is none.
+    """
+    for control in controls:
+        if control not in CONTROLS:
+            raise unknown("control", control, CONTROLS)
+    named = rules if isinstance(rules, Mapping) else {}
+    arms = [Arm(name, rule) for name, rule in named.items()]
+    if not isinstance(rules, Mapping):
+        arms = [Arm(brief(rule), rule) for rule in rules]
+    beside = [
+        arm
+        for arm in (Arm("backprop", control=True), Arm("frozen", frozen=True, control=True))
+        if arm.name in controls
+    ]
+    if "calibration" in controls:
+        # one for all rules that calibrate alike: where, and how often
+        alone: dict[Any, Arm] = {}
+        for arm in arms:
+            rule = arm.rule
+            if isinstance(rule, AbstractBroadcast) and rule.period:
+                key = rule.takes, rule.period, rule.at_head_input, rule.sends
+                name = f"calibration alone, every {rule.period}"
+                if any(a.name == name for a in alone.values() if key not in alone):
+                    name += f" ({arm.name})"
+                alone.setdefault(key, Arm(name, CalibrationAlone(rule), control=True))
+        beside += alone.values()
+    every = [*beside, *arms]
+    names = [arm.name for arm in every]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ConfigError(f"several arms are called {', '.join(twice)}: name each once")
+    return every

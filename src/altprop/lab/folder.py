@@ -1,0 +1,53 @@
+"""What lies in a run's folder, and what tells it from any other folder."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import time
+from pathlib import Path
+
+from altprop.files import part_of
+from altprop.lab.seal import has_seal
+
+LOCK = ".lock"  # older than anything else in it
+PREVIOUS = "last.previous"  # the checkpoint before `last`
+FILES = (
+    *("config.yaml", "vocab.json", "run.json", "metrics.jsonl", "curves.png"),
+    *(f"{name}.safetensors" for name in ("best", "last", PREVIOUS)),
+)
+
+
+def is_run(folder: Path) -> bool:
+    """Tell whether a folder is that of a run, be it one that a crash has left unfinished."""
+    config = folder / "config.yaml"
+    begun = (folder / LOCK).is_file() and has_seal(config)
+    return config.is_file() and (begun or (folder / "vocab.json").is_file())
+
+
+def is_free(folder: Path) -> bool:
+    """Tell whether a run may start in a folder: it holds at most what the crash of one left."""
+    if not folder.exists():
+        return True
+    left = {LOCK, *(part_of(Path(name)).name for name in FILES)}
+    return folder.is_dir() and set(os.listdir(folder)) <= left
+
+
+def new_folder(text: str, method: str) -> Path:
+    """Make a folder below runs/ that nobody else has, not even a run of the same second."""
+    parent = Path("runs")
+    parent.mkdir(exist_ok=True)
+    name = f"{Path(os.path.abspath(text)).stem}-{method}-{time.strftime('%Y%m%d-%H%M%S')}"
+    for number in itertools.count(1):  # abspath: the text may be `.` too
+        folder = parent / (name if number == 1 else f"{name}-{number}")
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir()
+            break
+    return folder
+
+
+def clean(folder: Path) -> None:
+    """Remove what earlier crashes have left half-written."""
+    for name in FILES:
+        part_of(folder / name).unlink(missing_ok=True)

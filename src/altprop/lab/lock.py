@@ -1,0 +1,46 @@
+"""A run's folder belongs to one process at a time: a lock that its death gives back."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+from altprop import CheckpointError
+
+try:
+    from fcntl import LOCK_EX, LOCK_NB, flock
+except ImportError:  # on Windows
+    flock = None  # type: ignore[assignment]
+
+
+class Lock:
+    """A lock on a file, until `close` or the end of the process. `held` is false where the file
+    system or the machine has no locks.
+
+    **Raises:** `CheckpointError` if another process holds it, `OSError` if there can be no file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        if path.is_symlink():
+            path.unlink()  # of a folder of links: the lock must be of this one
+        self._file = os.open(path, os.O_CREAT | os.O_RDWR | getattr(os, "O_NOFOLLOW", 0), 0o666)
+        self.held = flock is not None
+        if flock is None:
+            return
+        try:
+            flock(self._file, LOCK_EX | LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                self.close()
+                raise CheckpointError(
+                    f"{path.parent} is in use by another process: wait until it ends, or stop it "
+                    "(it saves first)"
+                ) from None
+            self.held = False
+
+    def close(self) -> None:
+        """Give the lock back."""
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
