@@ -148,8 +148,8 @@ def verdict(results: Mapping[str, Any], arms: Sequence[Arm]) -> Markup:
             why = " reaches backprop: no paired difference's 95 % interval holds 0."
         said = markup(said, " ", count, why)
     if judged and not _gains(arms):
-        doubt = " Backprop itself cannot be told from frozen hidden layers, so no recovery is sure."
-        said = markup(said, doubt)
+        why = " Backprop itself cannot be told from frozen hidden layers: no recovery is known."
+        said = markup(said, why)
     return said
 
 
