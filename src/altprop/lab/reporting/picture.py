@@ -40,7 +40,7 @@ def plot_run(folder: Path, path: Path | None = None) -> Path:
             va="center", color="C0",
         )  # fmt: skip
     loss.set_ylabel("cross-entropy (nats per token)")
-    loss.legend(frameon=False)
+    loss.legend(frameon=False, loc="upper right")
 
     for name, label in (("free_residual", "free"), ("adjoint_residual", "adjoint")):
         steps, values = series(records, name)
@@ -60,7 +60,7 @@ def plot_run(folder: Path, path: Path | None = None) -> Path:
     evaluations.set_xlabel("step")
     for axis in (residual, evaluations):
         if axis.lines:
-            axis.legend(frameon=False, ncols=3)
+            axis.legend(frameon=False, ncols=3, loc="upper right")
         else:
             axis.text(0.5, 0.5, "no equilibrium in this model", ha="center", va="center",
                       transform=axis.transAxes, color="0.5")  # fmt: skip
