@@ -12,13 +12,16 @@ from altprop.lab.reporting.page import again, page
 from altprop.lab.reporting.thin import average, most_points, thin
 
 Arm = Mapping[str, Any]
+_REFERENCE = "backprop"  # the control that the others are compared with
 
 
 def comparison_page(comparison: Comparison) -> str:
     """Return the page of a comparison."""
     results, arms = comparison.results, comparison.arms
     rules = [arm for arm in arms if not arm["control"]]
-    title = f"{results['task']['name']}: {len(rules)} {_plural('rule', rules)} beside backprop"
+    title = f"{results['task']['name']}: {len(rules)} {_plural('rule', rules)}"
+    if any(arm["rule"] == _REFERENCE for arm in arms):
+        title += f" beside {_REFERENCE}"
     sections = (
         _closeness(results),
         _failures(arms),
