@@ -308,7 +308,7 @@ def test_what_takes_long_shows_on_a_terminal_alone_how_far_it_is_and_the_time_le
 ) -> None:
     out = io.StringIO()
     console = Console(file=out, force_terminal=terminal, width=80)
-    monkeypatch.setattr("altprop.lab.display.Console", lambda: console)
+    monkeypatch.setattr("altprop.lab.display.Console", lambda **_: console)
     with counting(4, "gradient") as count:
         for _ in range(3):
             count()

@@ -22,6 +22,7 @@ STANDS_FOR = {
     "COMMAND": "data",
     "TASK": "parity",
     "RUN": "runs/old",
+    "NAME": "teacher",
     "N": "0",
     "[CORPUS]": "mytext.txt",
 }
@@ -56,6 +57,7 @@ def understood(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
             "audit_command.load_corpus",
             "audit_gpt.load_corpus",
             "compare.comparison.run_jobs",
+            "reproduce.command.measured",
         ):
             patch.setattr(f"altprop.lab.{place}", reached)
         with pytest.raises(ReachedError):
@@ -74,7 +76,9 @@ def test_every_command_on_the_page_works(
     assert main(["train", *data, "--out", "runs/old", *TINY]) == 0
     for words in commands(page):
         command, *rest = words
-        if command in ("audit", "compare") and "--task.help" not in words:
+        named = rest and not rest[0].startswith("--")
+        takes_long = command in ("audit", "compare") or (command == "reproduce" and named)
+        if takes_long and "--task.help" not in words:
             understood(words, monkeypatch)
         elif "--print_config" in words:  # > FILE
             printed = io.StringIO()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -189,4 +190,5 @@ def test_the_page_of_a_run_draws_its_metrics_and_shows_what_its_model_does(
     assert {"DirectFeedback", "broadcast error", "head.weight"} <= set(cells)
     assert len(texts(browser, "#sample pre")[0]) == 20
     (command, *_) = texts(browser, "#again code")
-    assert command == f"altprop train --config {tmp_path / 'run' / 'config.yaml'} --out again"
+    (session,) = json.loads((tmp_path / "run/run.json").read_text(encoding="utf-8"))["sessions"]
+    assert command == session["command"]
