@@ -396,7 +396,7 @@ def test_a_stream_that_is_there_gets_everything() -> None:
 
 def test_disturbed_runs_end_as_if_nothing_had_happened(tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, Path(__file__).parent / "soak.py", "--cases", "3"],
+        [sys.executable, Path(__file__).parent / "soak.py", "--cases", "2"],
         cwd=tmp_path,
         capture_output=True,
         text=True,
