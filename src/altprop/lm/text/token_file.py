@@ -32,7 +32,6 @@ class TokenFile:
     """
 
     dtype = np.dtype("<u2")
-    ndim = 1
 
     def __init__(self, folder: int, name: str, where: str, vocabulary: int) -> None:
         self._where, self._vocabulary = where, vocabulary
