@@ -142,14 +142,21 @@ def test_a_link_to_a_run_is_that_run(link: str, here: Path) -> None:
     assert Path("runs/a/config.yaml").is_file() and not Path("runs/a").is_symlink()
 
 
-@pytest.mark.parametrize("last", ["", "out: runs/a\n", "sample: 3\n"])
+EDITS: dict[str, Callable[[list[str]], list[str]]] = {
+    "cut off": lambda lines: lines[: len(lines) // 2],
+    "with a folder": lambda lines: ["out: runs/a\n", *lines],
+    "with other steps": lambda lines: [line.replace("steps: 2", "steps: 9") for line in lines],
+}
+
+
+@pytest.mark.parametrize("edit", EDITS)
 def test_a_config_that_was_cut_off_or_edited_leads_nowhere(
-    last: str, here: Path, capsys: pytest.CaptureFixture[str]
+    edit: str, here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """It would read as another configuration, the default's where lines are missing."""
     file = copied(here)
     lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
-    file.write_text("".join(lines[: len(lines) // 2]) + last, encoding="utf-8")
+    file.write_text("".join(EDITS[edit](lines)), encoding="utf-8")
     before = tree(here)
     assert go_on(file) == 2
     said = capsys.readouterr().err
