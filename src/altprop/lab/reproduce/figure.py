@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import platform
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -12,9 +11,10 @@ from typing import Any
 
 import torch
 
-import altprop
 from altprop import DataError
 from altprop.files import write_whole
+from altprop.lab.record import LARGEST, processor, versions
+from altprop.reading import parse_json, read_bytes
 
 Measure = Callable[[int], Mapping[str, float]]
 
@@ -62,7 +62,7 @@ class Measured:
         if not path.exists():
             return cls()
         try:
-            found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            found: dict[str, Any] = parse_json(read_bytes(path, LARGEST))
             return cls(**found)
         except (ValueError, TypeError) as error:
             raise DataError(
@@ -102,11 +102,7 @@ def measured(figure: Figure, seeds: int, path: Path) -> Iterator[Measured]:
         found.seconds += time.perf_counter() - clock
         found.threads = torch.get_num_threads()
         found.processor = processor()
-        found.versions = {
-            "altprop": altprop.__version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        }
+        found.versions = versions()
         found.write(path)
         yield found
 
@@ -116,13 +112,3 @@ def known(value: float | None) -> float:
     if value is None:
         raise ValueError("the audit has no figure: the reference's gradient is too small")
     return value
-
-
-def processor() -> str:
-    """Return the processor's name, without what tells one machine from another."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.machine()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()

@@ -4,37 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
-
-from altprop import AEP, EP, AbstractAdjointEstimator, Implicit
+from altprop import AEP, EP, Implicit
+from altprop.lab.compare.arms import Arm
 from altprop.lab.reproduce.figure import Figure
-from altprop.lab.tasks.skew import Skew, SkewNetwork
+from altprop.lab.reproduce.learning import score_of
+from altprop.lab.tasks.skew import Skew
 
 COUPLING = 10.0
-ARMS: Mapping[str, AbstractAdjointEstimator] = {
-    "exact adjoint": Implicit(tol=1e-5),
-    "AEP": AEP(),
-    "naive EP": EP(),
-}
+ARMS = (
+    Arm("exact adjoint", Implicit(tol=1e-5)),
+    Arm("AEP", AEP()),
+    Arm("naive EP", EP()),
+)
 
 
 def measure(seed: int) -> Mapping[str, float]:
     """Return the test accuracy under every estimator, from the same weights and batches."""
-    return {arm: _accuracy(estimator, seed) for arm, estimator in ARMS.items()}
-
-
-def _accuracy(estimator: AbstractAdjointEstimator, seed: int) -> float:
-    task = Skew(coupling=COUPLING)
-    model = task.model(seed)
-    assert isinstance(model, SkewNetwork)
-    model.system.estimator = estimator
-    optimiser = torch.optim.AdamW(model.parameters(), lr=task.recipe.lr)
-    batches = task.batches(seed)
-    for _ in range(task.recipe.steps):
-        optimiser.zero_grad()
-        task.loss(model, batches.draw()).backward()
-        optimiser.step()
-    return task.score(model, "test")
+    return {arm.name: score_of(arm, Skew(coupling=COUPLING), seed) for arm in ARMS}
 
 
 FIGURE = Figure(

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
-
-from altprop import DirectFeedback, convert
+from altprop import DirectFeedback
+from altprop.lab.compare.arms import Arm
 from altprop.lab.reproduce.figure import Figure
-from altprop.lab.tasks.teacher import STEPS, Teacher
+from altprop.lab.reproduce.learning import score_of
+from altprop.lab.tasks.teacher import Teacher
 
 # accuracies in per cent, by the number of classes: backprop, direct feedback, frozen hidden layers
 PUBLISHED = {
@@ -23,27 +23,15 @@ ARMS = ("backprop", "direct feedback", "frozen hidden layers")
 def measure(seed: int) -> Mapping[str, float]:
     """Return the accuracy of every arm at every number of classes."""
     return {
-        f"{arm}, {classes:,} classes": _accuracy(arm, Teacher(classes), seed)
+        f"{name}, {classes:,} classes": score_of(arm, Teacher(classes), seed)
         for classes in PUBLISHED
-        for arm in ARMS
+        for name, arm in zip(ARMS, _arms(classes), strict=True)
     }
 
 
-def _accuracy(arm: str, task: Teacher, seed: int) -> float:
-    model = task.model(seed)
-    if arm == "direct feedback":
-        rule = DirectFeedback("block", feedback="independent", std=task.labels**-0.5)
-        convert(model, {"blocks.*": rule}, output="head", seed=seed)
-    elif arm == "frozen hidden layers":
-        model.get_submodule("blocks").requires_grad_(False)
-    learning = [p for p in model.parameters() if p.requires_grad]
-    optimiser = torch.optim.AdamW(learning, lr=3e-3)
-    batches = task.batches(seed)
-    for _ in range(STEPS):
-        optimiser.zero_grad()
-        task.loss(model, batches.draw()).backward()
-        optimiser.step()
-    return task.score(model, "test")
+def _arms(classes: int) -> tuple[Arm, Arm, Arm]:
+    rule = DirectFeedback("block", feedback="independent", std=classes**-0.5)
+    return Arm("backprop"), Arm("direct feedback", rule), Arm("frozen", frozen=True)
 
 
 FIGURE = Figure(
