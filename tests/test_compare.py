@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import inspect
+import io
 import json
 import shlex
 import shutil
@@ -13,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from rich.console import Console
 from torch import nn
 
 import altprop as ap
@@ -21,6 +24,8 @@ from altprop.lab.cli import main
 from altprop.lab.compare import Comparison, compare
 from altprop.lab.compare.arms import Arm, CalibrationAlone, arms_of
 from altprop.lab.compare.trial import group_of
+from altprop.lab.display import Trials
+from altprop.lab.report_command import report
 from altprop.lab.tasks import Parity
 from altprop.lab.tasks.supervised import Supervised
 from lm_runs import tree
@@ -273,3 +278,27 @@ def test_every_option_changes_what_comes_out_or_is_refused() -> None:
     with pytest.raises(ap.CheckpointError, match="already holds a comparison"):
         small(**plain)
     assert small(**plain, steps=7, overwrite=True).results["steps"] == 7
+
+
+def test_names_and_errors_of_a_comparison_reach_a_terminal_as_text() -> None:
+    out = io.StringIO()
+    console = Console(file=out, width=120, force_terminal=True, color_system=None)
+    hostile = {"refused": None, "failed": "\x1b[31mred", "mean": None, "name": "[bold]a\x07"}
+    task = {"name": "own", "score": "accuracy", "unit": "%"}
+    console.print(
+        Comparison(Path("c"), {"task": task, "steps": 1, "seeds": [0], "arms": [hostile]}).table()
+    )
+    with Trials(1, console=console) as shown:
+        shown.trial("\x1b]0;title\x07", {"refused": None, "failed": "\x1b[2J", "score": None})
+    said = out.getvalue()
+    assert r"[bold]a\x07" in said and r"\x1b[31mred" in said and r"\x1b]0;title\x07" in said
+    assert not any(obeyed in said for obeyed in ("\x1b[31m", "\x1b[2J\n", "\x1b]0;", "\x07"))
+
+
+def test_a_page_shows_what_a_comparison_wrote(tmp_path: Path) -> None:
+    found = small(rules={"FA": FA, "micro": ap.DirectFeedback("sublayer")})
+    page = report(Path("out"), png=tmp_path / "c.png", csv=tmp_path / "c.csv").read_text()
+    assert "no sublayer taps" in page and "altprop compare" in page and TASK.source in page
+    with (tmp_path / "c.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["arm"] == "FA" and row["step"] == "6"]
+    assert [float(row["score"]) for row in rows] == found.arm("FA")["scores"]

@@ -6,6 +6,7 @@ import csv
 import hashlib
 import json
 import math
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -233,3 +234,33 @@ def test_the_command_writes_the_page_and_says_where(
     assert lines == [f"wrote {folder / 'report.html'}", f"wrote {tmp_path / 'c.csv'}"]
     assert main(["report", str(tmp_path / "none")]) == 2
     assert "neither a run nor a comparison" in capsys.readouterr().err
+
+
+def test_a_file_does_not_say_where_a_page_is_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write(tmp_path / "c", made(3))
+    for option in ("html", "png", "csv"):
+        (tmp_path / "mine.yaml").write_text(f"{option}: elsewhere\n")
+        before = tree(tmp_path)
+        assert main(["report", str(folder), "--config", str(tmp_path / "mine.yaml")]) == 2
+        assert f"{option} is not read from a file: write --{option}" in capsys.readouterr().err
+        assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    "file", ["results.json", "record.json", "run/metrics.jsonl", "run/run.json"]
+)
+def test_a_fifo_in_the_place_of_a_file_is_a_line_and_no_hang(
+    file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write(tmp_path / "c", made(3))
+    if file.startswith("run/"):
+        folder = train(small(tmp_path / "run", steps=1)).folder
+    place = folder / Path(file).name
+    place.unlink()
+    os.mkfifo(place)
+    assert main(["report", str(folder)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert str(place) in line and "a fifo, expected a regular file" in line
+    assert not (folder / "report.html").exists()

@@ -37,9 +37,9 @@ BUGS = [
     Bug("lab/config.py", "self._depth + depth)", "self._depth)", _READING),
     Bug(
         "lab/config.py",
-        "if name in hints and data.get(name) is value:",
-        "if False:",
-        "test_run_folder.py",
+        "refuse(name for name in unsaid if name in hints and",
+        "refuse(name for name in () if name in hints and",
+        "test_report_command.py",
     ),
     Bug("lab/memory.py", "    if needed > (there", "    if needed >= (there", _READING),
     Bug("lab/memory.py", '"damped": 4}', '"damped": 12}', _READING),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,13 +13,13 @@ from typing import Any
 import torch
 from rich.console import Console
 
-import altprop
 from altprop import AbstractRule, AuditReport, ConfigError, Trial, audit_trials
 from altprop.errors import unknown
 from altprop.lab.audit_gpt import audit_gpt
 from altprop.lab.choices import defaults_of
 from altprop.lab.display import counting
 from altprop.lab.memory import FLOAT, MATRICES, check_memory
+from altprop.lab.record import versions
 from altprop.lab.reference import (
     CHECKS,
     REFERENCE,
@@ -128,11 +127,7 @@ def audit(
         every = range(seed, seed + seeds)
         report, said = _audit_reference(data, every, rows, repeats, phase_steps, sizes)
     made = {
-        "versions": {
-            "altprop": altprop.__version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
+        "versions": versions(),
         "threads": torch.get_num_threads(),
         "command": _command({k: v for k, v in options.items() if k not in foreign}),
     }

@@ -148,7 +148,7 @@ def _call(prog: str, function: Callable[..., Any], argv: Sequence[str]) -> None:
     their name. If its only parameter is a dataclass, the fields of that are the options.
     """
     from altprop.lab.choices import defaults_of, no_option, types_of
-    from altprop.lab.config import read_values, to_yaml
+    from altprop.lab.config import WRITES, read_values, to_yaml
     from altprop.lab.help import help_on_class, print_help
     from altprop.lab.values import fit
     from altprop.lab.words import changed, pairs_of
@@ -183,7 +183,7 @@ def _call(prog: str, function: Callable[..., Any], argv: Sequence[str]) -> None:
         return
     for name, text in pairs:
         if name == "config":
-            values |= read_values(Path(str(text)), target, unsaid=_WRITES)
+            values |= read_values(Path(str(text)), target, unsaid=WRITES)
     said: dict[str, Any] = {}
     for name, text in pairs:
         top, *path = name.split(".")
@@ -193,7 +193,7 @@ def _call(prog: str, function: Callable[..., Any], argv: Sequence[str]) -> None:
     values |= {name: fit(types[name], value, option[name]) for name, value in said.items()}
     values = {name: values[name] for name in types if name in values}
     if "print_config" in asked:
-        print(to_yaml({k: v for k, v in values.items() if k not in _WRITES}), end="")
+        print(to_yaml({k: v for k, v in values.items() if k not in WRITES}), end="")
     elif missing := [option[name] for name in types if name not in values]:
         raise ConfigError(f"{', '.join(missing)} is missing")
     elif target is function:
@@ -203,8 +203,6 @@ def _call(prog: str, function: Callable[..., Any], argv: Sequence[str]) -> None:
 
 
 _LONGEST = 1500  # characters of an error that are shown
-# what says where is written: only the command line does, for a file may be somebody else's
-_WRITES = ("out", "resume", "overwrite", "json", "png")
 # what every command takes besides its own
 _EVERYWHERE = {
     "config": "take options from a YAML file; those written here win.",

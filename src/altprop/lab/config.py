@@ -23,6 +23,8 @@ from altprop.terminal import printable
 Config = TypeVar("Config")
 LARGEST = 256 << 10  # bytes of a file
 MOST = 10_000  # values in it, those behind an alias wherever it stands
+# what says where is written: only the command line does, for a file may be somebody else's
+WRITES = ("out", "resume", "overwrite", "json", "html", "png", "csv")
 
 
 def to_yaml(values: Mapping[str, Any]) -> str:
@@ -59,19 +61,12 @@ def read_values(path: Path, target: Any, unsaid: Iterable[str] = ()) -> dict[str
     `unsaid`; `OSError` for one that cannot be read.
     """
     path, hints = place(path), types_of(target)
-    try:
-        text = read_bytes(path, LARGEST).decode("utf-8")
-    except UnicodeDecodeError:
-        raise ConfigError(f"{path}: not a text file, expected YAML in UTF-8") from None
 
     def fitted() -> dict[str, Any]:
-        data = _mapping(text)
-        said = {name: data[name] for name in unsaid if data.get(name) not in (None, False)}
+        data = read_mapping(path)
+        refuse(name for name in unsaid if name in hints and data.get(name) not in (None, False))
         if hasattr(target, "of_file"):  # what it says depends on where it lies
             data = target.of_file(data, path)
-        for name, value in said.items():
-            if name in hints and data.get(name) is value:
-                raise ConfigError(f"{name} is not read from a file: write --{name} instead")
         for name in data:
             if name not in hints:
                 raise no_option("", name, hints)
@@ -80,7 +75,21 @@ def read_values(path: Path, target: Any, unsaid: Iterable[str] = ()) -> dict[str
     return at(str(path), fitted)
 
 
-def _mapping(text: str) -> dict[str, Any]:
+def refuse(said: Iterable[str]) -> None:
+    """Refuse the first of the options that a file gives and must not give, if there is any."""
+    for name in said:
+        raise ConfigError(f"{name} is not read from a file: write --{name} instead")
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """Read a YAML file of options as plain data.
+
+    **Raises:** `ConfigError` for what is none, `OSError` for a file that cannot be read.
+    """
+    try:
+        text = read_bytes(path, LARGEST).decode("utf-8")
+    except UnicodeDecodeError:
+        raise ConfigError("not a text file, expected YAML in UTF-8") from None
     try:
         with refusing(ConfigError, "not valid YAML"):  # such as the date 2000-99-99
             data = yaml.load(text, _Loader)  # a safe one

@@ -98,9 +98,7 @@ class Display:
 
     def note(self, text: str) -> None:
         """Print a line of its own, as it is."""
-        # rich would take [brackets] for its markup and :names: for its pictures
-        shown = printable(text, keep="\n\t")
-        self._console.print(shown, markup=False, emoji=False, highlight=False, soft_wrap=True)
+        _say(self._console, text)
 
     def step(self, record: dict[str, Any]) -> None:
         """Show what a step measured."""
@@ -174,7 +172,7 @@ class Trials:
     def __init__(
         self, total: int, done: int = 0, console: Console | None = None, every: float = 10.0
     ) -> None:
-        self._console = console or Console()
+        self._console = console or _terminal()
         self._done, self._total, self._every = done, max(total, done), every
         self._shown = -math.inf
         self._bar = _bar(self._console, transient=True, disable=not self._console.is_terminal)
@@ -189,7 +187,7 @@ class Trials:
 
     def note(self, text: str) -> None:
         """Print a line of its own, as it is."""
-        self._console.print(text, markup=False, emoji=False, highlight=False, soft_wrap=True)
+        _say(self._console, text)
 
     def trial(self, name: str, outcome: Mapping[str, Any]) -> None:
         """Show that a trial is done, and how it ended."""
@@ -210,6 +208,12 @@ def counting(total: int, what: str) -> Iterator[Callable[[], None]]:
     with _bar(console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(what, total=total)
         yield lambda: bar.advance(task)
+
+
+def _say(console: Console, text: str) -> None:
+    # rich would take [brackets] for its markup and :names: for its pictures
+    shown = printable(text, keep="\n\t")
+    console.print(shown, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
 def _terminal() -> Console:

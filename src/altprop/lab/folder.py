@@ -1,4 +1,4 @@
-"""What lies in a run's folder, and what tells it from any other folder."""
+"""What lies in the folder of a run or a comparison, and what tells it from any other folder."""
 
 from __future__ import annotations
 
@@ -14,9 +14,13 @@ from altprop.lab.seal import has_seal
 LOCK = ".lock"  # older than anything else in it
 PREVIOUS = "last.previous"  # the checkpoint before `last`
 FILES = (
-    *("config.yaml", "vocab.json", "run.json", "metrics.jsonl", "curves.png"),
+    *("config.yaml", "vocab.json", "run.json", "metrics.jsonl", "curves.png", "report.html"),
     *(f"{name}.safetensors" for name in ("best", "last", PREVIOUS)),
 )
+# of a comparison
+OPTIONS, RECORD, RESULTS = "comparison.yaml", "record.json", "results.json"
+FORMAT = "altprop-comparison/1"  # of its results
+LARGEST = 256 << 20  # bytes of its results
 
 
 def is_run(folder: Path) -> bool:
@@ -24,6 +28,11 @@ def is_run(folder: Path) -> bool:
     config = folder / "config.yaml"
     begun = (folder / LOCK).is_file() and has_seal(config)
     return config.is_file() and (begun or (folder / "vocab.json").is_file())
+
+
+def is_comparison(folder: Path) -> bool:
+    """Tell whether a folder is that of a comparison."""
+    return (folder / OPTIONS).is_file()
 
 
 def is_free(folder: Path) -> bool:

@@ -5,7 +5,6 @@ A checkpoint holds all of it, so that nobody goes on from it under other setting
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -14,7 +13,8 @@ from typing import Any
 from altprop import CheckpointError
 from altprop.errors import listed
 from altprop.lab.checkpoint import Checkpoint
-from altprop.lab.settings import PLACES, TrainConfig
+from altprop.lab.config import WRITES
+from altprop.lab.settings import TrainConfig
 from altprop.lab.values import plain
 from altprop.lm.text import CharTokenizer, Corpus, describe, names_corpus
 
@@ -41,7 +41,7 @@ class Identity:
         """
         facts = describe(corpus)
         text = {name: facts[name] for name in ("train_sha256", "validation_sha256")}
-        return cls(options_of(config), vocabulary_of(corpus.tokenizer), text)
+        return cls(options_of(config), corpus.tokenizer.digest(), text)
 
     @classmethod
     def read(cls, saved: Checkpoint, path: Path) -> Identity:
@@ -68,7 +68,7 @@ def options_of(config: TrainConfig) -> dict[str, Any]:
 
     The folder is that of the file, so the file does not name it; a text is found from any other.
     """
-    left_out = {*PLACES, *config.foreign}
+    left_out = {*WRITES, *config.foreign}
     values = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in left_out}
     if not names_corpus(config.data):
         values["data"] = str(Path(config.data).expanduser().absolute())
@@ -92,15 +92,10 @@ def check_settings(
     """
     then = Identity.read(saved, path)
     names = [n for n in changed_options(options_of(config), then.options) if n != "data"]
-    if then.vocabulary != vocabulary_of(tokenizer):
+    if then.vocabulary != tokenizer.digest():
         names.append("vocab.json")
     if names:
         raise CheckpointError(
             f"{path}: of a run with other values of {listed(names)} than its folder holds: give "
             "the checkpoint and the folder of one run"
         )
-
-
-def vocabulary_of(tokenizer: CharTokenizer) -> str:
-    """Return the digest of a vocabulary."""
-    return hashlib.sha256("".join(tokenizer.vocab).encode("utf-8")).hexdigest()

@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import errno
 import os
+from fcntl import LOCK_EX, LOCK_NB, flock
 from pathlib import Path
 
 from altprop import CheckpointError
 
-try:
-    from fcntl import LOCK_EX, LOCK_NB, flock
-except ImportError:  # on Windows
-    flock = None  # type: ignore[assignment]
-
 
 class Lock:
     """A lock on a file, until `close` or the end of the process. `held` is false where the file
-    system or the machine has no locks.
+    system has no locks.
 
     **Raises:** `CheckpointError` if another process holds it, `OSError` if there can be no file.
     """
@@ -24,10 +20,8 @@ class Lock:
     def __init__(self, path: Path) -> None:
         if path.is_symlink():
             path.unlink()  # of a folder of links: the lock must be of this one
-        self._file = os.open(path, os.O_CREAT | os.O_RDWR | getattr(os, "O_NOFOLLOW", 0), 0o666)
-        self.held = flock is not None
-        if flock is None:
-            return
+        self._file = os.open(path, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW, 0o666)
+        self.held = True
         try:
             flock(self._file, LOCK_EX | LOCK_NB)
         except OSError as error:

@@ -1,7 +1,7 @@
-"""A run's `run.json`: what each session of it, from its start or a resume on, was made by.
+"""By what figures were made: `run.json` of a run, a session each, `record.json` of a comparison.
 
-It names versions, the device, threads, the command line and the text, and no host, user or time of
-day of its own accord: two machines of one kind write the same.
+They name versions, the processor or device, threads and the command line, and no host or user: two
+machines of one kind write the same.
 """
 
 from __future__ import annotations
@@ -19,6 +19,59 @@ import torch
 import altprop
 from altprop import CheckpointError
 from altprop.files import write_whole
+from altprop.reading import parse_json, read_bytes
+
+LARGEST = 16 << 20  # bytes of a record
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that figures depend on."""
+    return {
+        "altprop": altprop.__version__,
+        "torch": str(torch.__version__),
+        "python": platform.python_version(),
+    }
+
+
+def processor() -> str:
+    """Return the processor's name, without what tells one machine from another."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """Return by which command, versions and machine a comparison or the last of a run was made.
+
+    Nothing, where the folder does not say.
+
+    **Raises:** `CheckpointError` for a file that is no such record.
+    """
+    for name, command_of in (("record.json", _comparison), ("run.json", _last_session)):
+        path = folder / name
+        if path.exists():
+            try:
+                return command_of(parse_json(read_bytes(path, LARGEST)))
+            except (ValueError, KeyError, TypeError, IndexError):
+                raise CheckpointError(
+                    f"{path}: no record of a run or comparison; remove it"
+                ) from None
+    return {}
+
+
+def _comparison(found: dict[str, Any]) -> dict[str, Any]:
+    return {**found, "command": str(found["command"])}
+
+
+def _last_session(found: dict[str, Any]) -> dict[str, Any]:
+    last = found["sessions"][-1]
+    return {
+        "command": str(last["command"]),
+        "versions": {name: str(last[name]) for name in versions()},
+        "machine": str(last.get("device_name", last["device"])),
+        "threads": last["threads"],
+    }
 
 
 class Record:
@@ -35,8 +88,8 @@ class Record:
     def go_on(cls, path: Path) -> Record:
         """Return the record that goes on with what a file holds, as far as it can be read."""
         try:
-            sessions = json.loads(path.read_bytes())["sessions"] if path.is_file() else []
-        except (ValueError, KeyError, TypeError, RecursionError):
+            sessions = parse_json(read_bytes(path, LARGEST))["sessions"]
+        except (OSError, ValueError, KeyError, TypeError):
             sessions = []
         good = isinstance(sessions, list) and all(isinstance(s, dict) for s in sessions)
         return cls(path, sessions if good else [])
@@ -45,9 +98,7 @@ class Record:
         """Write that a session has started, and return in words what makes its figures others."""
         self._session = {
             "from_step": step,
-            "altprop": altprop.__version__,
-            "torch": str(torch.__version__),
-            "python": platform.python_version(),
+            **versions(),
             "device": str(device),
             "threads": torch.get_num_threads(),
             "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),

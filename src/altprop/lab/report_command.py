@@ -9,13 +9,14 @@ from pathlib import Path
 
 from altprop import AuditReport, CheckpointError, ConfigError
 from altprop.files import write_whole
-from altprop.lab.folder import is_run
-from altprop.lab.reporting.comparison import is_comparison, read_comparison
+from altprop.lab.folder import is_comparison, is_run
+from altprop.lab.reporting.comparison import read_comparison
 from altprop.lab.reporting.comparison_page import comparison_page
 from altprop.lab.reporting.picture import plot_comparison, plot_run
 from altprop.lab.reporting.run_facts import run_facts
 from altprop.lab.reporting.run_page import run_page
 from altprop.lab.reporting.tidy import comparison_rows, run_rows, write_csv
+from altprop.terminal import printable
 
 
 def report(
@@ -64,7 +65,7 @@ def report(
     if csv is not None:
         write_csv(csv, rows)
     for path in targets.values():
-        print(f"wrote {path}")
+        print(printable(f"wrote {path}"))
     return page
 
 

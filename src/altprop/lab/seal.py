@@ -9,6 +9,9 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
+from altprop.lab.config import LARGEST
+from altprop.reading import read_bytes
+
 _MARK = b"# a run's options change on the command line, not here: sha256 "
 
 
@@ -21,7 +24,7 @@ def sealed(text: str) -> bytes:
 def has_seal(path: Path) -> bool:
     """Tell whether a file ends with its closing line, and is as it was written."""
     try:
-        content = path.read_bytes() if path.is_file() else b""
+        content = read_bytes(path, LARGEST)
     except OSError:
         return False
     above, mark, _ = content.rpartition(_MARK)

@@ -17,12 +17,11 @@ from altprop import (
 )
 from altprop.errors import unknown
 from altprop.lab.choices import defaults_of
+from altprop.lab.config import WRITES, refuse
 from altprop.lab.folder import is_run
 from altprop.lab.memory import FLOAT, check_memory, training, weights
 from altprop.lab.seal import has_seal
 from altprop.lm.blocks import ESTIMATOR, SOLVER, ModelConfig
-
-PLACES = ("out", "resume", "overwrite")  # said on the command line, never read from a file
 
 
 @dataclass(frozen=True)
@@ -163,8 +162,7 @@ class TrainConfig:
     @classmethod
     def of_file(cls, data: dict[str, Any], file: Path) -> dict[str, Any]:
         """Return the options that a file holds: a run is the folder that its config lies in."""
-        for name in (name for name in PLACES if data.pop(name, None)):
-            raise ConfigError(f"{name} is not read from a file: write --{name} on the command line")
+        refuse(name for name in WRITES if data.pop(name, None))
         for place in (file, file.resolve()):
             if place.name == "config.yaml" and is_run(place.parent):
                 if not has_seal(place):

@@ -18,8 +18,8 @@ class Stopped(KeyboardInterrupt):
         self.status = 128 + number
 
 
-# the batch system or `kill`, and the terminal that is closed; Windows has no SIGHUP
-_NAMES = ("SIGINT", "SIGTERM", "SIGHUP")
+# Ctrl-C, the batch system or `kill`, and the terminal that is closed
+_ASKING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @contextmanager
@@ -38,13 +38,13 @@ def interruptible() -> Iterator[Callable[[], int]]:
         if asked:
             first, since = asked[0]
             # a terminal that is closed says so to its shell and to the run, and so does the shell
-            if number == first == getattr(signal, "SIGHUP", 0) and now < since + 1:
+            if number == first == signal.SIGHUP and now < since + 1:
                 return
             raise Stopped(number)
         asked.append((number, now))
 
     before = {}
-    for number in (getattr(signal, name) for name in _NAMES if hasattr(signal, name)):
+    for number in _ASKING:
         if number == signal.SIGINT or signal.getsignal(number) is not signal.SIG_IGN:
             before[number] = signal.signal(number, ask)
     try:

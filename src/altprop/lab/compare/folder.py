@@ -9,15 +9,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
-import altprop
 from altprop import CheckpointError
 from altprop.files import write_whole
+from altprop.lab.choices import at
 from altprop.lab.compare.trial import Key
+from altprop.lab.config import read_mapping
+from altprop.lab.folder import LARGEST, OPTIONS, RECORD, RESULTS
+from altprop.lab.record import processor, read_record, versions
+from altprop.reading import parse_json, read_bytes
 
-OPTIONS, RECORD, RESULTS = "comparison.yaml", "record.json", "results.json"
 FREE = {"workers", "rules", "seeds", "controls", "equal_cost"}  # what a resumed one may change
 
 
@@ -42,7 +44,7 @@ def open_folder(
     if folder.exists() and not there and (not folder.is_dir() or any(folder.iterdir())):
         raise CheckpointError(f"{folder} is no comparison's: name a new folder with --out")
     if resume:
-        before = yaml.safe_load((folder / OPTIONS).read_text(encoding="utf-8"))
+        before = at(str(folder / OPTIONS), lambda: read_mapping(folder / OPTIONS))
         changed = [n for n in options if n not in FREE and options[n] != before.get(n)]
         if changed:
             raise CheckpointError(
@@ -59,7 +61,7 @@ def open_folder(
         write_whole(folder / OPTIONS, text)
         record = _record(command)
         if resume:
-            started = json.loads((folder / RECORD).read_text(encoding="utf-8")).get("started")
+            started = read_record(folder).get("started")
             record |= {"started": started, "resumed": record["started"]}
         write_whole(folder / RECORD, json.dumps(record, indent=1) + "\n")
     except OSError as error:
@@ -75,7 +77,7 @@ def outcomes_in(folder: Path) -> dict[Key, dict[str, Any]]:
     found = {}
     for file in sorted(folder.glob("trials/*/*/done.json")):
         try:
-            outcome = json.loads(file.read_text(encoding="utf-8"))
+            outcome = parse_json(read_bytes(file, LARGEST))
             key = outcome["arm"], outcome["phase"], outcome["lr"], outcome["seed"]
         except (ValueError, KeyError, TypeError):
             raise CheckpointError(f"{file}: no outcome of a trial: remove it") from None
@@ -89,19 +91,10 @@ def write_results(folder: Path, results: Mapping[str, Any]) -> None:
 
 
 def _record(command: str) -> dict[str, Any]:
-    processor = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        names = [n for n in info.read_text().splitlines() if n.startswith("model name")]
-        processor = names[0].partition(":")[2].strip() if names else processor
     return {
         "command": command,
-        "versions": {
-            "altprop": altprop.__version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
-        "machine": f"{processor}, {platform.system()}",
+        "versions": versions(),
+        "machine": f"{processor()}, {platform.system()}",
         "threads": 1,  # of each trial
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 from altprop.errors import unknown
 from altprop.lab.compare.arms import Arm
@@ -23,9 +24,9 @@ from altprop.lab.compare.plan import (
 )
 from altprop.lab.compare.statistics import Estimate, Values, difference, mean_of, recovery
 from altprop.lab.compare.trial import Job
+from altprop.lab.folder import FORMAT
 from altprop.lab.tasks.task import AbstractTask
-
-FORMAT = "altprop-comparison/1"
+from altprop.terminal import printable
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class Comparison:
         for column in _HEAD:
             table.add_column(column, overflow="fold")
         for arm in self.results["arms"]:
-            table.add_row(*_cells(arm))
+            table.add_row(*(Text(printable(cell)) for cell in _cells(arm)))
         return table
 
 

@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from altprop.statistics import t_quantile
+from altprop.statistics import half_width, t_quantile
 
 Values = Sequence[float | None]
 
@@ -27,10 +27,8 @@ def mean_of(values: Values) -> Estimate | None:
     if not known:
         return None
     mean = math.fsum(known) / len(known)
-    if len(known) < 2:
-        return Estimate(mean, None)
-    half = t_quantile(len(known) - 1) * math.sqrt(_covariance(known, known) / len(known))
-    return Estimate(mean, (mean - half, mean + half))
+    half = half_width(known)
+    return Estimate(mean, None if half is None else (mean - half, mean + half))
 
 
 def difference(values: Values, others: Values) -> Estimate | None:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from altprop import CheckpointError
-from altprop.lab.reporting.made_by import read_record
-
-FORMAT = "altprop-comparison/1"
+from altprop.lab.folder import FORMAT, LARGEST, OPTIONS, RESULTS
+from altprop.lab.record import read_record
+from altprop.reading import parse_json, read_bytes
 
 _TOP = ("task", "steps", "seeds", "finished", "arms")
 _TASK = ("name", "data", "score", "unit", "better", "chance")
@@ -45,18 +44,13 @@ class Comparison:
         return sorted(self.results["arms"], key=order)
 
 
-def is_comparison(folder: Path) -> bool:
-    """Tell whether a folder is that of a comparison."""
-    return (folder / "comparison.yaml").is_file()
-
-
 def read_comparison(folder: Path) -> Comparison:
     """Return what lies in a comparison's folder.
 
     **Raises:** `CheckpointError` if it has no results yet, or what is there is of another format.
     """
-    path = folder / "results.json"
-    if not path.is_file():
+    path = folder / RESULTS
+    if not path.exists():
         raise CheckpointError(f"{folder}: no results.json there yet; go on with the comparison")
     results = _object(path)
     if results.get("format") != FORMAT:
@@ -72,13 +66,13 @@ def read_comparison(folder: Path) -> Comparison:
         folder=folder,
         results=results,
         record=read_record(folder),
-        options=(folder / "comparison.yaml").read_text(encoding="utf-8"),
+        options=read_bytes(folder / OPTIONS, LARGEST).decode("utf-8", "replace"),
     )
 
 
 def _object(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = parse_json(read_bytes(path, LARGEST))
     except ValueError as error:
         raise CheckpointError(f"{path}: not JSON ({error})") from None
     if not isinstance(found, dict):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from altprop import CheckpointError
+from altprop.reading import parse_json, read_bytes
 
+LARGEST = 1 << 30  # bytes of a run's metrics
 Records = list[dict[str, Any]]
 
 
@@ -17,10 +18,11 @@ def read_metrics(folder: Path) -> Records:
     **Raises:** `CheckpointError` if the folder has none or a line is no JSON object.
     """
     path = folder / "metrics.jsonl"
-    if not path.is_file():
+    if not path.exists():
         raise CheckpointError(f"{folder}: no metrics.jsonl there; give a run folder of train")
     try:
-        records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = read_bytes(path, LARGEST).decode("utf-8").splitlines()
+        records = [parse_json(line) for line in lines]
     except ValueError as error:
         raise CheckpointError(f"{path}: not one JSON object a line ({error})") from None
     if not all(isinstance(record, dict) and "step" in record for record in records):

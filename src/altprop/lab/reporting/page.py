@@ -58,7 +58,7 @@ def page(title: str, body: Markup, data: object) -> str:
 def again(record: Mapping[str, Any], options: str, data: str) -> Markup:
     """Return the part of a page that says how to compute the same again.
 
-    **Arguments:** `record`, the content of a folder's `record.json`; `options`, the text of its
+    **Arguments:** `record`, what the folder says of it; `options`, the text of its
     configuration; `data`, where the data are from.
     """
     facts = {
@@ -66,7 +66,7 @@ def again(record: Mapping[str, Any], options: str, data: str) -> Markup:
         "versions": ", ".join(f"{k} {v}" for k, v in (record.get("versions") or {}).items()),
         "machine": record.get("machine"),
         "threads": record.get("threads"),
-        "started": record.get("started"),
+        **{name: record[name] for name in ("started",) if name in record},  # of comparisons
         "data": data,
         "this page": f"{time.strftime('%Y-%m-%d %H:%M')}, altprop {altprop.__version__}",
     }

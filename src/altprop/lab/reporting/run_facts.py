@@ -12,7 +12,7 @@ import torch
 
 from altprop import ConfigError, RuleError, explain, using, watch
 from altprop.lab.config import read_config
-from altprop.lab.reporting.made_by import read_record
+from altprop.lab.record import read_record
 from altprop.lab.reporting.metrics import Records, read_metrics
 from altprop.lab.sample_command import load_run
 from altprop.lab.settings import TrainConfig

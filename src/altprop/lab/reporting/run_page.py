@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from altprop.lab.config import LARGEST
 from altprop.lab.reporting.markup import Markup, chart, markup, name, section, table, tag
 from altprop.lab.reporting.metrics import Records, refused_steps, series
 from altprop.lab.reporting.numbers import large, number
 from altprop.lab.reporting.page import again, page
 from altprop.lab.reporting.run_facts import RunFacts
 from altprop.lab.reporting.thin import thin
+from altprop.reading import read_bytes
 
 MOST = 3000
 """How many points of a line are drawn."""
@@ -62,7 +64,7 @@ PANELS = (
 def run_page(run: RunFacts) -> str:
     """Return the page of a run."""
     data = chart_data(run.records)
-    options = (run.folder / "config.yaml").read_text(encoding="utf-8")
+    options = read_bytes(run.folder / "config.yaml", LARGEST).decode("utf-8", "replace")
     title = f"{_text_name(run)}: {run.config.model} by {run.config.method}"
     body = markup(
         _head(title, run), _charts(data), _failures(run.records), _sample(run), _signals(run),

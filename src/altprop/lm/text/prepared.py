@@ -66,7 +66,7 @@ def write_prepared(corpus: Corpus, out: str | Path) -> None:
         )
     try:
         fresh.mkdir(parents=True)
-        digests = _vocabulary_digest(corpus.tokenizer)
+        digests = {"vocabulary": corpus.tokenizer.digest()}
         for name, ids in (("train.bin", corpus.train), ("val.bin", corpus.validation)):
             digest = hashlib.sha256()
             with (fresh / name).open("wb") as file:
@@ -145,8 +145,9 @@ def _read(folder: Path, opened: int) -> Corpus:
             for name in ("train.bin", "val.bin")
         }
         digests = {name: ids.digest() for name, ids in parts.items()}
+        digests["vocabulary"] = tokenizer.digest()
         if "digest.json" in there:
-            _check_digests(folder / "digest.json", opened, digests | _vocabulary_digest(tokenizer))
+            _check_digests(folder / "digest.json", opened, digests)
     except CheckpointError as error:
         raise DataError(str(error)) from error
     except OSError as error:
@@ -154,10 +155,6 @@ def _read(folder: Path, opened: int) -> Corpus:
         raise DataError(f"cannot read {file}: {error.strerror or error}") from error
     name, description = folder.resolve().name, f"the prepared folder {folder}"
     return Corpus(name, description, parts["train.bin"], parts["val.bin"], tokenizer)
-
-
-def _vocabulary_digest(tokenizer: CharTokenizer) -> dict[str, str]:
-    return {"vocabulary": hashlib.sha256("".join(tokenizer.vocab).encode()).hexdigest()}
 
 
 def _check_digests(path: Path, opened: int, found: dict[str, str]) -> None:

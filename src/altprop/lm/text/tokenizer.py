@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -79,6 +80,10 @@ class CharTokenizer:
 
     def __len__(self) -> int:
         return len(self.vocab)
+
+    def digest(self) -> str:
+        """Return the SHA-256 of the characters in order of id."""
+        return hashlib.sha256("".join(self.vocab).encode("utf-8")).hexdigest()
 
     @cached_property
     def _ids(self) -> NDArray[np.int64]:
