@@ -44,7 +44,7 @@ def load_run(
         if not there:
             raise CheckpointError(f"{run}: no {name} there; give the folder of a training run")
     assert tokenizer is not None
-    config = read_config(run / "config.yaml", TrainConfig)
+    config = config_of(run)
     path = run / f"{which}.safetensors"
     kept = [name for name in get_args(Which) if (run / f"{name}.safetensors").is_file()]
     if kept and which not in kept:
@@ -57,6 +57,11 @@ def load_run(
     model = build_model(config, len(tokenizer)).to(pick_device(device))
     checkpoint.restore_model(model, saved, path)
     return model.eval(), tokenizer
+
+
+def config_of(run: Path) -> TrainConfig:
+    """Return what a run was configured with; it raises as `read_config`."""
+    return read_config(run / "config.yaml", TrainConfig)
 
 
 def _write(text: str) -> None:
