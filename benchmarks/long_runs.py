@@ -86,7 +86,8 @@ def cost(folder: Path, data: str) -> tuple[float, float, float]:
     config = replace(config, lr=1e-7)  # so that the weights stay what they are
     own = Loop(model.train(), config, corpus)
     layers = config.layers if config.model == "gpt" else 1
-    plain = TrainConfig(model="gpt", layers=layers, lr=1e-7)
+    sizes = {n: getattr(config, n) for n in ("d_model", "heads", "context", "batch")}
+    plain = TrainConfig(model="gpt", layers=layers, lr=1e-7, **sizes)
     unit = Loop(build_model(plain, len(tokenizer)), plain, corpus)
     own.step = unit.step = 1000  # past the warm-up
     ratios = []

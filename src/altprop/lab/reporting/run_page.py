@@ -156,7 +156,7 @@ def _sample(run: RunFacts) -> Markup:
         return markup()
     said = f"Written by the checkpoint “{run.which}” (temperature 0.8, seed 0)."
     if run.unsettled:
-        said += f" {run.unsettled} characters were read from a state that is no equilibrium."
+        said += f" {run.unsettled} tokens were read from a state that is no equilibrium."
     return section(
         "A sample of its text", tag("p", said, class_="note"), tag("pre", run.sample), id="sample"
     )
