@@ -12,6 +12,7 @@ from bugs import (
     measuring,
     places,
     rules,
+    sharing,
     solvers,
 )
 
@@ -19,6 +20,7 @@ FOLDERS = (
     rules,
     places,
     equilibrium,
+    sharing,
     solvers,
     estimators,
     layered,
