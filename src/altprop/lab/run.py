@@ -18,15 +18,15 @@ from altprop import CheckpointError, ConvergenceError
 from altprop.files import write_whole
 from altprop.lab import checkpoint
 from altprop.lab.choices import types_of
-from altprop.lab.config import to_yaml
+from altprop.lab.corpus import keep
 from altprop.lab.folder import FILES, LOCK, PREVIOUS, clean, is_free, is_run, new_folder
 from altprop.lab.identity import Identity, options_of
 from altprop.lab.lock import Lock
 from altprop.lab.metrics import Metrics
+from altprop.lab.moved import written
 from altprop.lab.record import Record
-from altprop.lab.seal import sealed
 from altprop.lab.settings import TrainConfig
-from altprop.lm.text import Corpus
+from altprop.lm.text import TOKENIZER_FILES, Corpus
 
 Batch = tuple[Tensor, ...]
 Loss = Callable[[nn.Module, Batch], Tensor]
@@ -186,15 +186,15 @@ class Run:
 
     def _start(self) -> None:
         """Make an empty run of the folder: a crash from here on leaves one to be overwritten."""
-        for old in (name for name in FILES if name not in ("config.yaml", "vocab.json")):
+        for old in (name for name in FILES if name not in ("config.yaml", *TOKENIZER_FILES)):
             (self.folder / old).unlink(missing_ok=True)
         self._write_config()
-        self._tokenizer.to_json(self.folder / "vocab.json")
+        keep(self._tokenizer, self.folder)
         self._metrics.start()
         self._record = Record(self.folder / "run.json", [])
 
     def _write_config(self) -> None:
-        write_whole(self.folder / "config.yaml", sealed(to_yaml(self._identity.options)))
+        write_whole(self.folder / "config.yaml", written(self.folder, self._identity.options))
 
     def _check_same(self) -> None:
         """Find what to go on from, and refuse a run that was started with something else.
@@ -209,7 +209,7 @@ class Run:
                 f"{self.resume_options()}, or start a new run"
             )
         if (now.vocabulary, now.text) != (then.vocabulary, then.text):
-            what = "another text" if now.vocabulary == then.vocabulary else "other characters"
+            what = "another text" if now.vocabulary == then.vocabulary else "another vocabulary"
             raise CheckpointError(
                 f"{self.folder} was started with {what} than {self.config.data} has now: "
                 "give the text of that time, or start a new run"
@@ -281,7 +281,7 @@ class Run:
             self._say(self._metrics.go_on(made, written))
             # steps and the like may have changed, and the next --resume must not take them back
             self._write_config()
-            self._tokenizer.to_json(self.folder / "vocab.json")
+            keep(self._tokenizer, self.folder)
             self._record = Record.go_on(self.folder / "run.json")
         except OSError as error:
             raise CheckpointError(f"{self.folder}: cannot be written ({error.strerror})") from None
