@@ -19,7 +19,7 @@ from altprop.files import write_whole
 from altprop.lab import checkpoint
 from altprop.lab.choices import types_of
 from altprop.lab.config import to_yaml
-from altprop.lab.folder import FILES, LOCK, PREVIOUS, clean, is_free, is_run, new_folder
+from altprop.lab.folder import LOCK, PREVIOUS, clean, empty, is_free, is_run, new_folder
 from altprop.lab.identity import Identity, options_of
 from altprop.lab.lock import Lock
 from altprop.lab.metrics import Metrics
@@ -186,8 +186,7 @@ class Run:
 
     def _start(self) -> None:
         """Make an empty run of the folder: a crash from here on leaves one to be overwritten."""
-        for old in (name for name in FILES if name not in ("config.yaml", "vocab.json")):
-            (self.folder / old).unlink(missing_ok=True)
+        empty(self.folder)
         self._write_config()
         self._tokenizer.to_json(self.folder / "vocab.json")
         self._metrics.start()
