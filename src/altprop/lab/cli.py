@@ -29,6 +29,7 @@ Commands = Mapping[str, tuple[str, str]]
 COMMANDS: Commands = {
     "train": ("altprop.lab.train:train", "Train a language model by a rule of your choice."),
     "compare": ("altprop.lab.compare:compare", "Compare learning rules on a task."),
+    "sweep": ("altprop.lab.sweep:sweep", "Search the options of training for the best."),
     "audit": ("altprop.lab.audit_command:audit", "Compare gradients with an exact one."),
     "sample": ("altprop.lab.sample_command:sample", "Write text with a trained model."),
     "explain": ("altprop.lab.explain_command:explain_run", "Show what each parameter receives."),

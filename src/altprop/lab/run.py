@@ -242,7 +242,7 @@ class Run:
 
     def resume_options(self) -> str:
         """Return the options that go on with this run, ready for a shell."""
-        imports = "".join(f"--import {module} " for module in sorted(_homes(self.config)))
+        imports = "".join(f"--import {module} " for module in sorted(homes(self.config)))
         return f"{imports}--config {shlex.quote(str(self.folder / 'config.yaml'))} --resume"
 
     def begin(self, state: State, device: torch.device) -> None:
@@ -386,7 +386,7 @@ class Run:
         return f": free some space, then altprop train {how}"
 
 
-def _homes(value: Any) -> set[str]:
+def homes(value: Any) -> set[str]:
     """Return the modules of the classes in a value that are not altprop's: those to `--import`."""
     own = set()
     if is_dataclass(value):
@@ -394,5 +394,5 @@ def _homes(value: Any) -> set[str]:
         value = {name: getattr(value, name) for name in types_of(type(value))}
     inside = value.values() if isinstance(value, Mapping) else value
     if isinstance(value, (tuple, list, Mapping)):
-        own = own.union(*map(_homes, inside))
+        own = own.union(*map(homes, inside))
     return {module for module in own if module.partition(".")[0] != "altprop"}
