@@ -22,6 +22,7 @@ STANDS_FOR = {
     "COMMAND": "data",
     "TASK": "parity",
     "RUN": "runs/old",
+    "SPEC": "sweep.yaml",
     "NAME": "teacher",
     "N": "0",
     "[CORPUS]": "mytext.txt",
@@ -90,6 +91,12 @@ def test_every_command_on_the_page_works(
             ((_, yaml),) = [block for block in FENCED.findall(training) if block[0] == "yaml"]
             Path("run.yaml").write_text(yaml, encoding="utf-8")
             assert main([command, *data, *(rest or ["--config", "run.yaml"])]) == 0
+        elif command == "sweep":
+            ((_, yaml),) = [b for b in FENCED.findall(page.read_text("utf-8")) if b[0] == "yaml"]
+            Path(rest[0]).write_text(yaml, encoding="utf-8")
+            alone = ["1" if before == "--workers" else word
+                     for before, word in zip(words, rest, strict=False)]  # fmt: skip
+            assert main([command, *alone]) == 0, words
         elif command == "train":
             rest = ["runs/old/config.yaml" if "…" in word else word for word in rest]
             assert main([command, *data, *rest, *TINY]) == 0, words

@@ -48,7 +48,8 @@ def arguments(target: Any) -> dict[str, Any]:
     hints = typing.get_type_hints(target)
     hints = {name: hints[name] for name in inspect.signature(target).parameters}
     only = next(iter(hints.values()))
-    return arguments(only) if len(hints) == 1 and dataclasses.is_dataclass(only) else hints
+    whole = dataclasses.is_dataclass(only) and not inspect.isabstract(only)
+    return arguments(only) if whole else hints
 
 
 def list_options(command: str) -> Iterator[ListOption]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+import io
 import shutil
 from collections.abc import Callable
 from dataclasses import fields
@@ -83,6 +85,8 @@ BOTH: dict[str, Any] = {
     "final_windows": 2,
     "device": "abacus",
     "sample": 3,
+    "log": ("tensorboard",),
+    "quiet": True,
 }
 EQUILIBRIUM: dict[str, Any] = {
     **BOTH,
@@ -140,9 +144,12 @@ def trained(there: bool = False, **options: Any) -> Any:
         train(TrainConfig(**base, **{k: v for k, v in options.items() if k in ("model", "layers")}))
 
     def call() -> Any:
-        result = train(TrainConfig(**{**base, **options}))
+        with contextlib.redirect_stdout(io.StringIO()) as said:
+            result = train(TrainConfig(**{**base, **options}))
         kept = {"curve": curve(result.folder), "folder": result.folder, "sample": result.sample}
         kept["saves"] = (result.folder / "last.previous.safetensors").exists()
+        kept["tracked"] = (result.folder / "tensorboard").exists()
+        kept["lines"] = len(said.getvalue().splitlines()) > 1
         return {**kept, "last": tensors(result.folder), "best": tensors(result.folder, "best")}
 
     return outcome(call)

@@ -29,6 +29,7 @@ Commands = Mapping[str, tuple[str, str]]
 COMMANDS: Commands = {
     "train": ("altprop.lab.train:train", "Train a language model by a rule of your choice."),
     "compare": ("altprop.lab.compare:compare", "Compare learning rules on a task."),
+    "sweep": ("altprop.lab.sweep:sweep", "Search the options of training for the best."),
     "audit": ("altprop.lab.audit_command:audit", "Compare gradients with an exact one."),
     "sample": ("altprop.lab.sample_command:sample", "Write text with a trained model."),
     "explain": ("altprop.lab.explain_command:explain_run", "Show what each parameter receives."),
@@ -145,7 +146,8 @@ def _call(prog: str, function: Callable[..., Any], argv: Sequence[str]) -> None:
     """Call `function` with what the words `argv` say, or print what they ask for instead.
 
     The keyword-only parameters of the function are options; the others may also be written without
-    their name. If its only parameter is a dataclass, the fields of that are the options.
+    their name. If the first is a dataclass, the fields of that are the options, and what else the
+    function takes is for Python alone.
     """
     from altprop.lab.choices import defaults_of, no_option, types_of
     from altprop.lab.config import WRITES, read_values, to_yaml
@@ -155,9 +157,10 @@ def _call(prog: str, function: Callable[..., Any], argv: Sequence[str]) -> None:
 
     parameters = list(inspect.signature(function).parameters.values())
     target: Any = function
-    if len(parameters) == 1:
+    if parameters:
         hint = typing.get_type_hints(function)[parameters[0].name]
-        target = hint if isinstance(hint, type) and dataclasses.is_dataclass(hint) else function
+        if dataclasses.is_dataclass(hint) and not inspect.isabstract(hint):  # none to choose from
+            target = hint
     places = [p.name for p in parameters if p.kind is not p.KEYWORD_ONLY and target is function]
     types, values = types_of(target), defaults_of(target)
     option = {name: name.upper() if name in places else f"--{name}" for name in types}

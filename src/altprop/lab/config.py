@@ -60,19 +60,25 @@ def read_values(path: Path, target: Any, unsaid: Iterable[str] = ()) -> dict[str
     **Raises:** `ConfigError` for a file that is not YAML or does not fit, or gives what is
     `unsaid`; `OSError` for one that cannot be read.
     """
-    path, hints = place(path), types_of(target)
+    path = place(path)
+    return at(str(path), lambda: values_of(read_mapping(path), path, target, unsaid))
 
-    def fitted() -> dict[str, Any]:
-        data = read_mapping(path)
-        refuse(name for name in unsaid if name in hints and data.get(name) not in (None, False))
-        if hasattr(target, "of_file"):  # what it says depends on where it lies
-            data = target.of_file(data, path)
-        for name in data:
-            if name not in hints:
-                raise no_option("", name, hints)
-        return {name: fit(hints[name], value, name) for name, value in data.items()}
 
-    return at(str(path), fitted)
+def values_of(
+    data: dict[str, Any], path: Path, target: Any, unsaid: Iterable[str] = ()
+) -> dict[str, Any]:
+    """Return what a function or dataclass is given by the plain data that a file holds.
+
+    **Raises:** as `read_values`.
+    """
+    hints = types_of(target)
+    refuse(name for name in unsaid if name in hints and data.get(name) not in (None, False))
+    if hasattr(target, "of_file"):  # what it says depends on where it lies
+        data = target.of_file(data, path)
+    for name in data:
+        if name not in hints:
+            raise no_option("", name, hints)
+    return {name: fit(hints[name], value, name) for name, value in data.items()}
 
 
 def refuse(said: Iterable[str]) -> None:

@@ -69,13 +69,21 @@ class Display:
     """Shows step, loss, validation loss, tokens per second, residual, evaluations, time left.
 
     **Arguments:** `total`, the number of steps; `done`, how many a resumed run has made already;
-    `console`, where to write (the terminal); `every`, seconds between lines where there is none.
+    `console`, where to write (the terminal); `every`, seconds between lines where there is none;
+    `quiet`, show the figure at the end alone.
     """
 
     def __init__(
-        self, total: int, done: int = 0, console: Console | None = None, every: float = 10.0
+        self,
+        total: int,
+        done: int = 0,
+        console: Console | None = None,
+        every: float = 10.0,
+        quiet: bool = False,
     ) -> None:
-        self._console = console or _terminal()
+        self._last = console or _terminal()
+        self._quiet = quiet
+        self._console = _nowhere() if quiet else self._last
         self._total, self._every = total, every
         self._validation = math.nan
         self._shown = -math.inf
@@ -133,6 +141,9 @@ class Display:
         best = f"best {progress.best_loss:.4f}"
         if not math.isfinite(progress.best_loss):
             best = "no best: no evaluation was finite and at a fixed point"
+        if self._quiet:
+            line = f"validation cross-entropy {final.loss:.4f} nats per token; run folder {folder}"
+            _say(self._last, line + _doubt(final))
         used, there = windows
         part = f"the whole validation part, {there:,} windows"
         if used < there:
@@ -202,9 +213,9 @@ class Trials:
 
 
 @contextmanager
-def counting(total: int, what: str) -> Iterator[Callable[[], None]]:
+def counting(total: int, what: str, quiet: bool = False) -> Iterator[Callable[[], None]]:
     """Show on a terminal how much of `total` is done and the time left; count by what it gives."""
-    console = _terminal()
+    console = _nowhere() if quiet else _terminal()
     with _bar(console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(what, total=total)
         yield lambda: bar.advance(task)
@@ -218,6 +229,10 @@ def _say(console: Console, text: str) -> None:
 
 def _terminal() -> Console:
     return Console(file=cast(TextIO, Lasting(sys.stdout)))
+
+
+def _nowhere() -> Console:
+    return Console(quiet=True, force_terminal=False)
 
 
 def _bar(console: Console, **options: Any) -> Bar:

@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import os
 import re
+import shutil
 import time
 from pathlib import Path
 
@@ -20,6 +21,7 @@ FILES = (
     *("run.json", "metrics.jsonl", "curves.png", "report.html"),
     *(f"{name}.safetensors" for name in ("best", "last", PREVIOUS)),
 )
+TRACKERS = ("tensorboard", "trackio", "wandb")  # a folder each, in which a tracker writes
 # of a comparison
 OPTIONS, RECORD, RESULTS = "comparison.yaml", "record.json", "results.json"
 FORMAT = "altprop-comparison/1"  # of its results
@@ -59,6 +61,18 @@ def new_folder(text: str, method: str) -> Path:
             folder.mkdir()
             break
     return folder
+
+
+def empty(folder: Path) -> None:
+    """Remove a run from its folder, but for what tells that there was one."""
+    for name in FILES:
+        if name not in ("config.yaml", *TOKENIZER_FILES):
+            (folder / name).unlink(missing_ok=True)
+    for path in (folder / name for name in TRACKERS):
+        if path.is_symlink():
+            path.unlink()  # and not what somebody keeps elsewhere
+        elif path.exists():
+            shutil.rmtree(path)
 
 
 def clean(folder: Path) -> None:

@@ -19,14 +19,14 @@ from altprop.files import write_whole
 from altprop.lab import checkpoint
 from altprop.lab.choices import types_of
 from altprop.lab.corpus import keep
-from altprop.lab.folder import FILES, LOCK, PREVIOUS, clean, is_free, is_run, new_folder
+from altprop.lab.folder import LOCK, PREVIOUS, clean, empty, is_free, is_run, new_folder
 from altprop.lab.identity import Identity, options_of
 from altprop.lab.lock import Lock
 from altprop.lab.metrics import Metrics
 from altprop.lab.moved import written
 from altprop.lab.record import Record
 from altprop.lab.settings import TrainConfig
-from altprop.lm.text import TOKENIZER_FILES, Corpus
+from altprop.lm.text import Corpus
 
 Batch = tuple[Tensor, ...]
 Loss = Callable[[nn.Module, Batch], Tensor]
@@ -186,8 +186,7 @@ class Run:
 
     def _start(self) -> None:
         """Make an empty run of the folder: a crash from here on leaves one to be overwritten."""
-        for old in (name for name in FILES if name not in ("config.yaml", *TOKENIZER_FILES)):
-            (self.folder / old).unlink(missing_ok=True)
+        empty(self.folder)
         self._write_config()
         keep(self._tokenizer, self.folder)
         self._metrics.start()
@@ -243,7 +242,7 @@ class Run:
 
     def resume_options(self) -> str:
         """Return the options that go on with this run, ready for a shell."""
-        imports = "".join(f"--import {module} " for module in sorted(_homes(self.config)))
+        imports = "".join(f"--import {module} " for module in sorted(homes(self.config)))
         return f"{imports}--config {shlex.quote(str(self.folder / 'config.yaml'))} --resume"
 
     def begin(self, state: State, device: torch.device) -> None:
@@ -387,7 +386,7 @@ class Run:
         return f": free some space, then altprop train {how}"
 
 
-def _homes(value: Any) -> set[str]:
+def homes(value: Any) -> set[str]:
     """Return the modules of the classes in a value that are not altprop's: those to `--import`."""
     own = set()
     if is_dataclass(value):
@@ -395,5 +394,5 @@ def _homes(value: Any) -> set[str]:
         value = {name: getattr(value, name) for name in types_of(type(value))}
     inside = value.values() if isinstance(value, Mapping) else value
     if isinstance(value, (tuple, list, Mapping)):
-        own = own.union(*map(_homes, inside))
+        own = own.union(*map(homes, inside))
     return {module for module in own if module.partition(".")[0] != "altprop"}

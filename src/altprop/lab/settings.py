@@ -18,7 +18,7 @@ from altprop import (
 from altprop.errors import unknown
 from altprop.lab.choices import defaults_of
 from altprop.lab.config import WRITES, refuse
-from altprop.lab.folder import is_run
+from altprop.lab.folder import TRACKERS, is_run
 from altprop.lab.memory import FLOAT, check_memory, training, weights
 from altprop.lab.moved import KEY, found_from
 from altprop.lab.seal import has_seal
@@ -88,6 +88,9 @@ class TrainConfig:
             ten times as many.
         device: `auto`, `cpu`, `cuda`, or any other that torch knows.
         sample: tokens of text to write at the end.
+        log: trackers that are told of every step too: trackio, tensorboard, wandb (offline); what
+            they write lies in the run's folder.
+        quiet: show the figure at the end alone.
     """
 
     data: str = "plays"
@@ -133,6 +136,8 @@ class TrainConfig:
     refused_in_a_row: int = 20
     device: str = "auto"
     sample: int = 400
+    log: tuple[str, ...] = ()
+    quiet: bool = False
 
     def __post_init__(self) -> None:
         counts = ("batch", "steps", "eval_every", "eval_windows", "final_windows")
@@ -148,6 +153,9 @@ class TrainConfig:
             _require(name, getattr(self, name), 0 <= getattr(self, name) < 1, "in [0, 1)")
         _require("on_failure", self.on_failure, self.on_failure in ("skip", "stop"), "skip or stop")
         _require("seed", self.seed, 0 <= self.seed < 2**63, "in [0, 2^63)")  # torch takes no other
+        for name in self.log:
+            if name not in TRACKERS:
+                raise unknown("tracker", name, TRACKERS)
         if self.resume and self.overwrite:
             raise ConfigError("resume and overwrite exclude each other: give one of them")
         for name in ("resume", "overwrite"):

@@ -17,14 +17,17 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from altprop import CheckpointError, ConfigError, ConvergenceError, convert
 from altprop.errors import suggest
+from altprop.lab.callbacks import Begin, Callback, Callbacks
 from altprop.lab.corpus import corpus_of
 from altprop.lab.display import Display, counting
 from altprop.lab.evaluation import count_tiles, evaluate, tiles
 from altprop.lab.guard import Guard
+from altprop.lab.identity import options_of
 from altprop.lab.reporting.picture import plot_run
 from altprop.lab.run import Batch, Loss, Run, State, Stream
 from altprop.lab.settings import TrainConfig
 from altprop.lab.signals import Stopped, interruptible
+from altprop.lab.trackers import trackers
 from altprop.lm.model import GPT, EquilibriumLM, LanguageModel, generate
 from altprop.lm.text import Batches, Corpus, check_context, windows
 
@@ -47,16 +50,20 @@ class TrainResult:
     sample: str
 
 
-def train(config: TrainConfig) -> TrainResult:
+def train(config: TrainConfig, callbacks: Sequence[Callback] = ()) -> TrainResult:
     """Train a language model, keep the run in a folder, and return what came of it.
 
     Writes into the run's folder `config.yaml`, `vocab.json` (or `tokenizer.json`), `metrics.jsonl`,
     `best.safetensors`, `last.safetensors` and `curves.png`.
 
+    **Arguments:** `callbacks`, told of every step and evaluation, before the trackers of
+    `config.log`; what one raises ends the run, after saving.
+
     **Raises:** `DataError`, `ConfigError`, `CheckpointError` before anything is written;
     `ConvergenceError` if a step fails under `on_failure="stop"`, or after saving if too many were
     refused (`refused_in_a_row`, or all of them); `KeyboardInterrupt` after saving.
     """
+    listening = [*callbacks, *trackers(config.log)]
     corpus = corpus_of(config)
     check_context(corpus, config.context)
     device = pick_device(config.device)
@@ -66,7 +73,9 @@ def train(config: TrainConfig) -> TrainResult:
 
     with Run.open(config, corpus) as run:
         run.begin(state, device)
-        return _learn(config, corpus, state, guard, held_out, run)
+        with Callbacks(listening, lambda: run.save("last", state, resumable=True)) as told:
+            told.begin(Begin(run.folder, options_of(config), state.progress.step))
+            return _learn(config, corpus, state, guard, held_out, run, told)
 
 
 def _learn(
@@ -76,10 +85,14 @@ def _learn(
     guard: Guard,
     held_out: tuple[Tensor, Tensor],
     run: Run,
+    told: Callbacks,
 ) -> TrainResult:
     """Make a run's steps and its figure at the end, in its open folder; see `train`."""
     progress, device = state.progress, next(state.model.parameters()).device
-    with Display(config.steps, progress.step) as display, interruptible() as interrupted:
+    with (
+        Display(config.steps, progress.step, quiet=config.quiet) as display,
+        interruptible() as interrupted,
+    ):
         display.note(
             f"{corpus.description}: {len(corpus.train):,} tokens, vocabulary of "
             f"{len(corpus.tokenizer)}\n"
@@ -90,10 +103,12 @@ def _learn(
         for record in run.follow(steps(config, state, guard), state):
             run.log(record)
             display.step(record)
+            evaluation = None
             if progress.step % config.eval_every == 0 or progress.step == config.steps:
                 seen = evaluate(state.judged, held_out, config.batch, device, config.free_limit)
                 progress.loss = seen.loss
-                run.log({"step": progress.step, **seen.record("validation")})
+                evaluation = {"step": progress.step, **seen.record("validation")}
+                run.log(evaluation)
                 display.evaluation(progress.step, seen)
                 if seen.settled and seen.loss < progress.best_loss:
                     progress.best_loss = seen.loss
@@ -101,6 +116,9 @@ def _learn(
                 run.save("last", state, resumable=True)
             elif run.due():
                 run.save("last", state, resumable=True)
+            told.step(record)  # of a step that a resumed run need not make again
+            if evaluation is not None:
+                told.evaluation(evaluation)
             if interrupted():
                 break
         run.save("last", state, resumable=True)
@@ -116,10 +134,12 @@ def _learn(
         raise Stopped(interrupted())
     parts = tiles(corpus.validation, config.final_windows, config.context)
     used, there = len(parts[0]), count_tiles(corpus.validation, config.context)
-    with counting(-(-used // config.batch), "final validation") as count:
+    with counting(-(-used // config.batch), "final validation", config.quiet) as count:
         final = evaluate(state.judged, parts, config.batch, device, config.free_limit, count)
         coverage = {"final_windows": used, "validation_windows": there}
-        run.log({"step": progress.step, **final.record("final_validation"), **coverage})
+        ending = {"step": progress.step, **final.record("final_validation"), **coverage}
+        run.log(ending)
+        told.final(ending)
     model = cast(LanguageModel, state.judged.eval())
     text = write_sample(model, corpus, config, device, display)
     display.sample(text)

@@ -6,12 +6,14 @@ where it was.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from altprop.lab.compare.arms import Arm
 from altprop.lab.compare.trial import Job, Key
+from altprop.lab.edges import beyond, open_ends
 
 Outcomes = Mapping[Key, Mapping[str, Any]]
 
@@ -65,11 +67,12 @@ def search(arm: Arm, plan: Plan, outcomes: Outcomes) -> Search:
         tried = tuple((rate, scores[rate]) for rate in sorted(scores))
         if missing := tuple(rate for rate in rates if rate not in scores):
             return Search(tried, None, False, missing)
-        at = _best(tried, plan.higher)
-        if at not in (0, len(tried) - 1) or len(tried) >= plan.budget:
-            return Search(tried, tried[at][0], at in (0, len(tried) - 1), ())
-        inner = 1 if at == 0 else len(tried) - 2
-        rates = [float(f"{tried[at][0] ** 2 / tried[inner][0]:.2g}")]
+        best = tried[_best(tried, plan.higher)][0]
+        ends = open_ends(best, scores, log=True)
+        if not ends or len(tried) >= plan.budget:
+            return Search(tried, best, bool(ends), ())
+        inner = tried[1 if ends[0] < 0 else -2][0]
+        rates = [float(f"{beyond(best, math.log(best / inner), log=True):.2g}")]
 
 
 def _best(tried: tuple[tuple[float, float | None], ...], higher: bool) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,59 @@ def plot_comparison(comparison: Comparison, path: Path) -> Path:
     for axis in (scores, curves):
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.25)
+    return _save(figure, path)
+
+
+def plot_sweep(
+    trials: Sequence[tuple[Mapping[str, Any], float | None, str]],
+    options: Mapping[str, bool],
+    path: Path,
+) -> Path:
+    """Draw the loss of every trial of a sweep against each option, the best one ringed.
+
+    **Arguments:** `trials`, of each its values by option, its loss and its state; `options`, of
+    each whether its axis is one of logarithms.
+
+    **Raises:** `ConfigError` without matplotlib.
+    """
+    columns = min(3, len(options))
+    rows = -(-len(options) // columns)
+    figure = _figure(4 * columns, 3.4 * rows)
+    panels = figure.subplots(rows, columns, sharey=True, squeeze=False).flat
+    done = [y for _, y, state in trials if state == "COMPLETE" and y is not None]
+    done.sort()
+    looks = {"COMPLETE": ("o", "C0", "complete"), "PRUNED": ("x", "0.6", "pruned")}
+    for (name, log), axis in zip(options.items(), panels, strict=False):
+        for state, (mark, colour, label) in looks.items():
+            seen = [
+                (v[name], loss)
+                for v, loss, s in trials
+                if s == state and name in v and loss is not None and math.isfinite(loss)
+            ]
+            if not seen:
+                continue
+            values = [_literal(v) if isinstance(v, str) else v for v, _ in seen]
+            axis.plot(values, [y for _, y in seen], mark, color=colour, label=label, markersize=5)
+            ringed = [(x, y) for x, (_, y) in zip(values, seen, strict=True) if y in done[:1]]
+            if state == "COMPLETE":
+                axis.plot(
+                    *zip(*ringed, strict=True),
+                    "o",
+                    color="C3",
+                    fillstyle="none",
+                    markersize=11,
+                    label="best",
+                )
+        if log:
+            axis.set_xscale("log")
+        axis.set_xlabel(_literal(name))
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(alpha=0.25)
+    for axis in panels:  # those that are left over
+        axis.set_visible(False)
+    figure.axes[0].set_ylabel("validation cross-entropy (nats per token)")
+    if figure.axes[0].lines:
+        figure.axes[0].legend(frameon=False, fontsize=8)
     return _save(figure, path)
 
 

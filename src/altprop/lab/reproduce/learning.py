@@ -15,8 +15,8 @@ def score_of(arm: Arm, task: AbstractTask, seed: int) -> float:
 
     Model, batches and feedback are those of the seed.
 
-    **Raises:** `ConvergenceError` where so many steps were refused that the run counts as lost: what
-    it would reach is a figure of the steps that are missing.
+    **Raises:** `ConvergenceError` where so many steps were refused that the run counts as lost:
+    what it would reach is a figure of the steps that are missing.
     """
     model, recipe = task.model(seed), replace(task.recipe, seed=seed)
     arm.apply(task, model, seed)

@@ -1,0 +1,4 @@
+"""Options of `altprop train` searched by Optuna: see `sweep`."""
+
+from altprop.lab.sweep.command import SweepResult as SweepResult
+from altprop.lab.sweep.command import sweep as sweep
