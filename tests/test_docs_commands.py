@@ -56,7 +56,7 @@ def understood(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         for place in (
             "audit_command.load_corpus",
-            "audit_gpt.load_corpus",
+            "audit_gpt.corpus_of",
             "compare.comparison.run_jobs",
             "reproduce.command.measured",
             "sweep.workers.work",

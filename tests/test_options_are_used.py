@@ -57,6 +57,9 @@ def same(one: Any, other: Any) -> bool:
 
 BOTH: dict[str, Any] = {
     "data": "other.txt",
+    "validation": "other.txt",
+    "pattern": ("*.py",),
+    "tokenizer": "bpe:300",
     "out": Path("elsewhere"),
     "resume": (True, {"there": True}),
     "overwrite": (True, {"there": True}),
@@ -277,7 +280,14 @@ def test_every_option_of_audit_changes_the_figures_or_is_refused(
 # data
 
 
-DATA: dict[str, Any] = {"corpus": "other.txt", "out": Path("out"), "overwrite": True}
+DATA: dict[str, Any] = {
+    "corpus": "other.txt",
+    "validation": "other.txt",
+    "pattern": ("*.py",),
+    "tokenizer": "bpe:300",
+    "out": Path("out"),
+    "overwrite": True,
+}
 
 
 def test_every_option_of_data_changes_what_it_does_or_is_refused(

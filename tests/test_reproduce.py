@@ -8,14 +8,20 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from scipy import stats
+from torch import nn
 
 import altprop as ap
 from altprop.lab import reproduce as figures
 from altprop.lab.cli import main
+from altprop.lab.compare.arms import Arm
 from altprop.lab.reproduce import command
 from altprop.lab.reproduce.figure import Figure, Measured, measured
+from altprop.lab.reproduce.learning import score_of
 from altprop.lab.reproduce.table import lines, page
+from altprop.lab.tasks.supervised import Supervised
+from altprop.lab.tasks.task import plain_adamw
 
 VALUES = {0: 0.5, 1: 0.7, 2: 0.75, 3: 0.2}
 
@@ -152,3 +158,15 @@ def test_the_page_shows_what_was_measured(name: str) -> None:
     text = (Path(__file__).parents[1] / "docs/reproductions.md").read_text(encoding="utf-8")
     record = Measured(**json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8")))
     assert page(name, command.load(name), record) in text
+
+
+def test_a_run_that_is_lost_is_no_figure() -> None:
+    broken = Supervised(
+        name="broken",
+        make=lambda: nn.Linear(2, 2),
+        train=(torch.full((40, 2), torch.inf), torch.zeros(40, dtype=torch.long)),
+        test=(torch.zeros(4, 2), torch.zeros(4, dtype=torch.long)),
+        recipe=plain_adamw(steps=30, batch=4, lr=1e-3),
+    )
+    with pytest.raises(ap.ConvergenceError, match=r"backprop on broken, seed 3: 20 of 20 steps"):
+        score_of(Arm("backprop"), broken, seed=3)

@@ -419,13 +419,14 @@ def test_a_bad_corpus_leaves_no_folder(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["a.txt"]
 
 
-def test_a_vocabulary_beyond_uint16_is_not_prepared(tmp_path: Path) -> None:
+def test_a_vocabulary_beyond_uint16_is_prepared_in_32_bits(tmp_path: Path) -> None:
     characters = "".join(map(chr, [*range(1, 13), *range(14, 0xD800), *range(0xE000, 0x12900)]))
     (tmp_path / "a.txt").write_text(characters, encoding="utf-8", newline="")
-    with pytest.raises(DataError, match="more than the 65536"):
-        prepare(tmp_path / "a.txt", tmp_path / "out")
-    assert load_corpus(tmp_path / "a.txt").train.dtype == np.uint32
-    assert os.listdir(tmp_path) == ["a.txt"]
+    direct = load_corpus(tmp_path / "a.txt")
+    prepared = load_corpus(prepare(tmp_path / "a.txt", tmp_path / "out"))
+    assert direct.train.dtype == prepared.train.dtype == np.uint32
+    assert direct.train.max() > 65535 and np.array_equal(direct.train, prepared.train)
+    assert describe(direct)["train_sha256"] == describe(prepared)["train_sha256"]
 
 
 # ---------------------------------------------------------------------------------- whole corpora

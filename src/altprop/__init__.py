@@ -45,6 +45,11 @@ if TYPE_CHECKING:  # read by type checkers, by editors, and by the function belo
         rules_off as rules_off,
     )
     from altprop.conversion.layers import register_layer as register_layer
+    from altprop.conversion.targets import (
+        Target as Target,
+        Targets as Targets,
+        targets as targets,
+    )
     from altprop.equilibrium.dynamics.attention import CausalAttention as CausalAttention
     from altprop.equilibrium.gate_hinge import GateHinge as GateHinge
     from altprop.equilibrium.dynamics.damped import DampedAttention as DampedAttention
@@ -126,6 +131,11 @@ if TYPE_CHECKING:  # read by type checkers, by editors, and by the function belo
         apply_dfa_update as apply_dfa_update,
         initialize_dfa_block_targets as initialize_dfa_block_targets,
         initialize_dfa_targets as initialize_dfa_targets,
+    )
+    from altprop.loading import LoadedRun as LoadedRun, load as load
+    from altprop.sharing.pretrained import (
+        from_pretrained as from_pretrained,
+        save_pretrained as save_pretrained,
     )
     from altprop.rule import (
         AbstractBroadcast as AbstractBroadcast,

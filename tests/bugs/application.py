@@ -133,14 +133,14 @@ BUGS = [
     ),
     Bug(
         _LM + "text/prepared.py",
-        'raw = piece.astype("<u2", copy=False).data',
-        'raw = piece.astype(">u2", copy=False).data',
+        'dtype = width_of(len(tokenizer)).newbyteorder("<")',
+        'dtype = width_of(len(tokenizer)).newbyteorder(">")',
         _TEXT,
     ),
     Bug(
         _LM + "text/sources.py",
-        "return SourceText(path.name or str(path), description, text[:cut], text[cut:])",
-        "return SourceText(path.name or str(path), description, text, text[cut:])",
+        "return replace(source, train=source.train[:cut], validation=source.train[cut:])",
+        "return replace(source, train=source.train, validation=source.train[cut:])",
         "test_corpora.py test_text.py",
     ),
     Bug(
@@ -298,7 +298,7 @@ BUGS = [
     ),
     Bug(
         _LAB + "identity.py",
-        '        names.append("vocab.json")\n',
+        "        names.append(tokenizer.file)\n",
         "        pass\n",
         "test_sample.py",
     ),

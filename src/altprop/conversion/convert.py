@@ -10,7 +10,7 @@ import contextlib
 import operator
 import warnings
 from collections.abc import Iterator, Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
@@ -19,7 +19,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from altprop.conversion.changes import apply
 from altprop.conversion.layers import others
 from altprop.conversion.places import Places, Planner
-from altprop.conversion.record import record_of, sites_of
+from altprop.conversion.record import Conversion, Converted, record_of, sites_of
 from altprop.conversion.roles import remove_roles
 from altprop.equilibrium.call import OnFailure
 from altprop.equilibrium.estimators.estimator import (
@@ -75,17 +75,7 @@ def convert(
     write instead; `ConfigError` for arguments of a wrong kind. The model is then untouched, as it
     is when anything else goes wrong.
     """
-    mapping = {"*": rule} if isinstance(rule, AbstractRule) else rule
-    if not isinstance(mapping, Mapping) or not mapping:
-        hint = f": write {rule.__name__}()" if isinstance(rule, type) else ""
-        raise ConfigError(
-            f"a rule must be a value such as FeedbackAlignment() or a mapping of name patterns to "
-            f"rules, not {rule!r}{hint}"
-        )
-    for pattern, value in mapping.items():
-        if not isinstance(pattern, str) or not isinstance(value, AbstractRule):
-            hint = f": write {value.__name__}()" if isinstance(value, type) else ""
-            raise ConfigError(f"{pattern!r}: {value!r} is not a rule{hint}")
+    mapping = rules_of(rule)
     layouts = allowed_layouts(batch_axis)
     try:
         seed = operator.index(seed)
@@ -102,18 +92,7 @@ def convert(
         isinstance(value, AbstractEstimator) for value in mapping.values()
     ):
         raise ConfigError("batch_axis is for broadcast rules: leave it out with estimators alone")
-    places = Places(model, output, problems)
-    planners = []
-    if not problems:
-        for index, (pattern, value) in enumerate(mapping.items()):
-            earlier = list(mapping.items())[:index]
-            bare = isinstance(rule, AbstractRule)
-            planner = Planner(places, value, None if bare else pattern, earlier)
-            value.plan(planner)
-            planners.append(planner)
-        levels = [level for planner in planners for level in planner.levels]
-        for planner in planners:
-            planner.refuse_inside(levels)
+    places, planners = planned(model, rule, output, problems)
     if problems:
         lines = "".join(f"\n  - {line}" for line in told(problems))
         raise RuleError(f"cannot convert this {type(model).__name__}; nothing was changed:{lines}")
@@ -121,7 +100,56 @@ def convert(
         _say_what_is_left(model, places, planners[0])
     with _all_or_nothing(model), torch.device("cpu"):  # where a rule's draws belong
         apply(model, places, planners, seed, layouts, solver, on_failure or "raise")
+        given = rule if isinstance(rule, AbstractRule) else dict(rule)
+        record = cast(Converted, record_of(model))
+        record.call = Conversion(given, output, seed, solver, on_failure, batch_axis)
     return model
+
+
+def rules_of(rule: AbstractRule | Mapping[str, AbstractRule]) -> Mapping[str, AbstractRule]:
+    """Return rules by name pattern.
+
+    **Raises:** `ConfigError` for what is none.
+    """
+    mapping = {"*": rule} if isinstance(rule, AbstractRule) else rule
+    if not isinstance(mapping, Mapping) or not mapping:
+        hint = f": write {rule.__name__}()" if isinstance(rule, type) else ""
+        raise ConfigError(
+            f"a rule must be a value such as FeedbackAlignment() or a mapping of name patterns to "
+            f"rules, not {rule!r}{hint}"
+        )
+    for pattern, value in mapping.items():
+        if not isinstance(pattern, str) or not isinstance(value, AbstractRule):
+            hint = f": write {value.__name__}()" if isinstance(value, type) else ""
+            raise ConfigError(f"{pattern!r}: {value!r} is not a rule{hint}")
+    return mapping
+
+
+def planned(
+    model: nn.Module,
+    rule: AbstractRule | Mapping[str, AbstractRule],
+    output: str | None,
+    problems: Problems,
+) -> tuple[Places, list[Planner]]:
+    """Let every rule say what it asks for in a model; nothing is changed.
+
+    **Arguments:** `problems`, to which all that cannot be converted is added.
+    """
+    mapping = rules_of(rule)
+    places = Places(model, output, problems)
+    planners: list[Planner] = []
+    if problems:
+        return places, planners
+    for index, (pattern, value) in enumerate(mapping.items()):
+        earlier = list(mapping.items())[:index]
+        bare = isinstance(rule, AbstractRule)
+        planner = Planner(places, value, None if bare else pattern, earlier)
+        value.plan(planner)
+        planners.append(planner)
+    levels = [level for planner in planners for level in planner.levels]
+    for planner in planners:
+        planner.refuse_inside(levels)
+    return places, planners
 
 
 def _say_what_is_left(model: nn.Module, places: Places, planner: Planner) -> None:
@@ -130,9 +158,10 @@ def _say_what_is_left(model: nn.Module, places: Places, planner: Planner) -> Non
         return
     left = others(model, [place.module for place in places.maps], planner.asked)
     if left:
+        names = listed(f"{path} ({type(module).__name__})" for path, module in left)
         warnings.warn(
             f"{type(planner.rule).__name__} takes linear maps and leaves on backprop: "
-            f"{listed(left)}; if that is meant, say so by a pattern: "
+            f"{names}; if that is meant, say so by a pattern: "
             f"convert(model, {{'*': {planner.rule!r}}})",
             RuleWarning,
             stacklevel=3,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple, cast
 
@@ -40,6 +40,17 @@ class Row:
     """What was measured of it, where something was."""
 
 
+def aligned(lines: Sequence[Sequence[str]]) -> list[str]:
+    """Return the lines of a table, the first of them its head; an empty cell is a dash."""
+    lines = [[cell or "–" for cell in line] for line in lines]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    text = [
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in lines
+    ]
+    return [text[0], "  ".join("─" * width for width in widths), *text[1:]]
+
+
 @dataclass(frozen=True)
 class Table:
     """What `explain` returns: `rows`, one per parameter, and `notes`."""
@@ -56,17 +67,10 @@ class Table:
             shape = "×".join(map(str, row.feedback or ()))
             seed, remains = "" if row.seed is None else str(row.seed), "yes" * row.transports
             cells = (row.parameter, row.rule, row.signal, shape, row.kind, seed, remains)
-            lines.append(tuple(cell or "–" for cell in (*cells, row.measured)))
+            lines.append((*cells, row.measured))
         if not any(row.measured for row in self.rows):
             lines = [line[:-1] for line in lines]
-            head = head[:-1]
-        widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
-        text = [
-            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-            for line in lines
-        ]
-        text.insert(1, "  ".join("─" * width for width in widths))
-        return "\n".join([*text, *(f"note: {note}" for note in self.notes)])
+        return "\n".join([*aligned(lines), *(f"note: {note}" for note in self.notes)])
 
 
 class _Region(NamedTuple):

@@ -127,12 +127,14 @@ def _holds_matrix(module: nn.Module) -> bool:
     )
 
 
-def others(model: nn.Module, maps: Iterable[nn.Module], inside: Iterable[str]) -> list[str]:
-    """Return, as `path (Kind)`, what in the modules `inside` holds a matrix and is no map."""
+def others(
+    model: nn.Module, maps: Iterable[nn.Module], inside: Iterable[str]
+) -> list[tuple[str, nn.Module]]:
+    """Return, with their paths, what in the modules `inside` holds a matrix and is no map."""
     known = {id(module) for module in maps}
     within = tuple(path + "." if path else "" for path in inside)
     return [
-        f"{path or 'the model itself'} ({type(module).__name__})"
+        (path or "the model itself", module)
         for path, module in model.named_modules()
         if id(module) not in known and f"{path}.".startswith(within) and _holds_matrix(module)
     ]

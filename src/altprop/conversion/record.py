@@ -26,6 +26,8 @@ class Converted:
 
     root: bool = False
     """Whether it is the whole of what was given to `convert`."""
+    call: Conversion | None = None
+    """What else was given, if it is."""
     names: list[str] = field(default_factory=list)
     """The attributes that were added: feedback, and a count of passes."""
     rooms: list[str] = field(default_factory=list)
@@ -42,6 +44,19 @@ class Converted:
     """Chains of blocks in this model that are one equilibrium each."""
     counted: bool = False
     """Whether a recorded pass was counted before any backward pass."""
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """The arguments of one call of `convert`, by which it can be made again."""
+
+    rule: Any
+    """A rule, or a mapping of name patterns to rules."""
+    output: str | None
+    seed: int
+    solver: Any
+    on_failure: str | None
+    batch_axis: int | tuple[int, int] | None
 
 
 @dataclass(frozen=True)

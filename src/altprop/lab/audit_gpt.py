@@ -17,13 +17,14 @@ from typing import Any
 import torch
 
 from altprop import AbstractRule, AuditReport, ConfigError, Installed, Trial, audit_trials
+from altprop.lab.corpus import corpus_of
 from altprop.lab.display import counting
 from altprop.lab.evaluation import evaluate
 from altprop.lab.run import Progress, State
 from altprop.lab.settings import TrainConfig
 from altprop.lab.train import begin, build_model, pick_device, steps
 from altprop.lab.values import plain
-from altprop.lm.text import Batches, load_corpus, windows
+from altprop.lm.text import Batches, windows
 
 PLACES = 5  # where a rule is measured on its way, evenly spaced
 CONTROLS: Mapping[str, tuple[str, ...]] = {"backprop": (), "frozen": ("blocks.*",)}
@@ -40,7 +41,7 @@ def audit_gpt(
     **Raises:** `RuleError` for a rule that does not fit; `ConfigError` for rules of one name.
     """
     runs = {name: replace(config, rule=rule) for name, rule in _named(rules).items()}
-    corpus = load_corpus(config.data)
+    corpus = corpus_of(config)
     for run in runs.values():
         build_model(run, len(corpus.tokenizer))  # every misfit is heard before anything takes time
     device = pick_device(config.device)

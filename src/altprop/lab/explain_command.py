@@ -5,9 +5,9 @@ from __future__ import annotations
 from rich.console import Console
 
 from altprop import ConfigError, explain
+from altprop.lab.corpus import corpus_of
 from altprop.lab.settings import TrainConfig
 from altprop.lab.train import build_model
-from altprop.lm.text import load_corpus
 from altprop.terminal import printable
 
 
@@ -20,6 +20,6 @@ def explain_run(config: TrainConfig) -> None:
         raise ConfigError(
             "nothing to explain: no rule was given, for example --model gpt --rule SignSymmetry"
         )
-    model = build_model(config, len(load_corpus(config.data).tokenizer))
+    model = build_model(config, len(corpus_of(config).tokenizer))
     table = printable(str(explain(model)), keep="\n")
     Console(highlight=False).print(table, markup=False, emoji=False, soft_wrap=True)

@@ -5,17 +5,20 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import re
 import shutil
 import time
 from pathlib import Path
 
 from altprop.files import part_of
 from altprop.lab.seal import has_seal
+from altprop.lm.text import TOKENIZER_FILES
 
 LOCK = ".lock"  # older than anything else in it
 PREVIOUS = "last.previous"  # the checkpoint before `last`
 FILES = (
-    *("config.yaml", "vocab.json", "run.json", "metrics.jsonl", "curves.png", "report.html"),
+    *("config.yaml", *TOKENIZER_FILES),
+    *("run.json", "metrics.jsonl", "curves.png", "report.html"),
     *(f"{name}.safetensors" for name in ("best", "last", PREVIOUS)),
 )
 TRACKERS = ("tensorboard", "trackio", "wandb")  # a folder each, in which a tracker writes
@@ -29,7 +32,8 @@ def is_run(folder: Path) -> bool:
     """Tell whether a folder is that of a run, be it one that a crash has left unfinished."""
     config = folder / "config.yaml"
     begun = (folder / LOCK).is_file() and has_seal(config)
-    return config.is_file() and (begun or (folder / "vocab.json").is_file())
+    kept = any((folder / name).is_file() for name in TOKENIZER_FILES)
+    return config.is_file() and (begun or kept)
 
 
 def is_comparison(folder: Path) -> bool:
@@ -49,7 +53,8 @@ def new_folder(text: str, method: str) -> Path:
     """Make a folder below runs/ that nobody else has, not even a run of the same second."""
     parent = Path("runs")
     parent.mkdir(exist_ok=True)
-    name = f"{Path(os.path.abspath(text)).stem}-{method}-{time.strftime('%Y%m%d-%H%M%S')}"
+    stem = re.sub(r"[^\w.-]+", "-", Path(os.path.abspath(text)).stem)  # of hf:NAME:config too
+    name = f"{stem}-{method}-{time.strftime('%Y%m%d-%H%M%S')}"
     for number in itertools.count(1):  # abspath: the text may be `.` too
         folder = parent / (name if number == 1 else f"{name}-{number}")
         with contextlib.suppress(FileExistsError):
@@ -61,7 +66,7 @@ def new_folder(text: str, method: str) -> Path:
 def empty(folder: Path) -> None:
     """Remove a run from its folder, but for what tells that there was one."""
     for name in FILES:
-        if name not in ("config.yaml", "vocab.json"):
+        if name not in ("config.yaml", *TOKENIZER_FILES):
             (folder / name).unlink(missing_ok=True)
     for path in (folder / name for name in TRACKERS):
         if path.is_symlink():

@@ -5,6 +5,7 @@ A checkpoint holds all of it, so that nobody goes on from it under other setting
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -16,13 +17,17 @@ from altprop.lab.checkpoint import Checkpoint
 from altprop.lab.config import WRITES
 from altprop.lab.settings import TrainConfig
 from altprop.lab.values import plain
-from altprop.lm.text import CharTokenizer, Corpus, describe, names_corpus
+from altprop.lm.text import AbstractTokenizer, Corpus, absolute, describe, names_tokenizer
 
-# what a resumed run may change without becoming another run; of the data, the place alone
+# what a resumed run may change without becoming another run
 _FREE = {
     *("steps", "eval_every", "save_every", "device", "sample", "on_failure", "refused_in_a_row"),
     *("final_windows", "log", "quiet"),
 }
+# what says where a text is, which may change as long as it is the same text
+_PLACES = {"data", "validation", "pattern"}
+
+_MISSING, _FILE = object(), object()
 
 
 @dataclass(frozen=True)
@@ -56,10 +61,10 @@ class Identity:
         return cls(**held)
 
     def changed(self, other: Identity) -> list[str]:
-        """Return the options, and `data` for another text, in which the other run differs."""
+        """Return the options in which the other run differs, those of another text too."""
         names = changed_options(self.options, other.options)
         if self.text == other.text and self.vocabulary == other.vocabulary:
-            return [name for name in names if name != "data"]  # the same text, elsewhere
+            return [name for name in names if name not in _PLACES]  # the same text, elsewhere
         return names
 
 
@@ -70,30 +75,43 @@ def options_of(config: TrainConfig) -> dict[str, Any]:
     """
     left_out = {*WRITES, *config.foreign}
     values = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in left_out}
-    if not names_corpus(config.data):
-        values["data"] = str(Path(config.data).expanduser().absolute())
+    values["data"] = absolute(config.data)
+    if config.validation is not None:
+        values["validation"] = absolute(config.validation)
+    if not names_tokenizer(config.tokenizer):
+        values["tokenizer"] = os.path.abspath(os.path.expanduser(str(config.tokenizer)))
     kept: dict[str, Any] = plain(values)
     return kept
 
 
 def changed_options(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
     """Return the names of the options that make another run, in the order of `TrainConfig`."""
-    missing = object()
     names = [f.name for f in fields(TrainConfig) if f.name not in _FREE]
-    return [name for name in names if one.get(name, missing) != other.get(name, missing)]
+    return [name for name in names if _said(one, name) != _said(other, name)]
+
+
+def _said(options: Mapping[str, Any], name: str) -> Any:
+    """Return what an option says; of a tokenizer's file only that it is one, its digest says which.
+
+    What is missing differs from everything, but from what is missing too.
+    """
+    value = options.get(name, _MISSING)
+    a_file = name == "tokenizer" and isinstance(value, str) and not names_tokenizer(value)
+    return _FILE if a_file else value
 
 
 def check_settings(
-    saved: Checkpoint, path: Path, config: TrainConfig, tokenizer: CharTokenizer
+    saved: Checkpoint, path: Path, config: TrainConfig, tokenizer: AbstractTokenizer
 ) -> None:
     """Make sure that a checkpoint is of that configuration and vocabulary.
 
     **Raises:** `CheckpointError` naming what is of another run.
     """
     then = Identity.read(saved, path)
-    names = [n for n in changed_options(options_of(config), then.options) if n != "data"]
+    changed = changed_options(options_of(config), then.options)
+    names = [name for name in changed if name not in _PLACES]
     if then.vocabulary != tokenizer.digest():
-        names.append("vocab.json")
+        names.append(tokenizer.file)
     if names:
         raise CheckpointError(
             f"{path}: of a run with other values of {listed(names)} than its folder holds: give "

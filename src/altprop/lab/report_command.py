@@ -45,7 +45,7 @@ def report(
     if not compared and not is_run(folder):
         raise CheckpointError(
             f"{folder}: neither a run nor a comparison; give the folder of altprop train (with "
-            "config.yaml and vocab.json) or of a comparison (with comparison.yaml)"
+            "config.yaml and a tokenizer) or of a comparison (with comparison.yaml)"
         )
     page = html or folder / "report.html"
     targets = {name: path for name, path in (("html", page), ("png", png), ("csv", csv)) if path}

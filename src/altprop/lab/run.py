@@ -18,13 +18,13 @@ from altprop import CheckpointError, ConvergenceError
 from altprop.files import write_whole
 from altprop.lab import checkpoint
 from altprop.lab.choices import types_of
-from altprop.lab.config import to_yaml
+from altprop.lab.corpus import keep
 from altprop.lab.folder import LOCK, PREVIOUS, clean, empty, is_free, is_run, new_folder
 from altprop.lab.identity import Identity, options_of
 from altprop.lab.lock import Lock
 from altprop.lab.metrics import Metrics
+from altprop.lab.moved import written
 from altprop.lab.record import Record
-from altprop.lab.seal import sealed
 from altprop.lab.settings import TrainConfig
 from altprop.lm.text import Corpus
 
@@ -188,12 +188,12 @@ class Run:
         """Make an empty run of the folder: a crash from here on leaves one to be overwritten."""
         empty(self.folder)
         self._write_config()
-        self._tokenizer.to_json(self.folder / "vocab.json")
+        keep(self._tokenizer, self.folder)
         self._metrics.start()
         self._record = Record(self.folder / "run.json", [])
 
     def _write_config(self) -> None:
-        write_whole(self.folder / "config.yaml", sealed(to_yaml(self._identity.options)))
+        write_whole(self.folder / "config.yaml", written(self.folder, self._identity.options))
 
     def _check_same(self) -> None:
         """Find what to go on from, and refuse a run that was started with something else.
@@ -208,7 +208,7 @@ class Run:
                 f"{self.resume_options()}, or start a new run"
             )
         if (now.vocabulary, now.text) != (then.vocabulary, then.text):
-            what = "another text" if now.vocabulary == then.vocabulary else "other characters"
+            what = "another text" if now.vocabulary == then.vocabulary else "another vocabulary"
             raise CheckpointError(
                 f"{self.folder} was started with {what} than {self.config.data} has now: "
                 "give the text of that time, or start a new run"
@@ -280,7 +280,7 @@ class Run:
             self._say(self._metrics.go_on(made, written))
             # steps and the like may have changed, and the next --resume must not take them back
             self._write_config()
-            self._tokenizer.to_json(self.folder / "vocab.json")
+            keep(self._tokenizer, self.folder)
             self._record = Record.go_on(self.folder / "run.json")
         except OSError as error:
             raise CheckpointError(f"{self.folder}: cannot be written ({error.strerror})") from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
+from itertools import chain
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -15,9 +16,9 @@ from altprop.lab import checkpoint
 from altprop.lab.config import read_config
 from altprop.lab.identity import check_settings
 from altprop.lab.settings import TrainConfig
-from altprop.lab.train import build_model, opening, pick_device
+from altprop.lab.train import build_model, pick_device
 from altprop.lm.model import LanguageModel, stream
-from altprop.lm.text import CharTokenizer
+from altprop.lm.text import AbstractTokenizer, read_tokenizer
 from altprop.terminal import printable
 
 Which = Literal["best", "last"]
@@ -25,7 +26,7 @@ Which = Literal["best", "last"]
 
 def load_run(
     run: Path, which: Which = "best", device: str = "auto"
-) -> tuple[LanguageModel, CharTokenizer]:
+) -> tuple[LanguageModel, AbstractTokenizer]:
     """Return a run's model, on `device`, and its tokenizer.
 
     **Arguments:** `run`, the folder of a training run; `which`, `best` or `last`.
@@ -35,11 +36,15 @@ def load_run(
     """
     if which not in get_args(Which):
         raise unknown("checkpoint", which, get_args(Which))
-    for name in ("config.yaml", "vocab.json"):
-        if not (run / name).is_file():
+    tokenizer = read_tokenizer(run) if run.is_dir() else None
+    for name, there in (
+        ("config.yaml", (run / "config.yaml").is_file()),
+        ("vocab.json or tokenizer.json", tokenizer is not None),
+    ):
+        if not there:
             raise CheckpointError(f"{run}: no {name} there; give the folder of a training run")
-    config = read_config(run / "config.yaml", TrainConfig)
-    tokenizer = CharTokenizer.from_json(run / "vocab.json")
+    assert tokenizer is not None
+    config = config_of(run)
     path = run / f"{which}.safetensors"
     kept = [name for name in get_args(Which) if (run / f"{name}.safetensors").is_file()]
     if kept and which not in kept:
@@ -52,6 +57,11 @@ def load_run(
     model = build_model(config, len(tokenizer)).to(pick_device(device))
     checkpoint.restore_model(model, saved, path)
     return model.eval(), tokenizer
+
+
+def config_of(run: Path) -> TrainConfig:
+    """Return what a run was configured with; it raises as `read_config`."""
+    return read_config(run / "config.yaml", TrainConfig)
 
 
 def _write(text: str) -> None:
@@ -76,7 +86,7 @@ def sample(
         run: the folder of a training run.
         prompt: the text to continue; its characters must be in the run's vocabulary. Unless given
             (or null), a line break, or where the vocabulary has none a space, or else its first
-            character.
+            token.
         tokens: how many tokens to write.
         temperature: divides the logits; 0 takes the likeliest token.
         top_k: keep only the likeliest so many tokens; null for all.
@@ -87,16 +97,16 @@ def sample(
     if not 0 <= seed < 2**63:
         raise ConfigError(f"seed is {seed}, expected in [0, 2^63)")
     model, tokenizer = load_run(run, which, device)
-    text = opening(tokenizer) if prompt is None else prompt
-    ids = torch.as_tensor(tokenizer.encode(text).astype("int64")).unsqueeze(0)
+    start = tokenizer.opening() if prompt is None else tokenizer.encode(prompt)
+    ids = torch.as_tensor(start.astype("int64")).unsqueeze(0)
     ids = ids.to(next(model.parameters()).device)
     generator = torch.Generator().manual_seed(seed)
     news = stream(model, ids, tokens, temperature=temperature, top_k=top_k, generator=generator)
     with using(model, on_failure="warn"), warnings.catch_warnings(record=True) as unsettled:
         warnings.simplefilter("always", RuntimeWarning)
-        _write(text)
-        for new in news:
-            _write(tokenizer.decode(new[0].cpu().numpy()))
+        written = chain.from_iterable(new[0].tolist() for new in news)
+        for piece in tokenizer.pieces(chain(start.tolist(), written)):
+            _write(piece)
     print()
     if unsettled:
         print(

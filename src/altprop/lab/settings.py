@@ -20,6 +20,7 @@ from altprop.lab.choices import defaults_of
 from altprop.lab.config import WRITES, refuse
 from altprop.lab.folder import TRACKERS, is_run
 from altprop.lab.memory import FLOAT, check_memory, training, weights
+from altprop.lab.moved import KEY, found_from
 from altprop.lab.seal import has_seal
 from altprop.lm.blocks import ESTIMATOR, SOLVER, ModelConfig
 
@@ -29,7 +30,14 @@ class TrainConfig:
     """Everything that a training run depends on.
 
     Args:
-        data: a built-in corpus (`plays`), a text file or folder of them, or a prepared folder.
+        data: a built-in corpus (`plays`), a text file or folder of them, a Hugging Face dataset
+            (`hf:NAME[:config][:column]`), or a prepared folder.
+        validation: a text to validate on, instead of the last tenth of `data` or its own split.
+        pattern: which files of a folder are its texts, such as `*.py`; `*.txt` and `*.md` unless
+            given.
+        tokenizer: `char`, `bpe:4096` (a BPE of at most so many tokens, learned from the text to
+            train on), the path of a tokenizer.json, or, of a folder of tokens alone, `ids:50257`;
+            null for what a prepared folder holds, and `char` for any other text.
         out: the run's folder; a new one below runs/ unless given. The config.yaml of a run means
             the folder that it lies in.
         resume: go on from the last checkpoint in the run's folder.
@@ -79,13 +87,16 @@ class TrainConfig:
         refused_in_a_row: so many refused steps in a row end the run, and so do more than that among
             ten times as many.
         device: `auto`, `cpu`, `cuda`, or any other that torch knows.
-        sample: characters of text to write at the end.
+        sample: tokens of text to write at the end.
         log: trackers that are told of every step too: trackio, tensorboard, wandb (offline); what
             they write lies in the run's folder.
         quiet: show the figure at the end alone.
     """
 
     data: str = "plays"
+    validation: str | None = None
+    pattern: tuple[str, ...] = ()
+    tokenizer: str | None = None
     out: Path | None = None
     resume: bool = False
     overwrite: bool = False
@@ -171,6 +182,7 @@ class TrainConfig:
     def of_file(cls, data: dict[str, Any], file: Path) -> dict[str, Any]:
         """Return the options that a file holds: a run is the folder that its config lies in."""
         refuse(name for name in WRITES if data.pop(name, None))
+        places = data.pop(KEY, None)
         for place in (file, file.resolve()):
             if place.name == "config.yaml" and is_run(place.parent):
                 if not has_seal(place):
@@ -178,7 +190,7 @@ class TrainConfig:
                         "not as altprop wrote it (cut off, edited, or of an older version): leave "
                         f"out --config and give the run's own options, with --out {place.parent}"
                     )
-                return {**data, "out": str(place.parent)}
+                return {**found_from(place.parent, data, places), "out": str(place.parent)}
         return data
 
     @property

@@ -18,6 +18,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from altprop import CheckpointError, ConfigError, ConvergenceError, convert
 from altprop.errors import suggest
 from altprop.lab.callbacks import Begin, Callback, Callbacks
+from altprop.lab.corpus import corpus_of
 from altprop.lab.display import Display, counting
 from altprop.lab.evaluation import count_tiles, evaluate, tiles
 from altprop.lab.guard import Guard
@@ -28,7 +29,7 @@ from altprop.lab.settings import TrainConfig
 from altprop.lab.signals import Stopped, interruptible
 from altprop.lab.trackers import trackers
 from altprop.lm.model import GPT, EquilibriumLM, LanguageModel, generate
-from altprop.lm.text import Batches, CharTokenizer, Corpus, check_context, load_corpus, windows
+from altprop.lm.text import Batches, Corpus, check_context, windows
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,8 @@ class TrainResult:
 def train(config: TrainConfig, callbacks: Sequence[Callback] = ()) -> TrainResult:
     """Train a language model, keep the run in a folder, and return what came of it.
 
-    Writes into the run's folder `config.yaml`, `vocab.json`, `metrics.jsonl`, `best.safetensors`,
-    `last.safetensors` and `curves.png`.
+    Writes into the run's folder `config.yaml`, `vocab.json` (or `tokenizer.json`), `metrics.jsonl`,
+    `best.safetensors`, `last.safetensors` and `curves.png`.
 
     **Arguments:** `callbacks`, told of every step and evaluation, before the trackers of
     `config.log`; what one raises ends the run, after saving.
@@ -63,7 +64,7 @@ def train(config: TrainConfig, callbacks: Sequence[Callback] = ()) -> TrainResul
     refused (`refused_in_a_row`, or all of them); `KeyboardInterrupt` after saving.
     """
     listening = [*callbacks, *trackers(config.log)]
-    corpus = load_corpus(config.data)
+    corpus = corpus_of(config)
     check_context(corpus, config.context)
     device = pick_device(config.device)
     state, guard = begin(config, corpus)
@@ -353,11 +354,6 @@ def draw_curves(folder: Path, display: Display) -> None:
         display.note(f"no curves: {error}")
 
 
-def opening(tokenizer: CharTokenizer) -> str:
-    """Return what a text may start after: a line break, or else a space, or else any character."""
-    return next((mark for mark in "\n " if mark in tokenizer.vocab), tokenizer.vocab[0])
-
-
 def write_sample(
     model: LanguageModel,
     corpus: Corpus,
@@ -365,16 +361,15 @@ def write_sample(
     device: torch.device,
     display: Display,
 ) -> str:
-    """Return text that the model writes after the `opening` of its vocabulary."""
+    """Return text that the model writes after the tokenizer's `opening`."""
     if not config.sample:
         return ""
     tokenizer = corpus.tokenizer
-    ids = torch.as_tensor(tokenizer.encode(opening(tokenizer)).astype("int64"))
-    ids = ids.unsqueeze(0).to(device)
+    ids = torch.as_tensor(tokenizer.opening().astype("int64")).unsqueeze(0).to(device)
     generator = torch.Generator().manual_seed(config.seed)
     try:
         out = generate(model, ids, config.sample, temperature=0.8, generator=generator)
     except ConvergenceError as error:
         display.note(f"no sample: {error}")
         return ""
-    return tokenizer.decode(out[0, 1:].cpu().numpy())
+    return tokenizer.decode(out[0, ids.shape[1] :].cpu().numpy())

@@ -16,9 +16,9 @@ from altprop.lab.record import read_record
 from altprop.lab.reporting.metrics import Records, read_metrics
 from altprop.lab.sample_command import load_run
 from altprop.lab.settings import TrainConfig
-from altprop.lab.train import count_parameters, opening
+from altprop.lab.train import count_parameters
 from altprop.lm.model import LanguageModel, generate
-from altprop.lm.text import CharTokenizer
+from altprop.lm.text import AbstractTokenizer
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class RunFacts:
     **Arguments:** `which`, the checkpoint that the rest is of, if the run has kept one;
     `explained` and `notes`, what `explain` says, if the model has a rule; `read`, how each
     parameter was read in one backward pass; `sample`, what the model writes; `unsettled`, how many
-    of its characters were read from a state that is no equilibrium.
+    of its tokens were read from a state that is no equilibrium.
     """
 
     folder: Path
@@ -47,7 +47,7 @@ class RunFacts:
 def run_facts(folder: Path, sample: int = 400, device: str = "auto") -> RunFacts:
     """Return what a run's folder holds, and what its model does.
 
-    **Arguments:** `sample`, how many characters it writes.
+    **Arguments:** `sample`, how many tokens it writes.
 
     **Raises:** `CheckpointError` for a folder that is not whole, `ConfigError` for a configuration
     that cannot be read.
@@ -108,14 +108,14 @@ def _read(model: LanguageModel, vocabulary: int, config: TrainConfig) -> dict[st
     return {name: str(reading) for name, reading in seen.items()}
 
 
-def _write(model: LanguageModel, tokenizer: CharTokenizer, count: int) -> tuple[str, int]:
+def _write(model: LanguageModel, tokenizer: AbstractTokenizer, count: int) -> tuple[str, int]:
     """Return what the model writes, and how many solves of it failed."""
     if count == 0:
         return "", 0
-    ids = torch.as_tensor(tokenizer.encode(opening(tokenizer)).astype("int64")).unsqueeze(0)
+    ids = torch.as_tensor(tokenizer.opening().astype("int64")).unsqueeze(0)
     ids = ids.to(next(model.parameters()).device)
     drawn = torch.Generator().manual_seed(0)
     with using(model, on_failure="warn"), warnings.catch_warnings(record=True) as unsettled:
         warnings.simplefilter("always", RuntimeWarning)
         out = generate(model, ids, count, temperature=0.8, generator=drawn)
-    return tokenizer.decode(out[0, 1:].cpu().numpy()), len(unsettled)
+    return tokenizer.decode(out[0, ids.shape[1] :].cpu().numpy()), len(unsettled)

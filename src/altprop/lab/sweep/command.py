@@ -17,6 +17,7 @@ from altprop import CheckpointError, ConfigError
 from altprop.files import write_whole
 from altprop.lab.choices import at, defaults_of
 from altprop.lab.config import WRITES, read_mapping
+from altprop.lab.corpus import corpus_of
 from altprop.lab.folder import LOCK, new_folder
 from altprop.lab.help import brief
 from altprop.lab.lock import Lock
@@ -25,7 +26,7 @@ from altprop.lab.run import homes
 from altprop.lab.settings import TrainConfig
 from altprop.lab.sweep.spec import Range, Spec, read_spec
 from altprop.lab.values import plain
-from altprop.lm.text import check_context, load_corpus
+from altprop.lm.text import check_context
 from altprop.terminal import printable
 
 SPEC, PICTURE, STUDY = "sweep.yaml", "sweep.png", "study.db"
@@ -84,7 +85,7 @@ def sweep(
     _check(trials, widen, workers, seed, out, resume, overwrite)
     asked = read_spec(spec)
     corners = [asked.config(words) for words in asked.corners()]
-    check_context(load_corpus(corners[0].data), max(config.context for config in corners))
+    check_context(corpus_of(corners[0]), max(config.context for config in corners))
     folder = out or new_folder(str(spec), "sweep")
     _open(folder, asked, resume=resume, overwrite=overwrite)
 

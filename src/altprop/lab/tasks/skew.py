@@ -14,7 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from altprop import Anderson, Equilibrium, Implicit, from_function
+from altprop import GMRES, Equilibrium, Implicit, NewtonKrylov, from_function
 from altprop.lab.settings import TrainConfig
 from altprop.lab.tasks.digits import digits
 from altprop.lab.tasks.task import AbstractClassification, plain_adamw
@@ -72,8 +72,9 @@ class SkewNetwork(nn.Module):
         dynamics = from_function(
             force, step=1 / (1 + coupling**2), start=lambda x: x.new_zeros(len(x), states)
         )
-        solver = Anderson(tol=1e-4, max_steps=200)
-        self.system = Equilibrium(dynamics, solver, Implicit(tol=1e-4), on_failure="accept")
+        # at a coupling of 10 neither plain steps nor Anderson's reach the state or its adjoint
+        solver, exact = NewtonKrylov(tol=1e-5), Implicit(tol=1e-5, solver=GMRES())
+        self.system = Equilibrium(dynamics, solver, exact, on_failure="accept")
         self.head = nn.Linear(states, 10)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Text: a GPT, or an equilibrium, that predicts the next character of a corpus."""
+"""Text: a GPT, or an equilibrium, that predicts the next token of a corpus."""
 
 from __future__ import annotations
 
@@ -11,24 +11,25 @@ import torch
 from torch import Tensor, nn
 
 from altprop import Implicit
+from altprop.lab.corpus import corpus_of
 from altprop.lab.evaluation import evaluate
 from altprop.lab.run import Batch, Stream
 from altprop.lab.settings import TrainConfig
 from altprop.lab.tasks.task import AbstractTask, Part
 from altprop.lab.train import build_model, predicted
-from altprop.lm.text import Batches, Corpus, load_corpus, windows
+from altprop.lm.text import Batches, Corpus, windows
 
 _SEEDS = {"test": 0, "validation": 1}  # of the windows; a text has one part that is held out
 
 
 @dataclass(frozen=True)
 class Text(AbstractTask):
-    """Predict the next character of a text; the score is the cross-entropy of held-out windows.
+    """Predict the next token of a text; the score is the cross-entropy of held-out windows.
 
     It is trained by the recipe of `altprop train`, its schedule and its stabiliser.
 
     **Arguments:** `data`, a corpus as `altprop train` takes it; `kind`, the model; `layers`,
-    `d_model`, `heads`, `context`, `batch`: as in `TrainConfig`.
+    `d_model`, `heads`, `context`, `batch`, `tokenizer`: as in `TrainConfig`.
     """
 
     data: str = "plays"
@@ -38,6 +39,7 @@ class Text(AbstractTask):
     heads: int = 4
     context: int = 64
     batch: int = 16
+    tokenizer: str | None = None
 
     name: ClassVar[str] = "text"
     score_name: ClassVar[str] = "cross-entropy"
@@ -69,13 +71,14 @@ class Text(AbstractTask):
         )
         return TrainConfig(
             data=self.data, model=self.kind, layers=self.layers, d_model=self.d_model,
-            heads=self.heads, context=self.context, batch=self.batch, device="cpu", **exact,
+            heads=self.heads, context=self.context, batch=self.batch, tokenizer=self.tokenizer,
+            device="cpu", **exact,
         )  # fmt: skip
 
     @cached_property
     def corpus(self) -> Corpus:
         """The text, tokenised."""
-        return load_corpus(self.data)
+        return corpus_of(self.recipe)
 
     def network(self) -> nn.Module:
         return build_model(self.recipe, len(self.corpus.tokenizer))

@@ -11,7 +11,7 @@ import numpy as np
 
 from altprop.errors import ConfigError, DataError
 from altprop.lm.text.token_file import Tokens
-from altprop.lm.text.tokenizer import CHUNK, CharTokenizer, Ids
+from altprop.lm.text.tokenizer import CHUNK, AbstractTokenizer, Ids
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,7 +22,7 @@ class Corpus:
     description: str
     train: Tokens
     validation: Tokens
-    tokenizer: CharTokenizer
+    tokenizer: AbstractTokenizer
 
 
 def check_context(corpus: Corpus, context: int) -> None:
@@ -53,7 +53,7 @@ def describe(corpus: Corpus) -> dict[str, Any]:
         "train": len(corpus.train),
         "validation": len(corpus.validation),
         "vocabulary": len(corpus.tokenizer),
-        "characters": "".join(corpus.tokenizer.vocab),
+        **corpus.tokenizer.facts(),
         "train_sha256": _digest(corpus.train),
         "validation_sha256": _digest(corpus.validation),
         "head": corpus.tokenizer.decode(corpus.train[:200]),

@@ -11,15 +11,18 @@ import uuid
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from altprop.errors import CheckpointError, DataError
-from altprop.files import write_whole
+from altprop.files import replacing, sync, write_whole
+from altprop.lm.text.choice import read_tokenizer, stated_tokenizer
 from altprop.lm.text.corpus import Corpus, little_endian
 from altprop.lm.text.reading import read_characters
-from altprop.lm.text.token_file import TokenFile
-from altprop.lm.text.tokenizer import CharTokenizer
+from altprop.lm.text.token_file import TokenFile, Tokens
+from altprop.lm.text.tokenizer import AbstractTokenizer, CharTokenizer, width_of
 from altprop.reading import parse_json, place, read_bytes
 
-PREPARED = ("train.bin", "val.bin", "vocab.json", "meta.pkl", "digest.json")
+PREPARED = ("train.bin", "val.bin", "vocab.json", "tokenizer.json", "meta.pkl", "digest.json")
 LARGEST_DIGEST = 64 << 10  # bytes
 ATTEMPTS = 10  # at a folder that is replaced while it is read
 
@@ -55,34 +58,41 @@ def check_folder(out: str | Path, overwrite: bool) -> None:
 def write_prepared(corpus: Corpus, out: str | Path) -> None:
     """Write a corpus as a folder, beside `out` first, so that it is there whole or not at all.
 
-    **Raises:** `DataError` for more than 65536 characters, or what cannot be written.
+    An id takes 16 bits, or 32 where there are more than 65536. It is all on the disk before it has
+    its name.
+
+    **Raises:** `DataError` for what cannot be written.
     """
     target = _absolute(out)
     fresh = target.with_name(f".{target.name}.{uuid.uuid4().hex}.partial")
-    if len(corpus.tokenizer) > 65536:
-        raise DataError(
-            f"{corpus.name} has {len(corpus.tokenizer)} characters, more than the 65536 that "
-            "nanoGPT's uint16 layout can number: use the text itself"
-        )
+    tokenizer = corpus.tokenizer
+    dtype = width_of(len(tokenizer)).newbyteorder("<")
     try:
         fresh.mkdir(parents=True)
-        digests = {"vocabulary": corpus.tokenizer.digest()}
+        digests = {"vocabulary": tokenizer.digest()}
         for name, ids in (("train.bin", corpus.train), ("val.bin", corpus.validation)):
-            digest = hashlib.sha256()
-            with (fresh / name).open("wb") as file:
-                for piece in little_endian(ids):
-                    raw = piece.astype("<u2", copy=False).data
-                    digest.update(raw)
-                    file.write(raw)
-            digests[name] = digest.hexdigest()
+            digests[name] = _write_ids(fresh / name, ids, dtype)
         write_whole(fresh / "digest.json", json.dumps(digests, indent=1) + "\n")
-        corpus.tokenizer.to_json(fresh / "vocab.json")
-        (fresh / "meta.pkl").write_bytes(pickle.dumps(_meta(corpus.tokenizer), protocol=4))
+        tokenizer.to_json(fresh / tokenizer.file)
+        if isinstance(tokenizer, CharTokenizer):
+            write_whole(fresh / "meta.pkl", pickle.dumps(_meta(tokenizer), protocol=4))
         _swap(fresh, target)
+        sync(target.parent)
     except OSError as error:
         raise DataError(f"cannot write {target}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
+
+
+def _write_ids(path: Path, ids: Tokens, dtype: np.dtype[Any]) -> str:
+    """Write ids as raw integers, and return the SHA-256 of the file."""
+    digest = hashlib.sha256()
+    with replacing(path) as part, part.open("wb") as file:
+        for piece in little_endian(ids):
+            raw = piece.astype(dtype, copy=False).data
+            digest.update(raw)
+            file.write(raw)
+    return digest.hexdigest()
 
 
 def _absolute(out: str | Path) -> Path:
@@ -109,8 +119,11 @@ def _meta(tokenizer: CharTokenizer) -> dict[str, Any]:
     return {"vocab_size": len(tokenizer), "itos": itos, "stoi": stoi}
 
 
-def read_prepared(folder: Path) -> Corpus:
+def read_prepared(folder: Path, tokenizer: str | None = None) -> Corpus:
     """Open a prepared folder: the one that is there, whole, or the one that replaces it meanwhile.
+
+    **Arguments:** `tokenizer`, whose ids these are, where the folder does not say: the path of a
+    `tokenizer.json`, or `ids:N`.
 
     **Raises:** `DataError` for files that are missing, damaged or not of one text.
     """
@@ -120,7 +133,7 @@ def read_prepared(folder: Path) -> Corpus:
         except OSError as error:
             raise DataError(f"cannot read {folder}: {error.strerror or error}") from error
         try:
-            return _read(folder, opened)
+            return _read(folder, opened, tokenizer)
         except DataError:
             if os.path.isdir(folder) and os.path.samestat(os.stat(folder), os.fstat(opened)):
                 raise
@@ -129,17 +142,10 @@ def read_prepared(folder: Path) -> Corpus:
     raise DataError(f"{folder} is replaced again and again while it is read: wait, and try again")
 
 
-def _read(folder: Path, opened: int) -> Corpus:
+def _read(folder: Path, opened: int, stated: str | None) -> Corpus:
     there = set(os.listdir(opened))
     try:
-        if "vocab.json" in there:
-            tokenizer = CharTokenizer.from_json(folder / "vocab.json", opened)
-        elif "meta.pkl" in there:
-            tokenizer = CharTokenizer(read_characters(folder / "meta.pkl", opened))
-        else:
-            raise DataError(
-                f"{folder} holds tokens but neither vocab.json nor meta.pkl to say what they mean"
-            )
+        tokenizer = _tokenizer(folder, opened, stated)
         parts = {
             name: TokenFile(opened, name, f"{folder / name}", len(tokenizer))
             for name in ("train.bin", "val.bin")
@@ -155,6 +161,26 @@ def _read(folder: Path, opened: int) -> Corpus:
         raise DataError(f"cannot read {file}: {error.strerror or error}") from error
     name, description = folder.resolve().name, f"the prepared folder {folder}"
     return Corpus(name, description, parts["train.bin"], parts["val.bin"], tokenizer)
+
+
+def _tokenizer(folder: Path, opened: int, stated: str | None) -> AbstractTokenizer:
+    """Return the tokenizer that a folder holds, or else the one that is stated."""
+    there = set(os.listdir(opened))
+    own = read_tokenizer(folder, opened)
+    if own is None and "meta.pkl" in there and stated in (None, "char"):
+        own = CharTokenizer(read_characters(folder / "meta.pkl", opened))
+    if own is not None and (stated is None or stated == "char" and type(own) is CharTokenizer):
+        return own
+    if stated is None:
+        raise DataError(
+            f"{folder} holds tokens but neither vocab.json nor meta.pkl nor tokenizer.json to say "
+            "what they mean: state it by --tokenizer path/tokenizer.json, or --tokenizer ids:50257 "
+            "for the number of ids alone"
+        )
+    tokenizer = stated_tokenizer(stated)
+    if own is not None and own.digest() != tokenizer.digest():
+        raise DataError(f"{folder} holds another tokenizer than {stated}: leave out --tokenizer")
+    return tokenizer
 
 
 def _check_digests(path: Path, opened: int, found: dict[str, str]) -> None:

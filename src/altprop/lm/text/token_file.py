@@ -11,15 +11,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from altprop.errors import DataError
-from altprop.lm.text.tokenizer import CHUNK, Ids
+from altprop.lm.text.tokenizer import CHUNK, Ids, width_of
 from altprop.reading import open_regular
 
 LARGEST = 1 << 40  # bytes
-WIDTH = 2  # bytes of an id
 
 
 class TokenFile:
-    """A row of ids in a file of raw little-endian uint16, of which a slice is an array.
+    """A row of ids in a file of raw little-endian integers, of which a slice is an array.
+
+    An id takes 16 bits, or 32 where the vocabulary has more than 65536.
 
     The file that was opened is the one that is read, whatever its name stands for later. It is not
     mapped into memory: a mapped file that becomes shorter ends the process.
@@ -31,28 +32,30 @@ class TokenFile:
     also when they are read later.
     """
 
-    dtype = np.dtype("<u2")
-
     def __init__(self, folder: int, name: str, where: str, vocabulary: int) -> None:
         self._where, self._vocabulary = where, vocabulary
+        self.dtype = width_of(vocabulary).newbyteorder("<")
         self._file = open_regular(name, LARGEST, folder)
         weakref.finalize(self, os.close, self._file)
         size = os.fstat(self._file).st_size
-        if size == 0 or size % WIDTH:
+        width = self.dtype.itemsize
+        if size == 0 or size % width:
             raise DataError(
-                f"{where} has {size} bytes: expected raw uint16 ids, an even number above 0"
+                f"{where} has {size} bytes: expected raw uint{8 * width} ids, a multiple of "
+                f"{width} above 0"
             )
-        self._length = size // WIDTH
+        self._length = size // width
 
     def __len__(self) -> int:
         return self._length
 
     def __getitem__(self, part: slice) -> Ids:
         start, stop, step = part.indices(self._length)
-        raw = bytearray(max(0, stop - start) * WIDTH)
+        width = self.dtype.itemsize
+        raw = bytearray(max(0, stop - start) * width)
         read, view = 0, memoryview(raw)
         while read < len(raw):
-            got = os.preadv(self._file, [view[read : read + (1 << 26)]], start * WIDTH + read)
+            got = os.preadv(self._file, [view[read : read + (1 << 26)]], start * width + read)
             if not got:
                 raise DataError(
                     f"{self._where} has become shorter since it was opened: it held "
@@ -63,7 +66,7 @@ class TokenFile:
         if len(ids) and (largest := int(ids.max())) >= self._vocabulary:
             raise DataError(
                 f"{self._where} holds the id {largest}, but its vocabulary has {self._vocabulary} "
-                "characters: the tokens and the vocabulary are not of the same text"
+                "entries: the tokens and the vocabulary are not of the same text"
             )
         return ids[::step]
 
