@@ -59,6 +59,7 @@ def understood(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
             "audit_gpt.corpus_of",
             "compare.comparison.run_jobs",
             "reproduce.command.measured",
+            "sweep.workers.work",
         ):
             patch.setattr(f"altprop.lab.{place}", reached)
         with pytest.raises(ReachedError):
@@ -75,10 +76,14 @@ def test_every_command_on_the_page_works(
         Path(name).write_text(sentences(), encoding="utf-8")
     data = ["--data", "mytext.txt"]  # what a command says of its own wins
     assert main(["train", *data, "--out", "runs/old", *TINY]) == 0
+    sweeps = (ROOT / "docs" / "sweeps.md").read_text(encoding="utf-8")
+    ((_, yaml),) = [block for block in FENCED.findall(sweeps) if block[0] == "yaml"]
+    Path("sweep.yaml").write_text(yaml, encoding="utf-8")
     for words in commands(page):
         command, *rest = words
         named = rest and not rest[0].startswith("--")
         takes_long = command in ("audit", "compare") or (command == "reproduce" and named)
+        takes_long |= command == "sweep" and "--trials" not in words
         if takes_long and "--task.help" not in words:
             understood(words, monkeypatch)
         elif "--print_config" in words:  # > FILE
@@ -92,8 +97,6 @@ def test_every_command_on_the_page_works(
             Path("run.yaml").write_text(yaml, encoding="utf-8")
             assert main([command, *data, *(rest or ["--config", "run.yaml"])]) == 0
         elif command == "sweep":
-            ((_, yaml),) = [b for b in FENCED.findall(page.read_text("utf-8")) if b[0] == "yaml"]
-            Path(rest[0]).write_text(yaml, encoding="utf-8")
             alone = ["1" if before == "--workers" else word
                      for before, word in zip(words, rest, strict=False)]  # fmt: skip
             assert main([command, *alone]) == 0, words

@@ -7,6 +7,7 @@ import json
 import math
 import shlex
 import statistics
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -364,7 +365,7 @@ def test_optuna_that_is_not_there_is_named_before_anything_is_written(
 ) -> None:
     path = spec({"lr": RATES})
     before = tree(here)
-    monkeypatch.setitem(__import__("sys").modules, "optuna", None)
+    monkeypatch.setitem(sys.modules, "optuna", None)
     with pytest.raises(ConfigError, match=r'need the package optuna: pip install "altprop\[sweep'):
         sweep(path, out=Path("s"))
     assert tree(here) == before

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import sqlite3
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -228,7 +229,7 @@ def test_a_tracker_that_is_not_there_is_named_in_one_line_before_anything_is_wri
     config = small(tmp_path / "run")
     before = tree(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setitem(__import__("sys").modules, "wandb", None)
+        patch.setitem(sys.modules, "wandb", None)
         assert main(["train", *words(config), "--log", "tensorboard,wandb"]) == 2
     assert capsys.readouterr().err == (
         "altprop: error: log: wandb needs the package wandb: pip install wandb, or "

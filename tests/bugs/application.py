@@ -368,4 +368,24 @@ BUGS = [
         "return text",
         "test_report_command.py",
     ),
+    Bug(
+        _LAB + "callbacks.py",
+        "            self._save()\n            raise",
+        "            raise",
+        "test_trackers.py",
+    ),
+    Bug(
+        _LAB + "sweep/study.py",
+        "if lock.held and self.trials[running.number].state == TrialState.RUNNING:",
+        "if not lock.held:",
+        "test_sweep.py",
+    ),
+    Bug(_LAB + "edges.py", "end * d > 0 and end * d >= least", "end * d > 0", "test_sweep.py"),
+    Bug(
+        _LAB + "sweep/study.py",
+        "wider = replace(now, low=min(now.low, value), high=max(now.high, value))",
+        "wider = now",
+        "test_sweep.py",
+    ),
+    Bug(_LAB + "trackers.py", '"allow" if begin.step else "never"', '"never"', "test_trackers.py"),
 ]

@@ -23,7 +23,8 @@ from altprop.lab.words import changed
 from altprop.reading import place
 
 _TYPES = types_of(TrainConfig)
-_NOT = (*WRITES, "data", "quiet", "log", "seed")  # of which no value is a better one
+# of which no value is a better one
+_NOT = (*WRITES, "data", "validation", "pattern", "tokenizer", "quiet", "log", "seed")
 
 
 @dataclass(frozen=True)
