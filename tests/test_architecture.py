@@ -89,6 +89,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "altprop",
         "altprop.errors",
         "altprop.files",
+        "altprop.parts",
         "altprop.reading",
         "altprop.lm.*",
     ),
