@@ -87,6 +87,15 @@ class TrainConfig:
         refused_in_a_row: so many refused steps in a row end the run, and so do more than that among
             ten times as many.
         device: `auto`, `cpu`, `cuda`, or any other that torch knows.
+        dtype: what forward passes of training compute in, `float32` or `bf16` (autocast: weights,
+            gradients and equilibria stay in float32, and so do evaluations).
+        compile: compile the model, or of an equilibrium its dynamics, by `torch.compile`.
+        accumulate: so many passes over parts of a batch make its gradient; must divide it.
+        checkpointing: of the gpt, compute the insides of blocks again in the backward pass, instead
+            of keeping them.
+        threads: threads of the CPU that a process computes by; null for torch's own choice.
+        parallel: of many processes, started by torchrun, `ddp` (each has the model whole) or `fsdp`
+            (each has a part of its weights and of what the optimiser keeps).
         sample: tokens of text to write at the end.
         log: trackers that are told of every step too: trackio, tensorboard, wandb (offline); what
             they write lies in the run's folder.
@@ -135,13 +144,19 @@ class TrainConfig:
     on_failure: Literal["skip", "stop"] = "skip"
     refused_in_a_row: int = 20
     device: str = "auto"
+    dtype: Literal["float32", "bf16"] = "float32"
+    compile: bool = False
+    accumulate: int = 1
+    checkpointing: bool = False
+    threads: int | None = None
+    parallel: Literal["ddp", "fsdp"] = "ddp"
     sample: int = 400
     log: tuple[str, ...] = ()
     quiet: bool = False
 
     def __post_init__(self) -> None:
         counts = ("batch", "steps", "eval_every", "eval_windows", "final_windows")
-        for name in (*counts, "refused_in_a_row"):
+        for name in (*counts, "refused_in_a_row", "accumulate"):
             _require(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
         for name in ("lr", "clip", "free_limit", "adjoint_limit"):
             value = getattr(self, name)
@@ -156,6 +171,16 @@ class TrainConfig:
         for name in self.log:
             if name not in TRACKERS:
                 raise unknown("tracker", name, TRACKERS)
+        if self.threads is not None:
+            _require("threads", self.threads, self.threads >= 1, "at least 1")
+        for name, known in (("dtype", ("float32", "bf16")), ("parallel", ("ddp", "fsdp"))):
+            if getattr(self, name) not in known:
+                raise unknown(name, getattr(self, name), known)
+        if self.batch % self.accumulate:
+            raise ConfigError(
+                f"batch is {self.batch}, which {self.accumulate} passes cannot share alike: write "
+                f"--batch {_multiple(self.batch, self.accumulate)}"
+            )
         if self.resume and self.overwrite:
             raise ConfigError("resume and overwrite exclude each other: give one of them")
         for name in ("resume", "overwrite"):
@@ -215,6 +240,23 @@ class TrainConfig:
         names = ("d_model", "layers", "context", "batch", "eval_windows")
         check_memory(needed, _sized(self, *names))
 
+    def check_ranks(self, size: int) -> None:
+        """Refuse what so many processes cannot do.
+
+        **Raises:** `ConfigError`.
+        """
+        if self.parallel != "ddp" and size == 1:
+            raise ConfigError(
+                f"parallel is {self.parallel}, and there is one process: start several by torchrun "
+                "--nproc-per-node 2 -m altprop train ..., or write --parallel ddp"
+            )
+        if self.batch % (size * self.accumulate):
+            passes = f" of {self.accumulate} passes" if self.accumulate > 1 else ""
+            raise ConfigError(
+                f"batch is {self.batch}, which {size} processes{passes} cannot share alike: write "
+                f"--batch {_multiple(self.batch, size * self.accumulate)}"
+            )
+
     def shape(self, vocabulary: int) -> ModelConfig:
         """Return the model's shape for a vocabulary of so many tokens."""
         return ModelConfig(
@@ -241,8 +283,13 @@ _OWN = {
         "free_limit",
         "adjoint_limit",
     ),
-    "gpt": ("tie_head", "rule", "rules"),
+    "gpt": ("tie_head", "rule", "rules", "checkpointing"),
 }
+
+
+def _multiple(batch: int, of: int) -> int:
+    """Return the next batch that so many passes can share."""
+    return -(-batch // of) * of
 
 
 def _sized(config: object, *names: str) -> str:
