@@ -109,7 +109,7 @@ BUGS = [
     ),
     Bug(
         _LAB + "checkpoint.py",
-        'key: value if key == "step" else value.to(parameter)',
+        'key: value if key == "step" else like(value, parameter)',
         "key: value.to(parameter)",
         "test_checkpoint.py",
     ),
@@ -266,8 +266,8 @@ BUGS = [
     ),
     Bug(
         _LAB + "run.py",
-        " if self._last_is_whole else None",
-        "",
+        "resumable and self._last_is_whole",
+        "resumable",
         _SURVIVAL + "test_a_damaged_checkpoint_does_not_take_the_place_of_the_one_before",
     ),
     Bug(
