@@ -205,11 +205,6 @@ SAMPLE: dict[str, Any] = {
     "seed": 1,
     "which": "last",
     "device": "abacus",
-    "dtype": "bf16",
-    "compile": True,
-    "accumulate": 2,
-    "threads": 2,
-    "parallel": "fsdp",
 }
 
 

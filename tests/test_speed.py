@@ -110,6 +110,7 @@ def test_a_compiled_run_is_the_same_but_for_rounding(
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
 def test_what_is_compiled_keeps_its_names() -> None:
     model = GPT(ModelConfig(11, 8, 8, 2, layers=1))
     names = list(model.state_dict())

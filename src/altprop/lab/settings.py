@@ -87,15 +87,12 @@ class TrainConfig:
         refused_in_a_row: so many refused steps in a row end the run, and so do more than that among
             ten times as many.
         device: `auto`, `cpu`, `cuda`, or any other that torch knows.
-        dtype: what forward passes of training compute in, `float32` or `bf16` (autocast: weights,
-            gradients and equilibria stay in float32, and so do evaluations).
-        compile: compile the model, or of an equilibrium its dynamics, by `torch.compile`.
-        accumulate: so many passes over parts of a batch make its gradient; must divide it.
-        checkpointing: of the gpt, compute the insides of blocks again in the backward pass, instead
-            of keeping them.
-        threads: threads of the CPU that a process computes by; null for torch's own choice.
-        parallel: of many processes, started by torchrun, `ddp` (each has the model whole) or `fsdp`
-            (each has a part of its weights and of what the optimiser keeps).
+        dtype: of training's forward passes, `float32` or `bf16` (autocast).
+        compile: compile the model, or of an equilibrium its dynamics.
+        accumulate: so many passes over parts of a batch make its gradient.
+        checkpointing: of the gpt, compute blocks again instead of keeping them.
+        threads: threads of the CPU for each process; null for torch's choice.
+        parallel: of processes started by torchrun, `ddp`, or `fsdp`: in shards.
         sample: tokens of text to write at the end.
         log: trackers that are told of every step too: trackio, tensorboard, wandb (offline); what
             they write lies in the run's folder.
