@@ -7,6 +7,7 @@ limits. A run that has lost its fixed point refuses step after step; it ends, an
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,9 @@ from altprop.lab.run import Progress
 from altprop.lab.settings import TrainConfig
 
 SHARE = 10  # of that many times `refused_in_a_row` steps, more than `refused_in_a_row` are too many
+
+
+Norm = Callable[[nn.Module], Tensor]
 
 
 def certificates(model: nn.Module) -> list[Certificate]:
@@ -31,11 +35,21 @@ def within(limit: float, result: Result | None, residual: Tensor | None) -> bool
     return residual is None or result is Result.FIXED_TIME or float(residual.max()) <= limit
 
 
-class Guard:
-    """Judges every step's gradient before it is applied, and lets the stabiliser act."""
+def gradient_norm(model: nn.Module) -> Tensor:
+    """Return the norm of a model's gradient, a scalar."""
+    return nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
 
-    def __init__(self, config: TrainConfig, generator: torch.Generator) -> None:
-        self._config = config
+
+class Guard:
+    """Judges every step's gradient before it is applied, and lets the stabiliser act.
+
+    **Arguments:** `norm`, of the whole gradient, of which a process may hold a part.
+    """
+
+    def __init__(
+        self, config: TrainConfig, generator: torch.Generator, norm: Norm = gradient_norm
+    ) -> None:
+        self._config, self.norm = config, norm
         self._why = ""  # the last refusal's reason
         self.state = config.stabiliser.init(generator) if config.stabiliser else None
 
@@ -57,7 +71,7 @@ class Guard:
             self._refuse(", ".join([f"the loss is {loss:.4g}", *residuals]), optimiser, progress)
         if config.stabiliser and finite:
             measured |= config.stabiliser.apply(model, self.state, progress.step, urgent=not good)
-        norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+        norm = self.norm(model)
         if not bool(torch.isfinite(norm)):
             if good:
                 self._refuse(f"the gradient's norm is {float(norm)}", optimiser, progress)

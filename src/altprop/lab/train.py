@@ -19,7 +19,7 @@ from altprop import CheckpointError, ConfigError, ConvergenceError, convert
 from altprop.errors import suggest
 from altprop.lab.display import Display, counting
 from altprop.lab.evaluation import count_tiles, evaluate, tiles
-from altprop.lab.guard import Guard
+from altprop.lab.guard import Guard, Norm, gradient_norm
 from altprop.lab.reporting.picture import plot_run
 from altprop.lab.run import Batch, Loss, Run, State, Stream
 from altprop.lab.settings import TrainConfig
@@ -150,10 +150,10 @@ def begin(config: TrainConfig, corpus: Corpus) -> tuple[State, Guard]:
 
 
 def begin_with(
-    config: TrainConfig, model: nn.Module, loss: Loss, batches: Stream
+    config: TrainConfig, model: nn.Module, loss: Loss, batches: Stream, norm: Norm = gradient_norm
 ) -> tuple[State, Guard]:
     """Return what a run of any model, loss and batches starts from, and the guard of its steps."""
-    guard = Guard(config, torch.Generator().manual_seed(config.seed + 1))
+    guard = Guard(config, torch.Generator().manual_seed(config.seed + 1), norm)
     optimiser = make_optimiser(model, config)
     return State(model, loss, optimiser, batches, guard.state, averaged(model, config)), guard
 
@@ -184,7 +184,8 @@ def steps(config: TrainConfig, state: State, guard: Guard) -> Iterator[dict[str,
             loss = state.loss(model, batch)
             loss.backward()
         measured = guard.check(model, optimiser, float(loss.detach()), progress)
-        norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+        norm = guard.norm(model)
+        nn.utils.clip_grads_with_norm_(model.parameters(), config.clip, norm)
         optimiser.step()
 
         progress.step += 1

@@ -1,0 +1,300 @@
+"""Layer-parallel direct feedback: a stage of blocks on each process, and no waiting for gradients.
+
+Under block-wise direct feedback a block learns from its input and the error at the output alone. So
+activations go forward from neighbour to neighbour, the last stage broadcasts the error, and every
+stage makes its gradients by itself: nothing travels back.
+
+Legend: `B` windows of a micro-batch, `T` tokens, `C` channels, `V` words; `k`, the error's width,
+`V` at the logits and `C` at the head's input; `S` stages, `M` micro-batches of a batch.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, distributed, nn
+
+from altprop import AbstractBroadcast, ConfigError, convert, revert
+from altprop.lab.checkpoint import Checkpoint
+from altprop.lab.guard import Guard, gradient_norm
+from altprop.lab.run import Batch, State
+from altprop.lab.settings import TrainConfig
+from altprop.lab.train import begin_with, build_model
+from altprop.lm.model import GPT, cross_entropy, embed
+from altprop.lm.text import Batches, Corpus
+
+PER_STAGE = 4  # micro-batches for each stage: the last still computes for most of its time
+
+
+class Outlet(nn.Linear):
+    """Where the error enters a stage: it stands for the head, of which it has only the widths."""
+
+    def __init__(self, width: int, at_input: bool) -> None:
+        super().__init__(*(width, 0) if at_input else (0, width), bias=False)
+        self.at_input = at_input
+        self.requires_grad_(False)
+
+    def reset_parameters(self) -> None:
+        """Draw nothing: there is no weight."""
+
+    def forward(self, h: Tensor) -> Tensor:
+        """Return the tensor whose cotangent is the error, `(B, T, C) → (B, T, k)`."""
+        return h if self.at_input else h.new_zeros(*h.shape[:-1], self.out_features)
+
+
+class Stage(nn.Module):
+    """Blocks of a GPT that follow one another, under the names that the whole model has for them.
+
+    The first stage has the embeddings too, the last one norm and head. The feedback is drawn as
+    that of the whole model.
+
+    **Arguments:** `model`, whole and not converted, whose parts are taken, not copied; `index` of
+    `count` stages.
+    """
+
+    def __init__(
+        self, model: GPT, rule: AbstractBroadcast, seed: int, index: int, count: int
+    ) -> None:
+        super().__init__()
+        self.config, self.dropout = model.config, model.dropout
+        self.first, self.last = index == 0, index == count - 1
+        if self.first:
+            self.tokens, self.positions = model.tokens, model.positions
+        self.blocks = nn.Sequential()
+        for number in placed(len(model.blocks), index, count):
+            self.blocks.add_module(str(number), model.blocks[number])
+        shape = model.config
+        self.width = shape.d_model if rule.at_head_input else shape.vocabulary
+        self.outlet = Outlet(self.width, rule.at_head_input)
+        convert(self, {"blocks.*": rule}, output="outlet", seed=seed, batch_axis=0)
+        if self.last:
+            self.norm, self.head = model.norm, model.head
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the activations, `(B, T, C)`, and the place of the error, `(B, T, k)`.
+
+        **Arguments:** `x`, of the first stage ids, `(B, T)`, else activations.
+        """
+        h = self.blocks(embed(cast(GPT, self), x) if self.first else x)
+        return h, self.outlet(h)
+
+    def error(self, h: Tensor, targets: Tensor, share: float) -> tuple[Tensor, Tensor]:
+        """Return `share` of the loss, and its error, `(B, T, k)`; norm and head get gradients."""
+        x = self.norm(h)
+        at = x if self.outlet.at_input else self.head(x)
+        if not at.requires_grad:  # all before it is frozen
+            at.requires_grad_()
+        at.retain_grad()
+        logits = self.head(at) if self.outlet.at_input else at
+        loss = share * cross_entropy(logits, targets)
+        loss.backward()
+        assert at.grad is not None
+        return loss.detach(), at.grad
+
+
+def placed(layers: int, index: int, count: int) -> range:
+    """Return which blocks a stage has: as many as any other, or one more."""
+    return range(index * layers // count, (index + 1) * layers // count)
+
+
+@dataclass(frozen=True)
+class Message:
+    """A tensor that is sent, or on its way; `work` is none for what is here already."""
+
+    tensor: Tensor
+    work: Any = None
+
+    def wait(self) -> Tensor:
+        """Return the tensor once it has arrived, or is sent."""
+        if self.work is not None:
+            self.work.wait()
+        return self.tensor
+
+
+class Pipeline:
+    """What a stage does with a batch, beside the other processes of the group: a run's loss.
+
+    A stage goes ahead of the errors by as many micro-batches as are on their way to the output and
+    no more, so it keeps the activations of at most `S`.
+
+    **Arguments:** `parts`, the micro-batches `M` of a batch.
+    """
+
+    def __init__(self, parts: int) -> None:
+        self.parts = parts
+        self.index, self.count = distributed.get_rank(), distributed.get_world_size()
+
+    def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Add a batch's gradient to the stage's, and return the loss, the same in every process.
+
+        The loss is a leaf: its own backward pass has nothing left to do.
+        """
+        stage = cast(Stage, model)
+        ids, targets = (tensor.chunk(self.parts) for tensor in batch)
+        like = next(stage.parameters())
+        loss = like.new_zeros(())
+        arriving = deque(self._inputs(stage, ids, like))
+        errors: deque[Message] = deque()
+        waiting: deque[Tensor] = deque()  # the places of errors that have not come yet
+        sending: list[Message] = []
+        ahead = min(self.parts, self.count - self.index)
+        for turn in range(self.parts + ahead - 1):
+            if turn < self.parts:
+                if not stage.last:  # asked for before the last stage can have it
+                    errors.append(self._broadcast(like.new_empty(*ids[0].shape, stage.width)))
+                h, place = stage(arriving.popleft().wait())
+                waiting.append(place)
+                if stage.last:
+                    share, e = stage.error(h, targets[turn], 1 / self.parts)
+                    loss += share
+                    errors.append(self._broadcast(e))
+                else:
+                    sending.append(Message(h, distributed.isend(h, self.index + 1, tag=turn)))
+            if turn >= ahead - 1:
+                e, place = errors.popleft().wait(), waiting.popleft()
+                if place.requires_grad:  # unless all its blocks are frozen
+                    place.backward(e)
+        for message in sending:
+            message.wait()
+        distributed.broadcast(loss, self.count - 1)
+        return loss.requires_grad_()
+
+    def _inputs(self, stage: Stage, ids: tuple[Tensor, ...], like: Tensor) -> list[Message]:
+        """Ask for what the stage before sends, and return it as it will come."""
+        if stage.first:
+            return [Message(part) for part in ids]
+        buffers = [like.new_empty(*part.shape, stage.config.d_model) for part in ids]
+        return [
+            Message(buffer, distributed.irecv(buffer, self.index - 1, tag=turn))
+            for turn, buffer in enumerate(buffers)
+        ]
+
+    def _broadcast(self, error: Tensor) -> Message:
+        return Message(error, distributed.broadcast(error, self.count - 1, async_op=True))
+
+
+def whole_norm(stage: nn.Module) -> Tensor:
+    """Return the norm of the whole model's gradient, of which each process has a part."""
+    square = gradient_norm(stage).square()
+    distributed.all_reduce(square)
+    return square.sqrt()
+
+
+def begin_stage(config: TrainConfig, corpus: Corpus) -> tuple[State, Guard]:
+    """Return what this process's stage starts from: its part of what one process would have.
+
+    **Raises:** `ConfigError` for what cannot be run as a pipeline; as `build_model`.
+    """
+    count = distributed.get_world_size()
+    with torch.random.fork_rng():
+        torch.manual_seed(config.seed)
+        model = cast(GPT, build_model(config, len(corpus.tokenizer)))
+    check(config, model, count)
+    rule = cast(AbstractBroadcast, config.rule)
+    stage = Stage(revert(model), rule, config.seed, distributed.get_rank(), count)
+    batches = Batches(
+        corpus.train, config.batch, config.context, torch.Generator().manual_seed(config.seed)
+    )
+    return begin_with(config, stage, Pipeline(parts(config, count)), batches, whole_norm)
+
+
+def parts(config: TrainConfig, count: int) -> int:
+    """Return the micro-batches of a batch: what was said, or the most that divide it evenly."""
+    most = min(config.batch, PER_STAGE * count)
+    return next(n for n in range(most, 0, -1) if config.batch % n == 0)
+
+
+def check(config: TrainConfig, model: nn.Module, count: int) -> None:
+    """Refuse what cannot run as `count` stages with the result of one process.
+
+    **Arguments:** `model`, whole and converted.
+
+    **Raises:** `ConfigError`.
+    """
+    if not isinstance(model, GPT) or not hears_the_output_alone(config.rule, model):
+        raise ConfigError(
+            f"parallel pipeline cannot train by {config.method}, of which a block's gradient needs "
+            "more than the error at the output: write --model gpt --rule "
+            "\"DirectFeedback(granularity='block')\", or granularity='sublayer'"
+        )
+    if len(model.blocks) < count:
+        raise ConfigError(
+            f"parallel pipeline has {count} processes for {len(model.blocks)} blocks: write "
+            f"--layers {count}, or more, or start fewer processes"
+        )
+    if config.tie_head:
+        raise ConfigError(
+            "parallel pipeline has the embedding in the first process and the head in the last, so "
+            "they cannot be one: leave out --tie_head"
+        )
+    if config.dropout:
+        raise ConfigError(
+            "parallel pipeline cannot draw dropout as one process does: leave out --dropout"
+        )
+
+
+def hears_the_output_alone(rule: object, model: GPT) -> bool:
+    """Say whether every block of a converted model learns from the error at the output alone.
+
+    That is so if nothing is measured of the model for it, no pass is one of exact backprop, and no
+    block's output leads back into the block.
+    """
+    if not isinstance(rule, AbstractBroadcast) or rule.learned or rule.period:
+        return False
+    outputs: list[Tensor] = []
+    keep = lambda block, inputs, output: outputs.append(output)  # noqa: E731
+    hooks = [block.register_forward_hook(keep) for block in model.blocks]
+    with torch.enable_grad():
+        model(torch.zeros(1, 1, dtype=torch.int64))
+    for hook in hooks:
+        hook.remove()
+    return not any(output.requires_grad for output in outputs)
+
+
+def held(state: State) -> Checkpoint:
+    """Return what a state goes on from, as a checkpoint has it."""
+    extra, training = state.drawn(), {}
+    if state.average is not None:
+        extra["averaged"], training = state.average.n_averaged, state.model.state_dict()
+    moments = {
+        f"{name}.{moment}": torch.as_tensor(value)
+        for name, parameter in state.model.named_parameters()
+        for moment, value in state.optimiser.state.get(parameter, {}).items()
+    }
+    notes = {"progress": vars(state.progress)}
+    return Checkpoint(state.judged.state_dict(), training, moments, extra, notes)
+
+
+def gather(state: State, whole: State | None) -> None:
+    """Bring the stages' states together in that of the whole model, which the first process has."""
+    found: list[Any] = [None] * distributed.get_world_size()
+    distributed.gather_object(held(state), found if whole is not None else None)
+    if whole is not None:
+        first = found[0]
+        for each in found[1:]:
+            for group in ("model", "training", "optimiser"):
+                getattr(first, group).update(getattr(each, group))
+        whole.restore(_of(first, whole.model), Path("the stages"))
+
+
+def scatter(state: State, whole: State | None) -> None:
+    """Take every stage's part of the state of the whole model, which the first process has."""
+    found = [None if whole is None else held(whole)]
+    distributed.broadcast_object_list(found)
+    state.restore(_of(cast(Checkpoint, found[0]), state.model), Path("the whole model"))
+
+
+def _of(saved: Checkpoint, model: nn.Module) -> Checkpoint:
+    """Return that of a checkpoint which is of a model, or of a stage, by its names."""
+    own, names = model.state_dict(), {name for name, _ in model.named_parameters()}
+    # an outlet has no values, and only a stage has one
+    return replace(
+        saved,
+        model={name: saved.model.get(name, value) for name, value in own.items()},
+        training={name: saved.training.get(name, value) for name, value in own.items()},
+        optimiser={k: v for k, v in saved.optimiser.items() if k.rpartition(".")[0] in names},
+    )
