@@ -179,7 +179,8 @@ class Pipeline:
 
 def whole_norm(stage: nn.Module) -> Tensor:
     """Return the norm of the whole model's gradient, of which each process has a part."""
-    square = gradient_norm(stage).square()
+    # a stage without a gradient has a zero of torch's default type
+    square = gradient_norm(stage).to(next(stage.parameters())).square()
     distributed.all_reduce(square)
     return square.sqrt()
 
@@ -217,7 +218,7 @@ def check(config: TrainConfig, model: nn.Module, count: int) -> None:
     """
     if not isinstance(model, GPT) or not hears_the_output_alone(config.rule, model):
         raise ConfigError(
-            f"parallel pipeline cannot train by {config.method}, of which a block's gradient needs "
+            f"parallel pipeline cannot train by {config.rule or config.method}, of which a block's gradient needs "
             "more than the error at the output: write --model gpt --rule "
             "\"DirectFeedback(granularity='block')\", or granularity='sublayer'"
         )

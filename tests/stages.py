@@ -1,0 +1,147 @@
+"""One process of a pipeline: `python stages.py INDEX FOLDER`, which `test_pipeline.py` starts."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, distributed
+
+import altprop as ap
+from altprop.lab import pipeline
+from altprop.lab.pipeline import begin_stage, gather, held, scatter
+from altprop.lab.settings import TrainConfig
+from altprop.lab.train import begin, steps
+from altprop.lm.text import load_corpus
+from lm_runs import small
+
+COUNT = 4  # processes; the runs of two stages take the first two
+CASES: dict[str, dict[str, Any]] = {
+    "2 block": {"layers": 2, "rule": ap.DirectFeedback("block"), "batch": 8},
+    "2 sublayer": {
+        "layers": 3,
+        "rule": ap.DirectFeedback("sublayer", error="head_input", feedback="independent"),
+        "ema": 0.9,
+        "clip": 0.1,
+        "freeze": ("blocks.2.*", "norm.*"),
+    },
+    "4 block": {"layers": 5, "rule": ap.DirectFeedback("block", init="orthogonal"), "clip": 0.1},
+    "4 frozen": {"layers": 4, "rule": ap.DirectFeedback("block"), "freeze": ("blocks.1.*",)},
+}
+WAIT = timedelta(seconds=60)
+
+
+def config(folder: Path, name: str) -> TrainConfig:
+    return small(folder / "run", model="gpt", steps=10, **CASES[name])
+
+
+@contextmanager
+def float64() -> Iterator[None]:
+    """Make models of float64; an optimiser's step counts stay float32."""
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@contextmanager
+def group(index: int, count: int, store: Path) -> Iterator[None]:
+    distributed.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=index, world_size=count, timeout=WAIT
+    )
+    try:
+        yield
+    finally:
+        distributed.destroy_process_group()
+
+
+def equal(folder: Path, name: str) -> dict[str, Any]:
+    """Run a case in stages; return what came of it, and of one process, by the first of them."""
+    own = config(folder, name)
+    corpus = load_corpus(own.data)
+    leads = distributed.get_rank() == 0
+    with float64():
+        state, guard = begin_stage(own, corpus)
+        whole = begin(own, corpus)[0] if leads else None
+        alone, alone_guard = begin(own, corpus)
+        other, other_guard = begin(own, corpus)
+    made = steps(own, state, guard)
+    records = [next(made) for _ in range(5)]
+    gather(state, whole)
+    if leads:  # one process goes on from there
+        other.restore(held(whole), folder)
+        middle = list(steps(own, other, other_guard))
+    records += made
+    gather(state, whole)
+    wanted = list(steps(own, alone, alone_guard))
+    found = {"records": records, "wanted records": wanted}
+    if leads:
+        found |= {"found": held(whole), "wanted": held(alone), "resumed": held(other)}
+        found["resumed records"] = middle
+    # and back: the stages take what one process has made
+    for p in state.model.parameters():
+        p.data.zero_()
+    scatter(state, alone if leads else None)
+    gather(state, whole)
+    return found | {"back": held(whole) if leads else None}
+
+
+def messages(folder: Path, name: str) -> list[tuple[str, int, int]]:
+    """Return what this stage sends in a step: how, to or from whom, and how many bytes."""
+    own = config(folder, name)
+    seen: list[tuple[str, int, int]] = []
+
+    def isend(tensor: Tensor, to: int, **kwargs: Any) -> Any:
+        seen.append(("sent", to, tensor.nbytes))
+        return distributed.isend(tensor, to, **kwargs)
+
+    def broadcast(tensor: Tensor, src: int, **kwargs: Any) -> Any:
+        seen.append(("broadcast", src, tensor.nbytes))
+        return distributed.broadcast(tensor, src, **kwargs)
+
+    state, _ = begin_stage(own, load_corpus(own.data))
+    counting = SimpleNamespace(isend=isend, irecv=distributed.irecv, broadcast=broadcast)
+    with mock.patch.object(pipeline, "distributed", counting):
+        state.loss(state.model, state.batches.draw())
+    return seen
+
+
+def independent(folder: Path) -> bool:
+    """Let the last stage's backward pass wait until the first stage has ended its own."""
+    own = config(folder, "2 block")
+    state, _ = begin_stage(own, load_corpus(own.data))
+    state.loss = pipeline.Pipeline(1)
+    store = distributed.FileStore(str(folder / "done"), 2)
+    first = distributed.get_rank() == 0
+    last_made = state.model.tokens.weight if first else next(state.model.blocks.parameters())
+    act = (lambda _: store.set("done", "")) if first else (lambda _: store.wait(["done"], WAIT))
+    last_made.register_post_accumulate_grad_hook(act)
+    state.loss(state.model, state.batches.draw())
+    return True
+
+
+def main(index: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    found: dict[str, Any] = {}
+    with group(index, COUNT, folder / "four"):
+        for name in ("4 block", "4 frozen"):
+            found[name] = equal(folder, name)
+        found["messages"] = messages(folder, "4 block")
+    if index < 2:
+        with group(index, 2, folder / "two"):
+            for name in ("2 block", "2 sublayer"):
+                found[name] = equal(folder, name)
+            found["independent"] = independent(folder)
+    torch.save(found, folder / f"{index}.pt")
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), Path(sys.argv[2]))
