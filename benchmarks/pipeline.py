@@ -52,6 +52,7 @@ DIRECT: dict[str, ap.DirectFeedback] = {
     "direct feedback, error at the logits": ap.DirectFeedback("block"),
     "direct feedback, error at the head's input": ap.DirectFeedback("block", error="head_input"),
 }
+SIZES, SENT = (4, 1 << 20), 100  # bytes of the messages that time a link, and how many
 BACKPROP = {"backprop, 1F1B": Schedule1F1B, "backprop, GPipe": ScheduleGPipe}
 slept = 0.0  # seconds, in this process
 
@@ -227,6 +228,55 @@ def measure(count: int, parts: int, rounds: int, simulated: bool) -> dict[str, d
         return json.loads(Path(f"{store}.json").read_text(encoding="utf-8"))
 
 
+def linked(index: int, store: str) -> None:
+    """Be one of two processes that send messages to and fro; the first one writes the times."""
+    torch.set_num_threads(1)
+    place = f"file://{store}"
+    distributed.init_process_group("gloo", init_method=place, rank=index, world_size=2)
+    times = {}
+    for size in SIZES:
+        message, each = torch.zeros(size // 4), []
+        for _ in range(SENT):
+            distributed.barrier()
+            start = time.perf_counter()
+            if index == 0:
+                distributed.send(message, 1)
+                distributed.recv(message, 1)
+            else:
+                distributed.recv(message, 0)
+                distributed.send(message, 0)
+            each.append((time.perf_counter() - start) / 2)
+        times[size] = min(each)  # of those that no other program came between
+    if index == 0:
+        Path(f"{store}.json").write_text(json.dumps(times), encoding="utf-8")
+    distributed.destroy_process_group()
+
+
+def link() -> dict[str, float]:
+    """Return seconds of a message of next to nothing between two processes, and bytes a second."""
+    with tempfile.TemporaryDirectory() as folder:
+        store = str(Path(folder) / "store")
+        spawn(linked, args=(store,), nprocs=2)
+        short, long = json.loads(Path(f"{store}.json").read_text(encoding="utf-8")).values()
+    return {"latency": short, "bandwidth": (SIZES[1] - SIZES[0]) / (long - short)}
+
+
+def passes(windows: int, rounds: int) -> dict[str, float]:
+    """Return the processor seconds of a block's forward and backward pass of a micro-batch."""
+    torch.set_num_threads(1)
+    block = GPT(REAL).blocks[1]
+    h, g = torch.randn(2, windows, REAL.context, REAL.d_model)
+    made: list[Tensor] = []
+    forward = lambda: made.append(block(h))  # noqa: E731
+    spent: dict[str, list[float]] = {"forward": [], "backward": []}
+    for _ in range(10 * rounds):
+        for name, act in (("forward", forward), ("backward", lambda: made.pop().backward(g))):
+            start = time.process_time()
+            act()
+            spent[name].append(time.process_time() - start)
+    return {name: statistics.median(times) for name, times in spent.items()}
+
+
 def expected(direct: bool, count: int, parts: int) -> float:
     """Return the idle share of a simulated stage if messages and real computing took no time."""
     work = parts * (FORWARD + BACKWARD)
@@ -254,7 +304,9 @@ def main() -> None:
     rounds = 2 if parser.parse_args().quick else 9
     cores = len(os.sched_getaffinity(0))
     parts: list[str] = []
-    data: dict[str, Any] = {"cores": cores}
+    data: dict[str, Any] = {
+        "cores": cores, "load": os.getloadavg()[0], "link": link(), "block": passes(4, rounds),
+    }  # fmt: skip
     for simulated in (True, False):
         kind = "simulated" if simulated else "real"
         for count, micro in ((2, 4), (2, 8), (4, 4), (4, 16)):
@@ -268,7 +320,14 @@ def main() -> None:
     for kind, shape in (("Simulated", SMALL), ("Real", REAL)):
         sizes = f"C = {shape.d_model}, T = {shape.context}, V = {shape.vocabulary}"
         parts.append(f"{kind}: a GPT of {shape.layers} blocks, {sizes}, batch {BATCH}.")
-    parts.append(f"{rounds} rounds.")
+    block, way = data["block"], data["link"]
+    parts.append(
+        f"{rounds} rounds; {data['load']:.1f} programs ran or waited for the {cores} cores as it "
+        f"began. A block of the real one takes {1e3 * block['forward']:.1f} ms of its core for a "
+        f"forward pass of 4 windows and {1e3 * block['backward']:.1f} ms for a backward pass. The "
+        f"quickest message takes {1e6 * way['latency']:.0f} µs, and a second for each "
+        f"{way['bandwidth'] / 1e9:.2f} GB."
+    )
     write("pipeline", "Pipelines of direct feedback and of backprop", parts, data)
 
 

@@ -218,9 +218,9 @@ def check(config: TrainConfig, model: nn.Module, count: int) -> None:
     """
     if not isinstance(model, GPT) or not hears_the_output_alone(config.rule, model):
         raise ConfigError(
-            f"parallel pipeline cannot train by {config.rule or config.method}, of which a block's gradient needs "
-            "more than the error at the output: write --model gpt --rule "
-            "\"DirectFeedback(granularity='block')\", or granularity='sublayer'"
+            f"parallel pipeline cannot train by {config.rule or config.method}: there a block's "
+            "gradient needs more than its input and the error at the output; write --model gpt "
+            "--rule \"DirectFeedback(granularity='block')\", or granularity='sublayer'"
         )
     if len(model.blocks) < count:
         raise ConfigError(
