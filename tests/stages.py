@@ -16,10 +16,12 @@ from torch import Tensor, distributed
 
 import altprop as ap
 from altprop.lab import pipeline
+from altprop.lab.evaluation import evaluate
 from altprop.lab.pipeline import begin_stage, gather, held, scatter
 from altprop.lab.settings import TrainConfig
 from altprop.lab.train import begin, steps
-from altprop.lm.text import load_corpus
+from altprop.lm.model import generate
+from altprop.lm.text import load_corpus, windows
 from lm_runs import small
 
 COUNT = 4  # processes; the runs of two stages take the first two
@@ -86,6 +88,15 @@ def equal(folder: Path, name: str) -> dict[str, Any]:
     if leads:
         found |= {"found": held(whole), "wanted": held(alone), "resumed": held(other)}
         found["resumed records"] = middle
+    held_out = windows(corpus.validation, 6, own.context, seed=0)
+    found["evaluations"], found["texts"] = [], []
+    for one in (state, alone):
+        judged = one.judged
+        seen = evaluate(judged, held_out, 4, torch.device("cpu"))
+        found["evaluations"].append(seen.loss)
+        start, draw = torch.zeros(2, 3, dtype=torch.long), torch.Generator().manual_seed(0)
+        found["texts"].append(generate(judged.eval(), start, 2 * own.context, generator=draw))
+        judged.train()
     # and back: the stages take what one process has made
     for p in state.model.parameters():
         p.data.zero_()

@@ -78,6 +78,15 @@ def test_every_process_knows_the_loss_and_the_norm_of_the_whole(case: str, found
         assert all(each == values[0] for each in values)
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_stages_evaluate_and_write_as_one_process_does(case: str, found: Found) -> None:
+    for one in found[: int(case[0])]:
+        in_stages, alone = one[case]["evaluations"]
+        assert abs(in_stages - alone) < 1e-6
+        in_stages, alone = one[case]["texts"]
+        assert torch.equal(in_stages, alone)
+
+
 def test_activations_go_to_the_next_stage_and_errors_from_the_last_alone(found: Found) -> None:
     config = small(Path("run"), model="gpt", **CASES["4 block"])
     micro = parts(config, COUNT)

@@ -11,6 +11,7 @@ Legend: `B` windows of a micro-batch, `T` tokens, `C` channels, `V` words; `k`, 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -24,7 +25,7 @@ from altprop.lab.guard import Guard, gradient_norm
 from altprop.lab.run import Batch, State
 from altprop.lab.settings import TrainConfig
 from altprop.lab.train import begin_with, build_model
-from altprop.lm.model import GPT, cross_entropy, embed
+from altprop.lm.model import GPT, Block, cross_entropy, embed
 from altprop.lm.text import Batches, Corpus
 
 PER_STAGE = 4  # micro-batches for each stage: the last still computes for most of its time
@@ -50,7 +51,8 @@ class Stage(nn.Module):
     """Blocks of a GPT that follow one another, under the names that the whole model has for them.
 
     The first stage has the embeddings too, the last one norm and head. The feedback is drawn as
-    that of the whole model.
+    that of the whole model. In evaluation all stages together are the whole model, and every
+    process must make the same calls.
 
     **Arguments:** `model`, whole and not converted, whose parts are taken, not copied; `index` of
     `count` stages.
@@ -61,7 +63,8 @@ class Stage(nn.Module):
     ) -> None:
         super().__init__()
         self.config, self.dropout = model.config, model.dropout
-        self.first, self.last = index == 0, index == count - 1
+        self.index, self.first, self.last = index, index == 0, index == count - 1
+        self.end = count - 1
         if self.first:
             self.tokens, self.positions = model.tokens, model.positions
         self.blocks = nn.Sequential()
@@ -74,13 +77,57 @@ class Stage(nn.Module):
         if self.last:
             self.norm, self.head = model.norm, model.head
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the activations, `(B, T, C)`, and the place of the error, `(B, T, k)`.
+    def forward(self, x: Tensor, targets: Tensor | None = None) -> tuple[Any, Any]:
+        """Return this stage's activations, `(B, T, C)`, and the place of the error, `(B, T, k)`.
 
-        **Arguments:** `x`, of the first stage ids, `(B, T)`, else activations.
+        In evaluation return the whole model's logits, `(B, T, V)`, and nothing; if `targets` are
+        given, nothing and the mean cross-entropy.
+
+        **Arguments:** `x`, ids, `(B, T)`, or in training what the stage before has made of them.
         """
-        h = self.blocks(embed(cast(GPT, self), x) if self.first else x)
-        return h, self.outlet(h)
+        if self.training:
+            h = self.blocks(embed(cast(GPT, self), x) if self.first else x)
+            return h, self.outlet(h)
+        h = self.blocks(self._given(x))
+        if targets is None:
+            return self._answer(h, self._read_out, (*x.shape, self.config.vocabulary)), None
+        return None, self._answer(h, lambda h: cross_entropy(self._read_out(h), targets), ())
+
+    def extend(
+        self, ids: Tensor, cache: tuple[int, Any] | None = None
+    ) -> tuple[Tensor, tuple[int, Any]]:
+        """Do as `GPT.extend`; the cache is of this stage's blocks."""
+        length, kept = cache or (0, [None] * len(self.blocks))
+        h, grown = self._given(ids, length), []
+        for block, pair in zip(self.blocks, kept, strict=True):
+            h, pair = cast(Block, block).extend(h, pair)
+            grown.append(pair)
+        shape = (len(ids), self.config.vocabulary)
+        logits = self._answer(h, lambda h: self._read_out(h[:, -1]), shape)
+        return logits, (length + ids.shape[1], grown)
+
+    def _read_out(self, h: Tensor) -> Tensor:
+        return self.head(self.norm(h))
+
+    def _given(self, ids: Tensor, start: int = 0) -> Tensor:
+        """Return what the blocks of this stage are given for ids, `(B, T, C)`."""
+        if self.first:
+            return embed(cast(GPT, self), ids, start)
+        h = next(self.parameters()).new_empty(*ids.shape, self.config.d_model)
+        distributed.recv(h, self.index - 1)
+        return h
+
+    def _answer(
+        self, h: Tensor, read: Callable[[Tensor], Tensor], shape: tuple[int, ...]
+    ) -> Tensor:
+        """Return, in all processes, what the last stage reads from its activations."""
+        if self.last:
+            out = read(h).to(h)
+        else:
+            distributed.send(h.contiguous(), self.index + 1)
+            out = h.new_empty(shape)
+        distributed.broadcast(out, self.end)
+        return out
 
     def error(self, h: Tensor, targets: Tensor, share: float) -> tuple[Tensor, Tensor]:
         """Return `share` of the loss, and its error, `(B, T, k)`; norm and head get gradients."""
