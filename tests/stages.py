@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,10 +18,13 @@ from torch import Tensor, distributed
 
 import altprop as ap
 from altprop.lab import pipeline
+from altprop.lab.checkpoint import Checkpoint, collect
 from altprop.lab.evaluation import evaluate
-from altprop.lab.pipeline import begin_stage, gather, held, scatter
+from altprop.lab.pipeline import begin_stage
+from altprop.lab.ranks import Ranks
 from altprop.lab.settings import TrainConfig
-from altprop.lab.train import begin, steps
+from altprop.lab.state import State
+from altprop.lab.train import begin, steps, train
 from altprop.lm.model import generate
 from altprop.lm.text import load_corpus, windows
 from lm_runs import small
@@ -44,6 +49,12 @@ def config(folder: Path, name: str) -> TrainConfig:
     return small(folder / "run", model="gpt", steps=10, **CASES[name])
 
 
+def run(out: Path) -> TrainConfig:
+    """Return a run of the command, of eight steps."""
+    rule = ap.DirectFeedback("block")
+    return small(out, model="gpt", layers=3, rule=rule, warmup=8, sample=20, ema=0.5)
+
+
 @contextmanager
 def float64() -> Iterator[None]:
     """Make models of float64; an optimiser's step counts stay float32."""
@@ -65,29 +76,35 @@ def group(index: int, count: int, store: Path) -> Iterator[None]:
         distributed.destroy_process_group()
 
 
+def held(state: State) -> Checkpoint:
+    """Return what a run's checkpoint has of the model's state; of stages only the first has it."""
+    extra, average = state.drawn(), None
+    if state.average is not None:
+        extra["averaged"], average = state.average.n_averaged, state.judged
+    groups: dict[str, Any] = {name: {} for name in ("model", "training", "optimiser", "extra")}
+    for name, tensor in state.whole(collect(state.model, state.optimiser, extra, average)).items():
+        group, _, key = name.partition(".")
+        groups[group][key] = tensor
+    return Checkpoint(**groups, notes={"progress": dict(vars(state.progress))})
+
+
 def equal(folder: Path, name: str) -> dict[str, Any]:
-    """Run a case in stages; return what came of it, and of one process, by the first of them."""
+    """Run a case in stages and in one process, the halves of a run of either by the other too."""
     own = config(folder, name)
-    corpus = load_corpus(own.data)
-    leads = distributed.get_rank() == 0
+    corpus, ranks = load_corpus(own.data), Ranks(distributed.group.WORLD)
     with float64():
-        state, guard = begin_stage(own, corpus)
-        whole = begin(own, corpus)[0] if leads else None
+        state, guard = begin_stage(own, corpus, ranks)
         alone, alone_guard = begin(own, corpus)
         other, other_guard = begin(own, corpus)
-    made = steps(own, state, guard)
-    records = [next(made) for _ in range(5)]
-    gather(state, whole)
-    if leads:  # one process goes on from there
-        other.restore(held(whole), folder)
-        middle = list(steps(own, other, other_guard))
-    records += made
-    gather(state, whole)
-    wanted = list(steps(own, alone, alone_guard))
-    found = {"records": records, "wanted records": wanted}
-    if leads:
-        found |= {"found": held(whole), "wanted": held(alone), "resumed": held(other)}
-        found["resumed records"] = middle
+    wanted, made = steps(own, alone, alone_guard), steps(own, state, guard)
+    found = {"wanted records": [next(wanted) for _ in range(5)]}
+    middle = held(alone)
+    found["wanted records"] += wanted
+    found |= {"wanted": held(alone), "records": [next(made) for _ in range(5)]}
+    half = held(state)
+    found["records"] += made
+    found["found"] = held(state)
+    found["parameters"] = state.parameters()
     held_out = windows(corpus.validation, 6, own.context, seed=0)
     found["evaluations"], found["texts"] = [], []
     for one in (state, alone):
@@ -97,12 +114,13 @@ def equal(folder: Path, name: str) -> dict[str, Any]:
         start, draw = torch.zeros(2, 3, dtype=torch.long), torch.Generator().manual_seed(0)
         found["texts"].append(generate(judged.eval(), start, 2 * own.context, generator=draw))
         judged.train()
-    # and back: the stages take what one process has made
-    for p in state.model.parameters():
-        p.data.zero_()
-    scatter(state, alone if leads else None)
-    gather(state, whole)
-    return found | {"back": held(whole) if leads else None}
+    if ranks.leads:
+        other.restore(half, folder)
+        found["resumed records"] = list(steps(own, other, other_guard))
+        found["resumed"] = held(other)
+    state.restore(middle, folder)
+    list(steps(own, state, guard))
+    return found | {"back": held(state)}
 
 
 def messages(folder: Path, name: str) -> list[tuple[str, int, int]]:
@@ -118,7 +136,7 @@ def messages(folder: Path, name: str) -> list[tuple[str, int, int]]:
         seen.append(("broadcast", src, tensor.nbytes))
         return distributed.broadcast(tensor, src, **kwargs)
 
-    state, _ = begin_stage(own, load_corpus(own.data))
+    state, _ = begin_stage(own, load_corpus(own.data), Ranks(distributed.group.WORLD))
     counting = SimpleNamespace(isend=isend, irecv=distributed.irecv, broadcast=broadcast)
     with mock.patch.object(pipeline, "distributed", counting):
         state.loss(state.model, state.batches.draw())
@@ -128,7 +146,7 @@ def messages(folder: Path, name: str) -> list[tuple[str, int, int]]:
 def independent(folder: Path) -> bool:
     """Let the last stage's backward pass wait until the first stage has ended its own."""
     own = config(folder, "2 block")
-    state, _ = begin_stage(own, load_corpus(own.data))
+    state, _ = begin_stage(own, load_corpus(own.data), Ranks(distributed.group.WORLD))
     state.loss = pipeline.Pipeline(1)
     store = distributed.FileStore(str(folder / "done"), 2)
     first = distributed.get_rank() == 0
@@ -151,6 +169,9 @@ def main(index: int, folder: Path) -> None:
             for name in ("2 block", "2 sublayer"):
                 found[name] = equal(folder, name)
             found["independent"] = independent(folder)
+            os.environ |= {"WORLD_SIZE": "2", "RANK": str(index)}
+            for name, more in (("staged", {"steps": 4}), ("taken", {"resume": True})):
+                train(replace(run(folder / name), parallel="pipeline", **more))
     torch.save(found, folder / f"{index}.pt")
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import altprop
-from altprop.errors import AltpropError, ConfigError, in_a_line, unknown
+from altprop.errors import AltpropError, ConfigError, ProcessError, in_a_line, unknown
 from altprop.terminal import printable
 
 Commands = Mapping[str, tuple[str, str]]
@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None, commands: Commands = COMMANDS) -> in
         _run(sys.argv[1:] if argv is None else argv, commands)
         sys.stdout.flush()
     except AltpropError as error:
-        return _fail(str(error))
+        return _fail(str(error), of_all=not isinstance(error, ProcessError))
     except KeyboardInterrupt as error:
         with contextlib.suppress(OSError):  # of a terminal that has been closed
             print("altprop: interrupted", file=sys.stderr)
@@ -99,7 +99,10 @@ def _end_output() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _fail(message: str) -> int:
+def _fail(message: str, of_all: bool = False) -> int:
+    """Say why a command fails, in one line; of many processes that fail alike the first says it."""
+    if of_all and os.environ.get("RANK", "0") != "0":
+        return 2
     line = printable(" ".join(message.split("\n")))
     if len(line) > _LONGEST:
         line = f"{line[: _LONGEST // 2]} ... {line[-_LONGEST // 2 :]}"

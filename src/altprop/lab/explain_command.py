@@ -5,8 +5,8 @@ from __future__ import annotations
 from rich.console import Console
 
 from altprop import ConfigError, explain
+from altprop.lab.building import build_model
 from altprop.lab.settings import TrainConfig
-from altprop.lab.train import build_model
 from altprop.lm.text import load_corpus
 from altprop.terminal import printable
 

@@ -21,7 +21,8 @@ from altprop.lm.text import CharTokenizer, Corpus, describe, names_corpus
 # what a resumed run may change without becoming another run; of the data, the place alone
 _FREE = {
     *("steps", "eval_every", "save_every", "device", "sample", "on_failure", "refused_in_a_row"),
-    "final_windows",
+    *("final_windows", "parallel", "microbatches", "accumulate", "threads", "compile"),
+    "checkpointing",
 }
 
 

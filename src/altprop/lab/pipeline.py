@@ -20,11 +20,12 @@ import torch
 from torch import Tensor, distributed, nn
 
 from altprop import AbstractBroadcast, ConfigError, convert, revert
+from altprop.lab.building import averaged, build_model, make_optimiser
 from altprop.lab.checkpoint import Checkpoint
 from altprop.lab.guard import Guard, gradient_norm
-from altprop.lab.run import Batch, State
+from altprop.lab.ranks import Ranks
 from altprop.lab.settings import TrainConfig
-from altprop.lab.train import begin_with, build_model
+from altprop.lab.state import Batch, State
 from altprop.lm.model import GPT, Block, cross_entropy, embed
 from altprop.lm.text import Batches, Corpus
 
@@ -37,7 +38,9 @@ class Outlet(nn.Linear):
     def __init__(self, width: int, at_input: bool) -> None:
         super().__init__(*(width, 0) if at_input else (0, width), bias=False)
         self.at_input = at_input
-        self.requires_grad_(False)
+        empty = self.weight.detach()
+        del self.weight
+        self.register_buffer("weight", empty, persistent=False)  # no part of what is saved
 
     def reset_parameters(self) -> None:
         """Draw nothing: there is no weight."""
@@ -182,21 +185,22 @@ class Pipeline:
         """
         stage = cast(Stage, model)
         ids, targets = (tensor.chunk(self.parts) for tensor in batch)
+        M = len(ids)  # of fewer windows there are fewer
         like = next(stage.parameters())
         loss = like.new_zeros(())
         arriving = deque(self._inputs(stage, ids, like))
         errors: deque[Message] = deque()
         waiting: deque[Tensor] = deque()  # the places of errors that have not come yet
         sending: list[Message] = []
-        ahead = min(self.parts, self.count - self.index)
-        for turn in range(self.parts + ahead - 1):
-            if turn < self.parts:
+        ahead = min(M, self.count - self.index)
+        for turn in range(M + ahead - 1):
+            if turn < M:
                 if not stage.last:  # asked for before the last stage can have it
                     errors.append(self._broadcast(like.new_empty(*ids[0].shape, stage.width)))
                 h, place = stage(arriving.popleft().wait())
                 waiting.append(place)
                 if stage.last:
-                    share, e = stage.error(h, targets[turn], 1 / self.parts)
+                    share, e = stage.error(h, targets[turn], 1 / M)
                     loss += share
                     errors.append(self._broadcast(e))
                 else:
@@ -232,26 +236,56 @@ def whole_norm(stage: nn.Module) -> Tensor:
     return square.sqrt()
 
 
-def begin_stage(config: TrainConfig, corpus: Corpus) -> tuple[State, Guard]:
+class StageState(State):
+    """What a stage goes on from: its part of what one process would have, and the same progress."""
+
+    def parameters(self) -> int:
+        own: list[Any] = [None] * distributed.get_world_size()
+        distributed.all_gather_object(own, super().parameters())
+        return sum(own)
+
+    def whole(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the tensors of all stages in the first process, and nothing in the others."""
+        leads = distributed.get_rank() == 0
+        found: list[Any] = [None] * distributed.get_world_size()
+        distributed.gather_object(tensors, found if leads else None)
+        return {name: value for one in found if leads for name, value in one.items()}
+
+    def restore(self, saved: Checkpoint, path: Path) -> None:
+        """Take this stage's part back to a checkpoint of the whole model; see `State.restore`."""
+        own, names = self.model.state_dict(), {name for name, _ in self.model.named_parameters()}
+        moments = {k: v for k, v in saved.optimiser.items() if k.rpartition(".")[0] in names}
+        model, training = (
+            {name: value for name, value in group.items() if name in own}
+            for group in (saved.model, saved.training)
+        )
+        super().restore(replace(saved, model=model, training=training, optimiser=moments), path)
+
+
+def begin_stage(config: TrainConfig, corpus: Corpus, ranks: Ranks) -> tuple[State, Guard]:
     """Return what this process's stage starts from: its part of what one process would have.
 
     **Raises:** `ConfigError` for what cannot be run as a pipeline; as `build_model`.
     """
-    count = distributed.get_world_size()
+    config.check_training(len(corpus.tokenizer))
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
-        model = cast(GPT, build_model(config, len(corpus.tokenizer)))
-    check(config, model, count)
+        model = build_model(config, len(corpus.tokenizer))
+    check(config, model, ranks.size)
     rule = cast(AbstractBroadcast, config.rule)
-    stage = Stage(revert(model), rule, config.seed, distributed.get_rank(), count)
-    batches = Batches(
-        corpus.train, config.batch, config.context, torch.Generator().manual_seed(config.seed)
-    )
-    return begin_with(config, stage, Pipeline(parts(config, count)), batches, whole_norm)
+    stage = Stage(revert(cast(GPT, model)), rule, config.seed, ranks.rank, ranks.size)
+    drawn = torch.Generator().manual_seed(config.seed)
+    batches = Batches(corpus.train, config.batch, config.context, drawn)
+    guard = Guard(config, torch.Generator().manual_seed(config.seed + 1), norm=whole_norm)
+    optimiser, average = make_optimiser(stage, config), averaged(stage, config)
+    loss = Pipeline(micro_batches(config, ranks.size))
+    return StageState(stage, loss, optimiser, batches, guard.state, average), guard
 
 
-def parts(config: TrainConfig, count: int) -> int:
+def micro_batches(config: TrainConfig, count: int) -> int:
     """Return the micro-batches of a batch: what was said, or the most that divide it evenly."""
+    if config.microbatches is not None:
+        return config.microbatches
     most = min(config.batch, PER_STAGE * count)
     return next(n for n in range(most, 0, -1) if config.batch % n == 0)
 
@@ -268,6 +302,16 @@ def check(config: TrainConfig, model: nn.Module, count: int) -> None:
             f"parallel pipeline cannot train by {config.rule or config.method}: there a block's "
             "gradient needs more than its input and the error at the output; write --model gpt "
             "--rule \"DirectFeedback(granularity='block')\", or granularity='sublayer'"
+        )
+    others = {"accumulate": 1, "dtype": "float32", "compile": False, "checkpointing": False}
+    if changed := [name for name, plain in others.items() if getattr(config, name) != plain]:
+        raise ConfigError(
+            f"parallel pipeline has no {', '.join(changed)}: leave that out (--microbatches says "
+            "in how many parts a batch goes through it)"
+        )
+    if config.device != "cpu" and (config.device != "auto" or torch.cuda.is_available()):
+        raise ConfigError(
+            f"parallel pipeline computes on the CPU, not {config.device}: write --device cpu"
         )
     if len(model.blocks) < count:
         raise ConfigError(
@@ -301,48 +345,3 @@ def hears_the_output_alone(rule: object, model: GPT) -> bool:
     for hook in hooks:
         hook.remove()
     return not any(output.requires_grad for output in outputs)
-
-
-def held(state: State) -> Checkpoint:
-    """Return what a state goes on from, as a checkpoint has it."""
-    extra, training = state.drawn(), {}
-    if state.average is not None:
-        extra["averaged"], training = state.average.n_averaged, state.model.state_dict()
-    moments = {
-        f"{name}.{moment}": torch.as_tensor(value)
-        for name, parameter in state.model.named_parameters()
-        for moment, value in state.optimiser.state.get(parameter, {}).items()
-    }
-    notes = {"progress": vars(state.progress)}
-    return Checkpoint(state.judged.state_dict(), training, moments, extra, notes)
-
-
-def gather(state: State, whole: State | None) -> None:
-    """Bring the stages' states together in that of the whole model, which the first process has."""
-    found: list[Any] = [None] * distributed.get_world_size()
-    distributed.gather_object(held(state), found if whole is not None else None)
-    if whole is not None:
-        first = found[0]
-        for each in found[1:]:
-            for group in ("model", "training", "optimiser"):
-                getattr(first, group).update(getattr(each, group))
-        whole.restore(_of(first, whole.model), Path("the stages"))
-
-
-def scatter(state: State, whole: State | None) -> None:
-    """Take every stage's part of the state of the whole model, which the first process has."""
-    found = [None if whole is None else held(whole)]
-    distributed.broadcast_object_list(found)
-    state.restore(_of(cast(Checkpoint, found[0]), state.model), Path("the whole model"))
-
-
-def _of(saved: Checkpoint, model: nn.Module) -> Checkpoint:
-    """Return that of a checkpoint which is of a model, or of a stage, by its names."""
-    own, names = model.state_dict(), {name for name, _ in model.named_parameters()}
-    # an outlet has no values, and only a stage has one
-    return replace(
-        saved,
-        model={name: saved.model.get(name, value) for name, value in own.items()},
-        training={name: saved.training.get(name, value) for name, value in own.items()},
-        optimiser={k: v for k, v in saved.optimiser.items() if k.rpartition(".")[0] in names},
-    )

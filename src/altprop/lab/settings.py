@@ -79,6 +79,18 @@ class TrainConfig:
         refused_in_a_row: so many refused steps in a row end the run, and so do more than that among
             ten times as many.
         device: `auto`, `cpu`, `cuda`, or any other that torch knows.
+        dtype: what forward passes of training compute in, `float32` or `bf16` (autocast: weights,
+            gradients and equilibria stay in float32, and so do evaluations).
+        compile: compile the model, or of an equilibrium its dynamics, by `torch.compile`.
+        accumulate: so many passes over parts of a batch make its gradient; must divide it.
+        checkpointing: of the gpt, compute the insides of blocks again in the backward pass, instead
+            of keeping them.
+        threads: threads of the CPU that a process computes by; null for torch's own choice.
+        parallel: of many processes, started by torchrun, `ddp` (each has the model whole), `fsdp`
+            (each has a part of its weights and of what the optimiser keeps) or `pipeline` (each has
+            some of the blocks, which direct feedback trains without waiting for one another).
+        microbatches: of a pipeline, how many parts of a batch follow one another through it; must
+            divide it. Null for four for each process, or the next smaller number that does.
         sample: characters of text to write at the end.
     """
 
@@ -121,11 +133,18 @@ class TrainConfig:
     on_failure: Literal["skip", "stop"] = "skip"
     refused_in_a_row: int = 20
     device: str = "auto"
+    dtype: Literal["float32", "bf16"] = "float32"
+    compile: bool = False
+    accumulate: int = 1
+    checkpointing: bool = False
+    threads: int | None = None
+    parallel: Literal["ddp", "fsdp", "pipeline"] = "ddp"
+    microbatches: int | None = None
     sample: int = 400
 
     def __post_init__(self) -> None:
         counts = ("batch", "steps", "eval_every", "eval_windows", "final_windows")
-        for name in (*counts, "refused_in_a_row"):
+        for name in (*counts, "refused_in_a_row", "accumulate"):
             _require(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
         for name in ("lr", "clip", "free_limit", "adjoint_limit"):
             value = getattr(self, name)
@@ -137,6 +156,23 @@ class TrainConfig:
             _require(name, getattr(self, name), 0 <= getattr(self, name) < 1, "in [0, 1)")
         _require("on_failure", self.on_failure, self.on_failure in ("skip", "stop"), "skip or stop")
         _require("seed", self.seed, 0 <= self.seed < 2**63, "in [0, 2^63)")  # torch takes no other
+        if self.threads is not None:
+            _require("threads", self.threads, self.threads >= 1, "at least 1")
+        for name, known in (("dtype", ("float32", "bf16")), ("parallel", _PARALLEL)):
+            if getattr(self, name) not in known:
+                raise unknown(name, getattr(self, name), known)
+        if self.microbatches is not None:
+            if self.parallel != "pipeline":
+                raise ConfigError(
+                    "microbatches is for --parallel pipeline: write --microbatches null"
+                )
+            divides = self.microbatches >= 1 and self.batch % self.microbatches == 0
+            _require("microbatches", self.microbatches, divides, f"a divisor of batch {self.batch}")
+        if self.batch % self.accumulate:
+            raise ConfigError(
+                f"batch is {self.batch}, which {self.accumulate} passes cannot share alike: write "
+                f"--batch {_multiple(self.batch, self.accumulate)}"
+            )
         if self.resume and self.overwrite:
             raise ConfigError("resume and overwrite exclude each other: give one of them")
         for name in ("resume", "overwrite"):
@@ -195,6 +231,23 @@ class TrainConfig:
         names = ("d_model", "layers", "context", "batch", "eval_windows")
         check_memory(needed, _sized(self, *names))
 
+    def check_ranks(self, size: int) -> None:
+        """Refuse what so many processes cannot do.
+
+        **Raises:** `ConfigError`.
+        """
+        if self.parallel != "ddp" and size == 1:
+            raise ConfigError(
+                f"parallel is {self.parallel}, and there is one process: start several by torchrun "
+                "--nproc-per-node 2 -m altprop train ..., or write --parallel ddp"
+            )
+        if self.parallel != "pipeline" and self.batch % (size * self.accumulate):
+            passes = f" of {self.accumulate} passes" if self.accumulate > 1 else ""
+            raise ConfigError(
+                f"batch is {self.batch}, which {size} processes{passes} cannot share alike: write "
+                f"--batch {_multiple(self.batch, size * self.accumulate)}"
+            )
+
     def shape(self, vocabulary: int) -> ModelConfig:
         """Return the model's shape for a vocabulary of so many tokens."""
         return ModelConfig(
@@ -210,6 +263,7 @@ class TrainConfig:
         )
 
 
+_PARALLEL = ("ddp", "fsdp", "pipeline")
 # what only one of the models has, so that an option of the other is refused and not ignored
 _OWN = {
     "equilibrium": (
@@ -221,8 +275,13 @@ _OWN = {
         "free_limit",
         "adjoint_limit",
     ),
-    "gpt": ("tie_head", "rule", "rules"),
+    "gpt": ("tie_head", "rule", "rules", "checkpointing"),
 }
+
+
+def _multiple(batch: int, of: int) -> int:
+    """Return the next batch that so many passes can share."""
+    return -(-batch // of) * of
 
 
 def _sized(config: object, *names: str) -> str:

@@ -1,0 +1,92 @@
+"""What the tests of many processes run in each of them: ten steps of every rule, in float64."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import altprop as ap
+from altprop.lab.building import build_model
+from altprop.lab.ranks import Ranks, full, joined
+from altprop.lab.settings import TrainConfig
+from altprop.lab.train import begin_with, predicted, steps
+from altprop.lm.text import Batches
+
+V, STEPS = 11, 10
+EXACT: dict[str, Any] = {"solver": ap.Anderson(tol=1e-10, max_steps=200), "eval_windows": 1}
+AEP = ap.AEP(tol=1e-8, solver=ap.Anderson())
+STRICT = ap.JacobianHinge(target=0.01, token_target=0.01)  # past the margin from the first step
+GPT: dict[str, Any] = {"model": "gpt", "layers": 2}
+CASES: dict[str, dict[str, Any]] = {
+    "AEP": {"estimator": AEP, "stabiliser": STRICT, **EXACT},
+    "AEP, joint": {"estimator": AEP, "stabiliser": STRICT, "layers": 2, **EXACT},
+    "AEP, separate": {
+        "estimator": AEP,
+        "stabiliser": STRICT,
+        "layers": 2,
+        "stacking": "separate",
+        **EXACT,
+    },
+    "OneStep, gate hinge": {
+        "estimator": ap.OneStep(),
+        "solver": ap.Euler(step=0.5, max_steps=3, tol=0),
+        "stabiliser": ap.GateHinge(target=0.01),
+    },
+    "Implicit": {"estimator": ap.Implicit(tol=1e-10), "stabiliser": STRICT, **EXACT},
+    "backprop": GPT,
+    "FA": {**GPT, "rule": ap.FeedbackAlignment()},
+    "sign symmetry": {**GPT, "rule": ap.SignSymmetry()},
+    "Kolen-Pollack": {**GPT, "rule": ap.KolenPollack()},
+    "weight mirror": {**GPT, "rule": ap.WeightMirror()},
+    "aligned": {**GPT, "rule": ap.AlignedFeedback()},
+    "DFA": {**GPT, "rule": ap.DirectFeedback(calibrate_every=3)},
+    "DFA, blocks": {**GPT, "rule": ap.DirectFeedback(granularity="block")},
+    "GrAPE": {**GPT, "rule": ap.GrAPE(probes=2)},
+    "dropout": {**GPT, "dropout": 0.2},
+    "average": {**GPT, "ema": 0.5},
+}
+
+
+def learned(name: str, ranks: Ranks, **options: Any) -> dict[str, Tensor]:
+    """Return the weights, the average's, and what the steps measured, after ten steps of a case."""
+    config = TrainConfig(
+        **{
+            **{"d_model": 8, "heads": 2, "context": 6, "batch": 8, "steps": STEPS, "warmup": 0},
+            **{"on_failure": "stop", "clip": 0.1, "device": "cpu"},
+            **CASES[name],
+            **options,
+        }
+    )
+    torch.manual_seed(0)
+    model = build_model(config, V).double()
+    tokens = torch.randint(V, (200,), generator=torch.Generator().manual_seed(1)).numpy()
+    drawn = torch.Generator().manual_seed(2)
+    batches = Batches(tokens, config.batch, config.context, drawn)
+    state, guard = begin_with(config, model, predicted, batches, ranks)
+    made = list(steps(config, state, guard, ranks))
+    out = {n: full(t.detach()).clone() for n, t in state.model.state_dict().items()}
+    if state.average is not None:
+        out |= {f"{n} (average)": full(t) for n, t in state.judged.state_dict().items()}
+    kept = ("loss", "gradient_norm", "jacobian_gain")
+    for number, record in enumerate(made):
+        out |= {f"{k} {number}": torch.tensor(record[k]) for k in kept if k in record}
+    return out
+
+
+def main(out: str, *named: str) -> None:
+    with joined() as ranks:
+        torch.set_num_threads(1)
+        found: dict[str, dict[str, Tensor]] = {}
+        for words in named:
+            parallel, accumulate, name = words.split(":")
+            ranks._parallel = None
+            found[words] = learned(name, ranks, parallel=parallel, accumulate=int(accumulate))
+        if ranks.leads:
+            torch.save(found, out)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
