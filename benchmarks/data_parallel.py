@@ -102,7 +102,7 @@ def measure(name: str, rounds: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="three rounds")
-    rounds = 3 if parser.parse_args().quick else 25
+    rounds = 3 if parser.parse_args().quick else 11
     load, cores = os.getloadavg()[0], len(os.sched_getaffinity(0))
     data = {name: measure(name, rounds) for name in CONFIGS}
     rows = [
