@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import socket
+import subprocess
 import sys
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -76,13 +81,60 @@ def learned(name: str, ranks: Ranks, **options: Any) -> dict[str, Tensor]:
     return out
 
 
-def main(out: str, *named: str) -> None:
+def start(count: int, *words: str) -> list[subprocess.Popen[str]]:
+    """Start so many processes of a Python command line, as torchrun would."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    path = os.pathsep.join(filter(None, sys.path))
+    around = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(count)}
+    around |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return [
+        subprocess.Popen(
+            [sys.executable, *words],
+            env={**around, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(count)
+    ]
+
+
+def ended(ranks: list[subprocess.Popen[str]], timeout: float = 100) -> list[tuple[int, str, str]]:
+    """Return every rank's exit status, output and errors."""
+    try:
+        said = [rank.communicate(timeout=timeout) for rank in ranks]
+        return [(rank.returncode, *both) for rank, both in zip(ranks, said, strict=True)]
+    finally:
+        for rank in ranks:
+            rank.kill()
+
+
+def together(count: int, wanted: Sequence[str], folder: Path) -> dict[str, dict[str, Tensor]]:
+    """Return what so many processes learn, by `parallel:accumulate:case`."""
+    out = folder / f"{count}.pt"
+    found = ended(start(count, __file__, str(out), *wanted), timeout=300)
+    assert [status for status, *_ in found] == [0] * count, found[0][2]
+    return dict(torch.load(out))
+
+
+def apart(one: dict[str, Tensor], other: dict[str, Tensor]) -> dict[str, float]:
+    """Return by how much two outcomes differ, each tensor relative to its largest entry."""
+    assert one.keys() == other.keys()
+    return {
+        name: float((t.double() - other[name].double()).abs().max() / t.double().abs().max())
+        for name, t in one.items()
+        if t.any() or other[name].any()
+    }
+
+
+def main(out: str, *wanted: str) -> None:
+    torch.set_num_threads(1)
     with joined() as ranks:
-        torch.set_num_threads(1)
-        found: dict[str, dict[str, Tensor]] = {}
-        for words in named:
+        found = {}
+        for words in wanted:
             parallel, accumulate, name = words.split(":")
-            ranks._parallel = None
             found[words] = learned(name, ranks, parallel=parallel, accumulate=int(accumulate))
         if ranks.leads:
             torch.save(found, out)

@@ -116,6 +116,11 @@ def _run(argv: Sequence[str], commands: Commands) -> None:
     elif argv[0] == "--version":
         print(f"altprop {altprop.__version__}")
     elif argv[0] in commands:
+        if (size := os.environ.get("WORLD_SIZE", "1")) != "1" and argv[0] not in _IN_MANY:
+            raise ConfigError(
+                f"{argv[0]} is for one process, and WORLD_SIZE is {size}: start it without "
+                f"torchrun, which is for {', '.join(_IN_MANY)}"
+            )
         module, _, attribute = commands[argv[0]][0].partition(":")
         function = getattr(importlib.import_module(module), attribute)
         _call(f"altprop {argv[0]}", function, argv[1:])
@@ -205,6 +210,7 @@ def _call(prog: str, function: Callable[..., Any], argv: Sequence[str]) -> None:
         function(target(**values))
 
 
+_IN_MANY = ("train",)  # commands that many processes make together
 _LONGEST = 1500  # characters of an error that are shown
 # what every command takes besides its own
 _EVERYWHERE = {

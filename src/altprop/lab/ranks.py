@@ -25,7 +25,7 @@ from altprop import AltpropError, ConfigError, ProcessError
 from altprop.errors import in_a_line, listed
 
 T = TypeVar("T")
-PATIENCE = timedelta(seconds=45)  # for an answer of another process, until a run ends
+PATIENCE = timedelta(seconds=40)  # for an answer of another process, until a run ends
 LAUNCH = "torchrun --nproc-per-node"
 
 
@@ -140,6 +140,7 @@ class Ranks:
     def share(self, model: nn.Module) -> None:
         """Let the gradients of a model be averaged over the ranks, each of which has it whole."""
         if self.group is not None:  # buffers stay equal: feedback is drawn from the seed
+            self._parallel = None  # of a model before
             self._parallel = DistributedDataParallel(model, forward_sync_buffers=False)
 
     def shard(self, model: nn.Module, parts: Sequence[nn.Module]) -> None:
@@ -152,6 +153,7 @@ class Ranks:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
 
+        self._parallel = None
         mesh = init_device_mesh(next(model.parameters()).device.type, (self.size,))
         for part in parts:
             fully_shard(part, mesh=mesh)
