@@ -368,4 +368,22 @@ BUGS = [
         "return text",
         "test_report_command.py",
     ),
+    Bug(
+        _LAB + "pipeline.py",
+        "stage.error(h, targets[turn], 1 / M)",
+        "stage.error(h, targets[turn], 1.0)",
+        "test_pipeline.py",
+    ),
+    Bug(
+        _LAB + "pipeline.py",
+        "distributed.all_reduce(square)",
+        "distributed.broadcast(square, 0)",
+        "test_pipeline.py",
+    ),
+    Bug(
+        _LAB + "pipeline.py",
+        "rule.learned or rule.period",
+        "rule.learned",
+        "test_pipeline.py",
+    ),
 ]
