@@ -116,8 +116,10 @@ def test_stages_evaluate_and_write_as_one_process_does(case: str, found: Found) 
         assert torch.equal(in_stages, alone)
 
 
-def test_activations_go_to_the_next_stage_and_errors_from_the_last_alone(found: Found) -> None:
-    config = small(Path("run"), model="gpt", **CASES["4 block"])
+def test_activations_go_to_the_next_stage_and_errors_from_the_last_alone(
+    found: Found, tmp_path: Path
+) -> None:
+    config = small(tmp_path / "run", model="gpt", **CASES["4 block"])
     micro = micro_batches(config, COUNT)
     words = config.batch * config.context * 4 // micro  # bytes of a channel
     for index, one in enumerate(found):
@@ -158,10 +160,10 @@ def test_every_block_is_in_one_stage_and_stages_are_even(layers: int, count: int
     ],
 )
 def test_what_cannot_run_in_stages_is_refused_with_what_can(
-    changes: dict[str, Any], said: str
+    changes: dict[str, Any], said: str, tmp_path: Path
 ) -> None:
     base = {"model": "gpt", "layers": 2, "rule": ap.DirectFeedback("block")}
-    config = small(Path("run"), **{**base, **changes})
+    config = small(tmp_path / "run", **{**base, **changes})
     with pytest.raises(ap.ConfigError) as error:
         check(config, build_model(config, vocabulary=21), count=2)
     assert said in str(error.value)
