@@ -8,10 +8,10 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import altprop as ap
 from altprop.lab.building import build_model
@@ -67,6 +67,8 @@ def learned(name: str, ranks: Ranks, **options: Any) -> dict[str, Tensor]:
     )
     torch.manual_seed(0)
     model = build_model(config, V).double()
+    for _, block in ap.equilibria(model):  # whose gates start closed: nothing feeds back
+        nn.init.constant_(cast(Tensor, block.dynamics.gate), 0.3)
     tokens = torch.randint(V, (200,), generator=torch.Generator().manual_seed(1)).numpy()
     drawn = torch.Generator().manual_seed(2)
     batches = Batches(tokens, config.batch, config.context, drawn)
@@ -101,20 +103,26 @@ def start(count: int, *words: str) -> list[subprocess.Popen[str]]:
     ]
 
 
-def ended(ranks: list[subprocess.Popen[str]], timeout: float = 100) -> list[tuple[int, str, str]]:
+def end(ranks: list[subprocess.Popen[str]]) -> None:
+    """Leave no process behind."""
+    for rank in ranks:
+        rank.kill()
+        rank.communicate()
+
+
+def ended(ranks: list[subprocess.Popen[str]], timeout: float = 200) -> list[tuple[int, str, str]]:
     """Return every rank's exit status, output and errors."""
     try:
         said = [rank.communicate(timeout=timeout) for rank in ranks]
         return [(rank.returncode, *both) for rank, both in zip(ranks, said, strict=True)]
     finally:
-        for rank in ranks:
-            rank.kill()
+        end(ranks)
 
 
 def together(count: int, wanted: Sequence[str], folder: Path) -> dict[str, dict[str, Tensor]]:
     """Return what so many processes learn, by `parallel:accumulate:case`."""
     out = folder / f"{count}.pt"
-    found = ended(start(count, __file__, str(out), *wanted), timeout=300)
+    found = ended(start(count, __file__, str(out), *wanted), timeout=400)
     assert [status for status, *_ in found] == [0] * count, found[0][2]
     return dict(torch.load(out))
 
