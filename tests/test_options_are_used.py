@@ -93,6 +93,7 @@ BOTH: dict[str, Any] = {
     "save_every": 0.0,
     "eval_windows": 3,
     "final_windows": 2,
+    "microbatches": 2,
     "device": "abacus",
     "dtype": "bf16",
     "compile": True,

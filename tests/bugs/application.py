@@ -388,4 +388,22 @@ BUGS = [
         "test_sweep.py",
     ),
     Bug(_LAB + "trackers.py", '"allow" if begin.step else "never"', '"never"', "test_trackers.py"),
+    Bug(
+        _LAB + "pipeline.py",
+        "stage.error(h, targets[turn], 1 / M)",
+        "stage.error(h, targets[turn], 1.0)",
+        "test_pipeline.py",
+    ),
+    Bug(
+        _LAB + "pipeline.py",
+        "distributed.all_reduce(square)",
+        "distributed.broadcast(square, 0)",
+        "test_pipeline.py",
+    ),
+    Bug(
+        _LAB + "pipeline.py",
+        "rule.learned or rule.period",
+        "rule.learned",
+        "test_pipeline.py",
+    ),
 ]

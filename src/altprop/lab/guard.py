@@ -7,7 +7,7 @@ limits. A run that has lost its fixed point refuses step after step; it ends, an
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -34,13 +34,26 @@ def within(limit: float, result: Result | None, residual: Tensor | None) -> bool
     return residual is None or result is Result.FIXED_TIME or float(residual.max()) <= limit
 
 
+def gradient_norm(model: nn.Module) -> Tensor:
+    """Return the norm of a model's gradient, a scalar; of one in shards it is in shards too."""
+    return nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+
+
 class Guard:
-    """Judges every step's gradient before it is applied, and lets the stabiliser act."""
+    """Judges every step's gradient before it is applied, and lets the stabiliser act.
+
+    **Arguments:** `ranks`, which share every batch; `norm`, of the whole gradient, of which this
+    process may hold a part.
+    """
 
     def __init__(
-        self, config: TrainConfig, generator: torch.Generator, ranks: Ranks | None = None
+        self,
+        config: TrainConfig,
+        generator: torch.Generator,
+        ranks: Ranks | None = None,
+        norm: Callable[[nn.Module], Tensor] = gradient_norm,
     ) -> None:
-        self._config, self._ranks = config, ranks or Ranks()
+        self._config, self._ranks, self.norm = config, ranks or Ranks(), norm
         self._why = ""  # the last refusal's reason
         self.state = config.stabiliser.init(generator) if config.stabiliser else None
 
@@ -72,8 +85,7 @@ class Guard:
             self._refuse(", ".join([f"the loss is {loss:.4g}", *residuals]), optimiser, progress)
         if config.stabiliser and finite:
             measured |= push(config, self.state, model, progress.step, not good, passes, ranks)
-        gradients = [p.grad for p in model.parameters() if p.grad is not None]
-        norm = full(nn.utils.get_total_norm(gradients))
+        norm = full(self.norm(model))
         if not bool(torch.isfinite(norm)):
             if good:
                 self._refuse(f"the gradient's norm is {float(norm)}", optimiser, progress)

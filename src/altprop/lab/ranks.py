@@ -62,6 +62,10 @@ class Ranks:
         """Whether this is the first rank, which alone writes and shows."""
         return self.rank == 0
 
+    def sharing(self, parallel: str) -> Ranks:
+        """Return those that share every batch; of a pipeline all see it whole, each for itself."""
+        return Ranks() if parallel == "pipeline" else self
+
     def gather(self, value: T) -> list[T]:
         """Return what every rank gives, in their order; any value that can be pickled."""
         if self.group is None:

@@ -288,7 +288,7 @@ class Run:
         model = state.model if resumable else state.judged
         if resumable and state.average is not None:
             extra["averaged"], average = state.average.n_averaged, state.judged
-        whole = checkpoint.collect(model, optimiser, extra, average)
+        whole = state.whole(checkpoint.collect(model, optimiser, extra, average))
         with self._ranks.together():
             if self._ranks.leads:
                 self._write(name, whole, vars(state.progress), resumable)

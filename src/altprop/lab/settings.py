@@ -92,7 +92,10 @@ class TrainConfig:
         accumulate: so many passes over parts of a batch make its gradient.
         checkpointing: of the gpt, compute blocks again instead of keeping them.
         threads: threads of the CPU for each process; null for torch's choice.
-        parallel: of processes started by torchrun, `ddp`, or `fsdp`: in shards.
+        parallel: of processes started by torchrun, `ddp`, `fsdp` (in shards), or `pipeline` (some
+            blocks each, which direct feedback trains without waiting for one another).
+        microbatches: of a pipeline, the parts of a batch that follow one another through it; null
+            for four for each process, or the next smaller number that divides the batch.
         sample: tokens of text to write at the end.
         log: trackers that are told of every step too: trackio, tensorboard, wandb (offline); what
             they write lies in the run's folder.
@@ -146,7 +149,8 @@ class TrainConfig:
     accumulate: int = 1
     checkpointing: bool = False
     threads: int | None = None
-    parallel: Literal["ddp", "fsdp"] = "ddp"
+    parallel: Literal["ddp", "fsdp", "pipeline"] = "ddp"
+    microbatches: int | None = None
     sample: int = 400
     log: tuple[str, ...] = ()
     quiet: bool = False
@@ -170,9 +174,16 @@ class TrainConfig:
                 raise unknown("tracker", name, TRACKERS)
         if self.threads is not None:
             _require("threads", self.threads, self.threads >= 1, "at least 1")
-        for name, known in (("dtype", ("float32", "bf16")), ("parallel", ("ddp", "fsdp"))):
+        for name, known in (("dtype", ("float32", "bf16")), ("parallel", _PARALLEL)):
             if getattr(self, name) not in known:
                 raise unknown(name, getattr(self, name), known)
+        if self.microbatches is not None:
+            if self.parallel != "pipeline":
+                raise ConfigError(
+                    "microbatches is for --parallel pipeline: write --microbatches null"
+                )
+            divides = self.microbatches >= 1 and self.batch % self.microbatches == 0
+            _require("microbatches", self.microbatches, divides, f"a divisor of batch {self.batch}")
         if self.batch % self.accumulate:
             raise ConfigError(
                 f"batch is {self.batch}, which {self.accumulate} passes cannot share alike: write "
@@ -247,7 +258,7 @@ class TrainConfig:
                 f"parallel is {self.parallel}, and there is one process: start several by torchrun "
                 "--nproc-per-node 2 -m altprop train ..., or write --parallel ddp"
             )
-        if self.batch % (size * self.accumulate):
+        if self.parallel != "pipeline" and self.batch % (size * self.accumulate):
             passes = f" of {self.accumulate} passes" if self.accumulate > 1 else ""
             raise ConfigError(
                 f"batch is {self.batch}, which {size} processes{passes} cannot share alike: write "
@@ -269,6 +280,7 @@ class TrainConfig:
         )
 
 
+_PARALLEL = ("ddp", "fsdp", "pipeline")
 # what only one of the models has, so that an option of the other is refused and not ignored
 _OWN = {
     "equilibrium": (

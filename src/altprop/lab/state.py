@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from altprop.lab import checkpoint
+from altprop.lab.building import count_parameters
 
 Batch = tuple[Tensor, ...]
 Loss = Callable[[nn.Module, Batch], Tensor]
@@ -96,6 +97,14 @@ class State:
         kept = {k[len(prefix) :]: v for k, v in extra.items() if k.startswith(prefix)}
         if self.stabiliser is not None:
             self.stabiliser.load_state_dict(kept)
+
+    def parameters(self) -> int:
+        """Return how many numbers of the model learn."""
+        return count_parameters(self.model)
+
+    def whole(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return a checkpoint's tensors, of which this process has collected these."""
+        return tensors
 
     def restore(self, saved: checkpoint.Checkpoint, path: Path) -> None:
         """Take everything back to a checkpoint.

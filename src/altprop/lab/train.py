@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -16,7 +16,6 @@ from altprop import CheckpointError, ConfigError, ConvergenceError, Part, seeing
 from altprop.lab.building import (
     averaged,
     build_model,
-    count_parameters,
     gathered_alone,
     make_optimiser,
 )
@@ -27,6 +26,7 @@ from altprop.lab.evaluation import count_tiles, evaluate, tiles
 from altprop.lab.gradient import autocast, gradient
 from altprop.lab.guard import Guard
 from altprop.lab.identity import options_of
+from altprop.lab.pipeline import begin_stage
 from altprop.lab.ranks import Ranks, full, joined
 from altprop.lab.reporting.picture import plot_run
 from altprop.lab.run import Run
@@ -78,10 +78,10 @@ def train(config: TrainConfig, callbacks: Sequence[Callback] = ()) -> TrainResul
             corpus = corpus_of(config)
             check_context(corpus, config.context)
             device = pick_device(config.device)
-            state, guard = begin(config, corpus, ranks)
+            state, guard = _BEGIN[config.parallel](config, corpus, ranks)
         held_out = windows(corpus.validation, config.eval_windows, config.context, seed=0)
         with ranks.together():
-            rehearse(config, state, ranks, held_out)
+            rehearse(config, state, ranks.sharing(config.parallel), held_out)
         compile_parts(state.model, config)
 
         with Run.open(config, corpus, ranks) as run:
@@ -112,12 +112,14 @@ def _learn(
         display.note(
             f"{corpus.description}: {len(corpus.train):,} tokens, vocabulary of "
             f"{len(corpus.tokenizer)}\n"
-            f"{count_parameters(state.model):,} parameters; run folder {run.folder}"
+            f"{state.parameters():,} parameters; run folder {run.folder}"
         )
         for said in run.said:
             display.note(said)
         stop = 0
-        for record in run.follow(steps(config, state, guard, ranks), state):
+        for record in run.follow(
+            steps(config, state, guard, ranks.sharing(config.parallel)), state
+        ):
             run.log(record)
             display.step(record)
             evaluation = None
@@ -211,6 +213,13 @@ def begin_with(
     return State(model, loss, optimiser, batches, guard.state, average), guard
 
 
+_BEGIN: dict[str, Callable[[TrainConfig, Corpus, Ranks], tuple[State, Guard]]] = {
+    "ddp": begin,
+    "fsdp": begin,
+    "pipeline": begin_stage,
+}
+
+
 def predicted(model: nn.Module, batch: Batch) -> Tensor:
     """Return a language model's loss: its mean cross-entropy on ids and the ids that follow."""
     return model(*batch)[1]
@@ -237,7 +246,8 @@ def steps(
         optimiser.zero_grad(set_to_none=True)
         loss, passes = gradient(config, state, batch, ranks)
         measured = guard.check(model, optimiser, loss, progress, passes)
-        norm = full(nn.utils.clip_grad_norm_(model.parameters(), config.clip))
+        norm = guard.norm(model)
+        nn.utils.clip_grads_with_norm_(model.parameters(), config.clip, norm)
         optimiser.step()
 
         progress.step += 1
@@ -248,7 +258,7 @@ def steps(
             "step": progress.step,
             "loss": loss,
             "lr": rate,
-            "gradient_norm": float(norm),
+            "gradient_norm": float(full(norm)),
             **measured,
             "refused": progress.refused,
             "tokens_per_second": batch[-1].numel() / seconds,
@@ -277,7 +287,7 @@ def rehearse(
     model = state.model
     ids, targets = (t[:1].to(next(model.parameters()).device) for t in held_out)
     with autocast(config, ids.device):
-        loss = predicted(model, (ids, targets))
+        loss = state.loss(model, (ids, targets))
     loss.backward()
     if config.stabiliser and ranks.size * config.accumulate > 1:  # as on a part of a batch
         with ranks.added(model), seeing(Part(0, 1, 2)):
