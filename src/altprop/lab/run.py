@@ -17,7 +17,16 @@ from altprop.files import write_whole
 from altprop.lab import checkpoint
 from altprop.lab.choices import types_of
 from altprop.lab.corpus import keep
-from altprop.lab.folder import LOCK, PREVIOUS, clean, empty, is_free, is_run, new_folder
+from altprop.lab.folder import (
+    LOCK,
+    PREVIOUS,
+    check_files,
+    clean,
+    empty,
+    is_free,
+    is_run,
+    new_folder,
+)
 from altprop.lab.identity import Identity, options_of
 from altprop.lab.lock import Lock
 from altprop.lab.metrics import Metrics
@@ -27,6 +36,9 @@ from altprop.lab.record import Record
 from altprop.lab.settings import TrainConfig
 from altprop.lab.state import State
 from altprop.lm.text import Corpus
+
+# what a part of a run raises that is given another's state
+_MISFITS = (KeyError, TypeError, ValueError, RuntimeError, AttributeError, ArithmeticError)
 
 
 class Run:
@@ -88,6 +100,7 @@ class Run:
             # a config.yaml alone may be anybody's: --overwrite must not replace what is not ours
             if not there and not is_free(folder):
                 raise CheckpointError(f"{folder} is no run folder: name a new folder with --out")
+            check_files(folder)
             folder.mkdir(parents=True, exist_ok=folder.exists())
             lock = Lock(folder / LOCK)
             try:
@@ -183,7 +196,7 @@ class Run:
                 written, self._seconds = dict(saved.notes["metrics"]), float(saved.notes["seconds"])
             except CheckpointError:
                 raise
-            except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+            except _MISFITS as error:
                 why = " ".join(str(error).split())
                 raise CheckpointError(f"{path}: does not fit this run ({why})") from error
             if made > self.config.steps:
