@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -84,9 +84,9 @@ def _tensors(value: Any) -> Iterator[Tensor]:
     """Yield the tensors in what an operation takes or returns."""
     if isinstance(value, Tensor):
         yield value
-    elif isinstance(value, Mapping):
+    elif isinstance(value, dict):
         for item in value.values():
             yield from _tensors(item)
-    elif isinstance(value, Sequence) and not isinstance(value, str):
+    elif isinstance(value, (tuple, list)):
         for item in value:
             yield from _tensors(item)
