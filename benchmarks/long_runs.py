@@ -24,11 +24,11 @@ from typing import Any
 
 import torch
 
+from altprop.lab.building import build_model
 from altprop.lab.config import read_config
 from altprop.lab.evaluation import evaluate, tiles
 from altprop.lab.sample_command import load_run
 from altprop.lab.settings import TrainConfig
-from altprop.lab.train import build_model
 from altprop.lm.text import load_corpus
 from common import RESULTS, markdown, write
 from throughput import Loop, quartiles, seconds

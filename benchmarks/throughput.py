@@ -34,11 +34,12 @@ import torch
 from torch import nn
 
 import altprop as ap
+from altprop.lab.building import build_model, make_optimiser
 from altprop.lab.run import Run
 from altprop.lab.sample_command import load_run
 from altprop.lab.settings import TrainConfig
 from altprop.lab.timing import now
-from altprop.lab.train import build_model, learning_rate, make_optimiser, train
+from altprop.lab.train import learning_rate, train
 from altprop.lm.model import LanguageModel, generate
 from altprop.lm.text import Batches, Corpus, load_corpus
 from common import markdown, write

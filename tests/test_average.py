@@ -12,12 +12,13 @@ from torch.optim.swa_utils import AveragedModel
 
 import altprop as ap
 from altprop.lab import checkpoint
+from altprop.lab.building import averaged, build_model
 from altprop.lab.cli import main
 from altprop.lab.evaluation import evaluate
 from altprop.lab.guard import Guard
 from altprop.lab.run import Run
 from altprop.lab.sample_command import load_run
-from altprop.lab.train import averaged, build_model, train
+from altprop.lab.train import train
 from altprop.lm.text import load_corpus, windows
 from lm_runs import assert_equal_bits, curve, small, steps, tensors
 

@@ -41,9 +41,11 @@ def refuse(monkeypatch: pytest.MonkeyPatch, when: Callable[[int], bool]) -> None
     """Let the loss be not a number at these steps, counted from 1."""
     check = Guard.check
 
-    def spoiled(self: Guard, model: Any, optimiser: Any, loss: float, progress: Any) -> Any:
+    def spoiled(
+        self: Guard, model: Any, optimiser: Any, loss: float, progress: Any, passes: Any
+    ) -> Any:
         lost = when(progress.step + 1)
-        return check(self, model, optimiser, math.nan if lost else loss, progress)
+        return check(self, model, optimiser, math.nan if lost else loss, progress, passes)
 
     monkeypatch.setattr(Guard, "check", spoiled)
 

@@ -23,6 +23,7 @@ from altprop.lab.reference import Rest
 from altprop.lab.sample_command import load_run, sample
 from altprop.lab.settings import TrainConfig
 from altprop.lab.train import train
+from altprop.lm.model import Block
 from lm_runs import SMALL, curve, sentences, small, tensors, tree
 
 
@@ -31,6 +32,15 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The working folder: it holds two texts. Drawing would take the longest."""
     monkeypatch.setattr("altprop.lab.train.plot_run", lambda folder: folder)
     monkeypatch.chdir(tmp_path)
+    forward = Block.forward
+
+    def watched(self: Block, h: torch.Tensor) -> torch.Tensor:
+        MADE.append(torch.get_num_threads())
+        return forward(self, h)
+
+    monkeypatch.setattr(Block, "forward", watched)
+    monkeypatch.setattr("altprop.lab.speed.torch.set_num_threads", MADE.append)
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: MADE.append(type(self)))
     for name, text in (("text.txt", sentences()), ("other.txt", sentences(300))):
         Path(name).write_text(text, encoding="utf-8")
     return tmp_path
@@ -83,7 +93,13 @@ BOTH: dict[str, Any] = {
     "save_every": 0.0,
     "eval_windows": 3,
     "final_windows": 2,
+    "microbatches": 2,
     "device": "abacus",
+    "dtype": "bf16",
+    "compile": True,
+    "accumulate": 2,
+    "threads": 2,
+    "parallel": "fsdp",
     "sample": 3,
     "log": ("tensorboard",),
     "quiet": True,
@@ -102,6 +118,7 @@ EQUILIBRIUM: dict[str, Any] = {
     "on_failure": ("stop", {"free_limit": 1e-12}),
     "refused_in_a_row": (2, {"free_limit": 1e-12}),
     # of the other model
+    "checkpointing": True,
     "tie_head": True,
     "rule": ap.FeedbackAlignment(),
     "rules": {"*": ap.FeedbackAlignment()},
@@ -110,6 +127,7 @@ GPT: dict[str, Any] = {
     **BOTH,
     "model": "equilibrium",
     "layers": 2,
+    "checkpointing": True,
     "tie_head": True,
     "rule": ap.FeedbackAlignment(),
     "rules": {"blocks.*.mlp.*": ap.FeedbackAlignment()},
@@ -122,7 +140,7 @@ GPT: dict[str, Any] = {
 }
 MODELS = {"equilibrium": (EQUILIBRIUM, {}), "gpt": (GPT, {"model": "gpt", "layers": 1})}
 FOREIGN = {
-    "equilibrium": {"tie_head", "rule", "rules"},
+    "equilibrium": {"tie_head", "rule", "rules", "checkpointing"},
     "gpt": {
         "block",
         "stacking",
@@ -133,6 +151,7 @@ FOREIGN = {
         "adjoint_limit",
     },
 }
+MADE: list[Any] = []  # threads at the calls of blocks, and what was compiled
 WITHOUT: dict[str, Any] = {}  # what came out of a model with nothing changed
 
 
@@ -143,10 +162,13 @@ def trained(there: bool = False, **options: Any) -> Any:
     if there:
         train(TrainConfig(**base, **{k: v for k, v in options.items() if k in ("model", "layers")}))
 
+    MADE.clear()
+
     def call() -> Any:
         with contextlib.redirect_stdout(io.StringIO()) as said:
             result = train(TrainConfig(**{**base, **options}))
         kept = {"curve": curve(result.folder), "folder": result.folder, "sample": result.sample}
+        kept["made"] = list(MADE)  # what costs differ by, of options that change no number
         kept["saves"] = (result.folder / "last.previous.safetensors").exists()
         kept["tracked"] = (result.folder / "tensorboard").exists()
         kept["lines"] = len(said.getvalue().splitlines()) > 1

@@ -18,7 +18,7 @@ from altprop.lab.display import Display
 from altprop.lab.evaluation import Evaluation
 from altprop.lab.reporting.metrics import read_metrics, refused_steps
 from altprop.lab.reporting.picture import plot_run
-from altprop.lab.run import Progress
+from altprop.lab.state import Progress
 from altprop.lab.train import train
 from lm_runs import small
 

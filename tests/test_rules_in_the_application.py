@@ -8,11 +8,13 @@ import pytest
 import torch
 
 import altprop as ap
+from altprop.lab.building import build_model
 from altprop.lab.cli import main
 from altprop.lab.config import read_config
-from altprop.lab.run import Run, State
+from altprop.lab.run import Run
 from altprop.lab.settings import TrainConfig
-from altprop.lab.train import build_model, train
+from altprop.lab.state import State
+from altprop.lab.train import train
 
 RULES = {
     "FeedbackAlignment": ap.FeedbackAlignment(),

@@ -115,6 +115,20 @@ def test_a_copied_run_that_is_overwritten_is_the_copy(
     assert len(steps(file.parent)) == 2
 
 
+@pytest.mark.parametrize("name", ["vocab.json", "metrics.jsonl", "curves.png", "best.safetensors"])
+@pytest.mark.parametrize("way", ["--resume", "--overwrite"])
+def test_what_is_no_file_is_refused_before_anything_changes(
+    name: str, way: str, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = here / "runs" / "a" / name
+    path.unlink(missing_ok=True)
+    path.mkdir()
+    before = tree(here)
+    assert main(["train", "--config", "runs/a/config.yaml", way, "--steps", "3"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{name} is no file" in line and tree(here) == before
+
+
 def test_a_moved_run_goes_on_where_it_is(here: Path) -> None:
     Path("runs/a").rename("renamed")
     assert go_on("renamed/config.yaml") == 0

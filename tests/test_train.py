@@ -29,8 +29,9 @@ from altprop import (
     PublishedAEP,
     RuleError,
 )
+from altprop.lab.building import build_model, make_optimiser
 from altprop.lab.settings import TrainConfig
-from altprop.lab.train import build_model, learning_rate, make_optimiser, train
+from altprop.lab.train import learning_rate, train
 from lm_runs import assert_equal_bits, curve, sentences, small, steps, tensors, tree
 
 HOPELESS = Anderson(max_steps=1, tol=1e-9)  # on damped attention: far from any equilibrium

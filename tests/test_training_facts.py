@@ -12,9 +12,10 @@ from torch import Tensor
 
 import altprop as ap
 from altprop.lab import checkpoint
+from altprop.lab.building import build_model, make_optimiser
 from altprop.lab.evaluation import Evaluation, evaluate
 from altprop.lab.settings import TrainConfig
-from altprop.lab.train import build_model, make_optimiser, train
+from altprop.lab.train import train
 from altprop.lm.model import GPT, EquilibriumLM, ModelConfig
 from altprop.lm.text import Batches
 from lm_runs import small, steps

@@ -115,9 +115,11 @@ if TYPE_CHECKING:  # read by type checkers, by editors, and by the function belo
         ConfigError as ConfigError,
         ConvergenceError as ConvergenceError,
         DataError as DataError,
+        ProcessError as ProcessError,
         RuleError as RuleError,
         RuleWarning as RuleWarning,
     )
+    from altprop.parts import Part as Part, seeing as seeing
     from altprop.conversion.explain import explain as explain
     from altprop.conversion.learned import (
         add_feedback as add_feedback,

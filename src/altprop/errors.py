@@ -42,6 +42,10 @@ class ConvergenceError(AltpropError, RuntimeError):
     """A solve did not reach its tolerance."""
 
 
+class ProcessError(AltpropError, RuntimeError):
+    """Another process of the same run has ended, or does not answer."""
+
+
 @contextmanager
 def refusing(error: type[AltpropError], what: str) -> Iterator[None]:
     """Turn whatever an input raises while it is read into one `error` that names the input.

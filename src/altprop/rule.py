@@ -174,7 +174,7 @@ class AbstractBroadcast(AbstractRule):
         """Return the cotangent `e Bᵀ` of a tap of this shape, its axes in the order of `e`'s."""
         return (spread_error(e, shape) @ B.t().to(e.dtype)).expand(shape)
 
-    def estimates(self, probe: Probe, seed: int, step: int) -> Sequence[Tensor] | None:
+    def estimates(self, probe: Probe, seed: int, step: int) -> Sequence[Tensor | None] | None:
         """Measure, before a recorded pass, what each tap's `B` should move towards, or nothing."""
         return None
 
@@ -192,9 +192,12 @@ class Probe(Protocol):
         """Draw a Gaussian tangent `p` at a tap and return it with `J p`.
 
         Shapes: (..., features) and (..., k), the leading axes of both in the order of the error's;
-        `spread_error` gives `J p` those that it lacks. In a data-parallel pass, of this rank's
-        batch.
+        `spread_error` gives `J p` those that it lacks. In a data-parallel pass, or one that sees a
+        part of a batch, of its own samples.
         """
 
-    def average(self, estimate: Tensor) -> Tensor:
-        """Turn a mean over this rank's batch, at the last tap, into that over the joint batch."""
+    def average(self, estimate: Tensor) -> Tensor | None:
+        """Turn a mean over this pass's samples, at the last tap, into that over the joint batch.
+
+        `None` where further passes of the same step are to come: the last one knows the mean.
+        """

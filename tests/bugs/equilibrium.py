@@ -170,8 +170,8 @@ BUGS = [
     ),
     Bug(
         _EQ + "hinge.py",
-        "state.probes[name] = blocks.unit(pulled) + self.fresh * noise",
-        "state.probes[name] = v + self.fresh * noise",
+        "state.keep(name, blocks.unit(pulled) + self.fresh * noise)",
+        "state.keep(name, v + self.fresh * noise)",
         _HINGE,
     ),
     Bug(

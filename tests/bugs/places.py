@@ -105,8 +105,8 @@ BUGS = [
     # conversion/sites.py
     Bug(
         "conversion/record.py",
-        "        return int(step) - 1\n",
-        "        return int(step)\n",
+        "            )\n        return int(step) - 1\n",
+        "            )\n        return int(step)\n",
         "test_surgery.py test_rules_broadcast.py test_rules.py",
     ),
     Bug("conversion/sites.py", "        return B.detach()\n", "        return B\n", _LEARNED),

@@ -32,7 +32,7 @@ class Pass(Run):
         channel: Channel,
         call: Call,
         exact: bool = False,
-        measured: Sequence[Tensor] | None = None,
+        measured: Sequence[Tensor | None] | None = None,
     ) -> None:
         super().__init__(channel, call)
         self.exact, self.measured = exact, measured

@@ -24,6 +24,7 @@ from altprop.conversion.record import record_of, sites_of
 from altprop.errors import AltpropError, RuleError
 from altprop.feedback import randn
 from altprop.layouts import MIXED, SEVERAL, Fit, Layout, fits, undecided
+from altprop.parts import now
 from altprop.rule import Site
 
 
@@ -113,16 +114,17 @@ class _Probe(Run):
 class JacobianProbe(_Probe):
     """Forward-mode derivatives of the error's place with respect to each tap, all rules off.
 
-    In a data-parallel pass the tangents are the joint batch's: every rank draws them all from one
-    generator and takes its own part, the ranks' batches lying one after the other along the axis
-    that the user's `batch_axis` names, or the first.
+    In a data-parallel pass, or one that sees a part of a batch (`parts.seeing`), the tangents are
+    the joint batch's: every pass draws them all from one generator and takes its own part, the
+    parts lying one after the other along the axis that the user's `batch_axis` names, or the first.
     """
 
     def __init__(self, channel: Channel, call: Call) -> None:
         super().__init__(channel, call)
         self.taps: Sequence[Site] = channel.sites
-        self._group = _process_group()
-        self._share = 1.0
+        self._part = now()
+        self._group = _process_group() if self._part is None else self._part.group
+        self._share = 1.0 if self._part is None else self._part.share
 
     def push(self, tap: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Draw `p ~ N(0, I)` at a tap and return it with `J p`, detached.
@@ -174,7 +176,10 @@ class JacobianProbe(_Probe):
 
     def _draw(self, hidden: Tensor) -> Tensor:
         size, before, total = hidden.numel(), 0, hidden.numel()
-        if self._group is not None:
+        if self._part is not None:
+            a_sample = size // self._part.count
+            before, total = a_sample * self._part.before, a_sample * self._part.total
+        elif self._group is not None:
             mine = torch.tensor(size, device=hidden.device)
             found = [torch.empty_like(mine) for _ in range(self._group.size())]
             torch.distributed.all_gather(found, mine, group=self._group)
@@ -185,12 +190,18 @@ class JacobianProbe(_Probe):
         samples = self.channel.layouts[0][1] if self.channel.layouts else 0
         return drawn.view(hidden.movedim(samples, 0).shape).movedim(0, samples).to(hidden)
 
-    def average(self, estimate: Tensor) -> Tensor:
-        """Return the mean over the joint batch of a mean over this rank's part at the last tap."""
-        if self._group is None:
+    def average(self, estimate: Tensor) -> Tensor | None:
+        """Return the mean over the joint batch of a mean over this pass's part at the last tap."""
+        if self._part is None and self._group is None:
             return estimate
         estimate = estimate * self._share
-        torch.distributed.all_reduce(estimate, group=self._group)
+        if self._part is not None:
+            path, sums = self.taps[self._index].path, self._part.sums
+            estimate = sums[path] = estimate + sums[path] if path in sums else estimate
+            if not self._part.last:
+                return None
+        if self._group is not None:
+            torch.distributed.all_reduce(estimate, group=self._group)
         return estimate
 
     def join(self, error: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from altprop.conversion.channel import Channel, in_backward
 from altprop.equilibrium.module import CONVERTED
 from altprop.errors import RuleError
+from altprop.parts import now
 from altprop.transforms import refuse_transforms
 
 STEP = "B_step"
@@ -100,7 +101,11 @@ def weights_of(module: nn.Module) -> Iterator[nn.Parameter]:
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def count_pass(module: nn.Module) -> int:
-    """Return the number of this recorded pass; a checkpoint's recomputation repeats the last."""
+    """Return the number of this recorded pass.
+
+    A checkpoint's recomputation repeats the last, and so does a pass that sees a further part of
+    the same batch.
+    """
     refuse_transforms("a rule that draws or measures at every pass cannot count its passes")
     step, record = cast(Tensor, getattr(module, STEP)), cast(Converted, record_of(module))
     if in_backward():
@@ -110,6 +115,8 @@ def count_pass(module: nn.Module) -> int:
                 "before the backward pass: reentrant activation checkpointing hides it; write "
                 "use_reentrant=False"
             )
+        return int(step) - 1
+    if record.counted and (part := now()) is not None and not part.first:
         return int(step) - 1
     record.counted = True
     number = int(step)

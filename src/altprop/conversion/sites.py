@@ -19,6 +19,7 @@ from altprop.conversion.channel import Channel, refuse_outside
 from altprop.conversion.record import Description, count_pass, sites_of
 from altprop.errors import RuleError
 from altprop.feedback import generator_for
+from altprop.parts import now
 from altprop.rule import AbstractBroadcast, AbstractTransport, Site
 
 
@@ -99,7 +100,11 @@ class TransportSite(_Held):
         B = self._feedback(module, self.rule.learned, [W])
         if B is not None and B.shape != W.shape:
             raise redrawn(self.site, B.shape, W.shape)
-        noise = self.noise(module, W) if self.rule.noisy else None
+        noise = None
+        if self.rule.noisy:
+            noise = self.noise(module, W)
+            if B is not None and self.rule.learned and more_to_come():
+                B = B.detach()  # it learns from the noise alone, the same in every pass of a step
         return assign_transport(x, W, b, self.rule, B, noise, rows)
 
     def describe(self, module: nn.Module) -> Description:
@@ -198,6 +203,13 @@ def on_first(change: Callable[[Tensor], Tensor], out: Any) -> Any:
         return change(out)
     first = change(out[0])
     return out if first is out[0] else type(out)((first, *out[1:]))
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def more_to_come() -> bool:
+    """Tell whether further passes over the same batch follow."""
+    part = now()
+    return part is not None and not part.last
 
 
 def redrawn(site: Site, drawn: Sequence[int], now: Sequence[int]) -> RuleError:

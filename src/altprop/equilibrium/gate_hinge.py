@@ -16,6 +16,7 @@ from altprop.equilibrium.hinge import (
     accumulate,
     called,
     process_group,
+    samples,
     worst_gain,
 )
 from altprop.equilibrium.solvers.solver import check_counts, check_fields, sample_norm
@@ -76,7 +77,8 @@ class GateHinge(AbstractStabiliser):
             push = None
             if gate.requires_grad and len(ratio) and math.isfinite(gains[-1]):
                 slope = 2 * self.weight * self.every * (ratio - target).clamp_min(0) * ratio
-                push = float(slope.mean()) * gate / gate.square().sum().clamp_min(1e-12)
+                size = gate.square().sum().clamp_min(1e-12)
+                push = float(slope.sum()) / samples(ratio) * gate / size
             accumulate([push], [gate], group)
         return worst_gain(gains)
 

@@ -29,7 +29,8 @@ from altprop.equilibrium.solvers.solver import (
     per_sample,
     sample_norm,
 )
-from altprop.errors import ConfigError
+from altprop.errors import ConfigError, RuleError
+from altprop.parts import now
 
 
 class AbstractStabiliser(ABC):
@@ -39,7 +40,9 @@ class AbstractStabiliser(ABC):
     def init(self, generator: torch.Generator) -> Any:
         """Return this stabiliser's state; its random draws come from `generator` (on the CPU).
 
-        The state has `state_dict()` and `load_state_dict(...)`, of tensors by name.
+        The state has `state_dict()` and `load_state_dict(...)`, of tensors by name. What has a row
+        for each sample of the batch is named `probe.…`; where several passes or processes share a
+        batch, it has all rows, and those of this process's samples count.
         """
 
     @abstractmethod
@@ -55,16 +58,51 @@ class AbstractStabiliser(ABC):
 
         Call it after `loss.backward()` and before clipping, with the number of the step from 0;
         `urgent` when the step's own gradient was refused, so that it acts even if it would rest.
-        Returns what it measured, by name (empty on a step where it rests).
+        Returns what it measured, by name (empty on a step where it rests). Under `altprop.seeing`
+        it adds what these samples have in the joint batch's gradient, which is the sum of that.
         """
 
 
 @dataclass
 class HingeState:
-    """The probes that a `JacobianHinge` carries from step to step, by the block's path."""
+    """The probes that a `JacobianHinge` carries from step to step, by the block's path.
+
+    Where it sees a part of a batch, they have the rows of the joint batch, and it uses its own.
+    """
 
     generator: torch.Generator
     probes: dict[str, Tensor] = field(default_factory=dict)
+
+    def noise(self, z: Tensor) -> Tensor:
+        """Draw a normal number for each of the state's, `(B, ...)`, from the joint batch's."""
+        part = now()
+        shape = z.shape if part is None else (part.total, *z.shape[1:])
+        drawn = torch.randn(shape, generator=self.generator, device="cpu")
+        return (drawn if part is None else drawn[part.rows]).to(z)
+
+    def probe(self, name: str, z: Tensor) -> Tensor | None:
+        """Return the probe of these samples, or nothing if there is none of that shape."""
+        probe, part = self.probes.get(name), now()
+        if probe is not None and part is not None and len(probe) == part.total:
+            probe = probe[part.rows] if probe[part.rows].any() else None  # a part not yet seen
+        return None if probe is None or probe.shape != z.shape else probe.to(z)
+
+    def keep(self, name: str, probe: Tensor) -> None:
+        """Keep the probe of these samples for the next step."""
+        part, held = now(), self.probes.get(name)
+        if part is not None:
+            if held is None or held.shape != (part.total, *probe.shape[1:]):
+                held = probe.new_zeros((part.total, *probe.shape[1:]))
+            held[part.rows] = probe
+            probe = held
+        self.probes[name] = probe
+
+    def forget(self, name: str) -> None:
+        """Let these samples start from new directions."""
+        part, held = now(), self.probes.pop(name, None)
+        if part is not None and held is not None and len(held) == part.total:
+            held[part.rows] = 0
+            self.probes[name] = held
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return everything that a resumed run needs, as tensors by name."""
@@ -161,7 +199,12 @@ class JacobianHinge(AbstractStabiliser):
     ) -> dict[str, float]:
         if step % self.every and not urgent:
             return {}
-        group = process_group(model)
+        group, part, start = process_group(model), now(), state.generator.get_state()
+        if part is not None and self.per == "batch":
+            raise RuleError(
+                "JacobianHinge(per='batch') looks at a batch as a whole, of which each process and "
+                "each pass sees a part: write per='sample', or one process without accumulation"
+            )
         pushed = list(called(model))
         for block, _, _ in pushed:
             refuse_shards(block.dynamics, "JacobianHinge")
@@ -169,6 +212,8 @@ class JacobianHinge(AbstractStabiliser):
             self._push(path, block.dynamics, seen, state, step, group)
             for block, path, seen in pushed
         ]
+        if part is not None and not part.last:  # its next part draws the same numbers
+            state.generator.set_state(start)
         return worst_gain([gain for gain in gains if gain is not None])
 
     def _push(
@@ -202,10 +247,11 @@ class JacobianHinge(AbstractStabiliser):
                 measured = blocks.worst(blocks.norm(pulled))
                 gains.append(float(measured.max()))
                 if not math.isfinite(gains[-1]):  # a lost state must not poison the probes to come
-                    state.probes.pop(name, None)
+                    state.forget(name)
                 elif gains[-1] > margin:
                     # d/dρ of the penalty, along the direction in which ρ is measured
-                    slope = 2 * self.weight * self.every * (measured - margin).clamp_min(0) / len(z)
+                    slope = 2 * self.weight * self.every * (measured - margin).clamp_min(0)
+                    slope = slope / samples(z)
                     along, v = slope * blocks.unit(pulled), v * (slope > 0)
                     more = _directional(parameters, system, z, along, v)
                     push = tuple(map(_sum, push, more))
@@ -217,17 +263,16 @@ class JacobianHinge(AbstractStabiliser):
     ) -> tuple[Tensor, Tensor]:
         """Return the directions in which gains are measured, and `J_gᵀ` of them, `(B, ...)`."""
         z, remainder = seen.state, seen.adjoint_remainder
-        noise = torch.randn(z.shape, generator=state.generator, device="cpu").to(z)
-        noise = blocks.unit(noise)
-        probe = state.probes.get(name)
-        v = noise if probe is None or probe.shape != z.shape else blocks.unit(probe.to(z))
+        noise = blocks.unit(state.noise(z))
+        probe = state.probe(name, z)
+        v = noise if probe is None else blocks.unit(probe)
         if remainder is not None and bool(remainder.isfinite().all()):
             v = blocks.unit(v + blocks.unit(remainder))
         pulled = blocks.pull(v)
         for _ in range(self.power):
             v = blocks.unit(pulled)
             pulled = blocks.pull(v)
-        state.probes[name] = blocks.unit(pulled) + self.fresh * noise
+        state.keep(name, blocks.unit(pulled) + self.fresh * noise)
         return v, pulled
 
 
@@ -307,6 +352,12 @@ def called(model: nn.Module) -> Iterator[tuple[Equilibrium, str, Certificate]]:
         seen = block.certificate
         if seen is not None and seen.system is not None and not block.dynamics.feedforward:
             yield block, path, seen
+
+
+def samples(z: Tensor) -> int:
+    """Return over how many samples a mean is taken: those of the joint batch."""
+    part = now()
+    return len(z) if part is None else part.total
 
 
 def worst_gain(gains: list[float]) -> dict[str, float]:

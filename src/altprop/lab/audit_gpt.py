@@ -17,12 +17,13 @@ from typing import Any
 import torch
 
 from altprop import AbstractRule, AuditReport, ConfigError, Installed, Trial, audit_trials
+from altprop.lab.building import build_model
 from altprop.lab.corpus import corpus_of
 from altprop.lab.display import counting
 from altprop.lab.evaluation import evaluate
-from altprop.lab.run import Progress, State
 from altprop.lab.settings import TrainConfig
-from altprop.lab.train import begin, build_model, pick_device, steps
+from altprop.lab.state import Progress, State
+from altprop.lab.train import begin, pick_device, steps
 from altprop.lab.values import plain
 from altprop.lm.text import Batches, windows
 

@@ -8,6 +8,10 @@ from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import Any
 
+from altprop import ProcessError
+from altprop.errors import in_a_line
+from altprop.lab.ranks import Ranks
+
 
 @dataclass(frozen=True)
 class Begin:
@@ -58,12 +62,18 @@ class Callback:
 class Callbacks:
     """The callbacks of a run, which are told in their order, and of the end on leaving the block.
 
+    Of many processes the first alone tells its callbacks; what one raises ends all of them.
+
     **Arguments:** `save`, writes the checkpoint to go on from; called before what a callback raises
-    ends the run.
+    ends the run; `ranks`, the processes of the run.
     """
 
-    def __init__(self, callbacks: Sequence[Callback], save: Callable[[], None]) -> None:
-        self._callbacks, self._save = tuple(callbacks), save
+    def __init__(
+        self, callbacks: Sequence[Callback], save: Callable[[], None], ranks: Ranks | None = None
+    ) -> None:
+        self._save, self._ranks = save, ranks or Ranks()
+        self._callbacks = tuple(callbacks) if self._ranks.leads else ()
+        self._any = bool(callbacks)
         self._begun: Sequence[Callback] = ()
         self._step = 0
         self._final: Mapping[str, Any] = {}
@@ -90,8 +100,14 @@ class Callbacks:
 
     def _tell(self, method: str, value: Any) -> None:
         """Tell all of them, also where one raises: none misses what the run has kept."""
-        if raised := _raised(self._callbacks, method, value):
+        if not self._any:
+            return
+        raised = _raised(self._callbacks, method, value)
+        faults = self._ranks.same([f"{type(e).__name__}: {in_a_line(e)}" for e in raised])
+        if faults:
             self._save()
+            if not raised:
+                raise ProcessError(f"a callback of rank 0 has ended the run ({faults[0]})")
             raise _with_notes(*raised)
 
     def __enter__(self) -> Callbacks:

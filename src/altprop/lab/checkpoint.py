@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from altprop import CheckpointError
 from altprop.files import replacing, sync
+from altprop.lab.ranks import full, like
 
 FORMAT = "altprop/2"
 MOMENTS = {"step", "exp_avg", "exp_avg_sq"}  # AdamW's
@@ -39,24 +40,16 @@ class Checkpoint:
     notes: dict[str, Any]
 
 
-def save(
-    path: Path,
+def collect(
     model: nn.Module,
     optimiser: torch.optim.Optimizer | None,
     extra: Mapping[str, Tensor],
-    notes: Mapping[str, Any],
     average: nn.Module | None = None,
-    before: Path | None = None,
-) -> None:
-    """Write a checkpoint in one step: a reader finds the old file or the new one, whole.
+) -> dict[str, Tensor]:
+    """Return all tensors of a checkpoint, whole and on the CPU; all ranks must ask for them.
 
-    It has been read back and compared before it takes its name.
-
-    **Arguments:** `extra`, more tensors by name; `notes`, plain data for the header; `average`, a
-    model of the same names that the file holds as its model, beside the `model` that trains;
-    `before`, where the old file goes, if it is to be kept.
-
-    **Raises:** `CheckpointError` if it cannot be written, a full disk for one.
+    **Arguments:** `extra`, more tensors by name; `average`, a model of the same names that the file
+    holds as its model, beside the `model` that trains.
     """
     models = {"model": model} if average is None else {"model": average, "training": model}
     tensors = {f"{group}.{k}": v for group, m in models.items() for k, v in m.state_dict().items()}
@@ -66,7 +59,34 @@ def save(
                 tensors[f"optimiser.{name}.{key}"] = torch.as_tensor(value)
     tensors |= {f"extra.{k}": v for k, v in extra.items()}
     # clone: tied parameters share storage, which the format refuses
-    whole = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
+    return {k: full(v.detach()).cpu().contiguous().clone() for k, v in tensors.items()}
+
+
+def save(
+    path: Path,
+    model: nn.Module,
+    optimiser: torch.optim.Optimizer | None,
+    extra: Mapping[str, Tensor],
+    notes: Mapping[str, Any],
+    average: nn.Module | None = None,
+    before: Path | None = None,
+) -> None:
+    """Write what `collect` returns of these, as `write` does."""
+    write(path, collect(model, optimiser, extra, average), notes, before)
+
+
+def write(
+    path: Path, whole: Mapping[str, Tensor], notes: Mapping[str, Any], before: Path | None = None
+) -> None:
+    """Write a checkpoint in one step: a reader finds the old file or the new one, whole.
+
+    It has been read back and compared before it takes its name.
+
+    **Arguments:** `whole`, what `collect` returned; `notes`, plain data for the header; `before`,
+    where the old file goes, if it is to be kept.
+
+    **Raises:** `CheckpointError` if it cannot be written, a full disk for one.
+    """
     header = {
         "format": FORMAT,
         "notes": json.dumps(dict(notes)),
@@ -75,7 +95,7 @@ def save(
     header["digest"] = _digest(header)
     try:
         with replacing(path) as fresh:
-            save_file(whole, fresh, header)
+            save_file(dict(whole), fresh, header)
             sync(fresh)
             for _ in _verified(fresh, header):
                 pass
@@ -160,15 +180,18 @@ def restore_model(model: nn.Module, checkpoint: Checkpoint, path: Path) -> None:
 
     **Raises:** `CheckpointError` naming what does not fit.
     """
-    for name, value in model.state_dict().items():
+    held, fitting = model.state_dict(), dict(checkpoint.model)
+    for name, value in held.items():
         found = checkpoint.model.get(name, value)
         if found.dtype != value.dtype:
             raise CheckpointError(
                 f"{path}: not of this configuration's model: {name} is of {found.dtype}, expected "
                 f"{value.dtype}"
             )
+        if name in fitting and found.shape == value.shape:
+            fitting[name] = like(found, value)
     try:
-        model.load_state_dict(checkpoint.model)
+        model.load_state_dict(fitting)
     except RuntimeError as error:
         first = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
         raise CheckpointError(f"{path}: not of this configuration's model: {first}") from None
@@ -195,7 +218,7 @@ def restore_optimiser(
                 f"do not fit ({held})"
             )
         optimiser.state[parameter] = {
-            key: value if key == "step" else value.to(parameter) for key, value in found.items()
+            key: value if key == "step" else like(value, parameter) for key, value in found.items()
         }
 
 

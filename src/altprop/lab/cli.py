@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import altprop
-from altprop.errors import AltpropError, ConfigError, in_a_line, unknown
+from altprop.errors import AltpropError, ConfigError, ProcessError, in_a_line, unknown
 from altprop.terminal import printable
 
 Commands = Mapping[str, tuple[str, str]]
@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None, commands: Commands = COMMANDS) -> in
         _run(sys.argv[1:] if argv is None else argv, commands)
         sys.stdout.flush()
     except AltpropError as error:
-        return _fail(str(error))
+        return _fail(str(error), of_all=not isinstance(error, ProcessError))
     except KeyboardInterrupt as error:
         with contextlib.suppress(OSError):  # of a terminal that has been closed
             print("altprop: interrupted", file=sys.stderr)
@@ -100,7 +100,10 @@ def _end_output() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _fail(message: str) -> int:
+def _fail(message: str, of_all: bool = False) -> int:
+    """Say why a command fails, in one line; of many processes that fail alike the first says it."""
+    if of_all and os.environ.get("RANK", "0") != "0":
+        return 2
     line = printable(" ".join(message.split("\n")))
     if len(line) > _LONGEST:
         line = f"{line[: _LONGEST // 2]} ... {line[-_LONGEST // 2 :]}"
@@ -114,6 +117,11 @@ def _run(argv: Sequence[str], commands: Commands) -> None:
     elif argv[0] == "--version":
         print(f"altprop {altprop.__version__}")
     elif argv[0] in commands:
+        if (size := os.environ.get("WORLD_SIZE", "1")) != "1" and argv[0] not in _IN_MANY:
+            raise ConfigError(
+                f"{argv[0]} is for one process, and WORLD_SIZE is {size}: start it without "
+                f"torchrun, which is for {', '.join(_IN_MANY)}"
+            )
         module, _, attribute = commands[argv[0]][0].partition(":")
         function = getattr(importlib.import_module(module), attribute)
         _call(f"altprop {argv[0]}", function, argv[1:])
@@ -205,6 +213,7 @@ def _call(prog: str, function: Callable[..., Any], argv: Sequence[str]) -> None:
         function(target(**values))
 
 
+_IN_MANY = ("train",)  # commands that many processes make together
 _LONGEST = 1500  # characters of an error that are shown
 # what every command takes besides its own
 _EVERYWHERE = {

@@ -20,7 +20,8 @@ from rich.progress import Progress as Bar
 from rich.text import Text
 
 from altprop.lab.evaluation import Evaluation
-from altprop.lab.run import Progress
+from altprop.lab.ranks import leads
+from altprop.lab.state import Progress
 from altprop.terminal import printable
 
 
@@ -228,6 +229,8 @@ def _say(console: Console, text: str) -> None:
 
 
 def _terminal() -> Console:
+    if not leads():  # of many processes the first shows what all of them do
+        return Console(file=io.StringIO(), quiet=True)
     return Console(file=cast(TextIO, Lasting(sys.stdout)))
 
 

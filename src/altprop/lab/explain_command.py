@@ -5,9 +5,9 @@ from __future__ import annotations
 from rich.console import Console
 
 from altprop import ConfigError, explain
+from altprop.lab.building import build_model
 from altprop.lab.corpus import corpus_of
 from altprop.lab.settings import TrainConfig
-from altprop.lab.train import build_model
 from altprop.terminal import printable
 
 

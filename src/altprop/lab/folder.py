@@ -10,6 +10,7 @@ import shutil
 import time
 from pathlib import Path
 
+from altprop import CheckpointError
 from altprop.files import part_of
 from altprop.lab.seal import has_seal
 from altprop.lm.text import TOKENIZER_FILES
@@ -47,6 +48,18 @@ def is_free(folder: Path) -> bool:
         return True
     left = {LOCK, *(part_of(Path(name)).name for name in FILES)}
     return folder.is_dir() and set(os.listdir(folder)) <= left
+
+
+def check_files(folder: Path) -> None:
+    """Make sure that what bears the name of a run's file is a file, before anything is changed.
+
+    **Raises:** `CheckpointError` naming what is none.
+    """
+    for path in (folder / name for name in FILES):
+        if path.exists() and not path.is_file():
+            raise CheckpointError(
+                f"{path} is no file: remove it, or name another folder with --out"
+            )
 
 
 def new_folder(text: str, method: str) -> Path:

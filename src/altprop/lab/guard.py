@@ -7,13 +7,16 @@ limits. A run that has lost its fixed point refuses step after step; it ends, an
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from altprop import Certificate, ConvergenceError, Result, equilibria
-from altprop.lab.run import Progress
+from altprop.lab.gradient import Made, push
+from altprop.lab.ranks import Ranks, full
 from altprop.lab.settings import TrainConfig
+from altprop.lab.state import Progress
 
 SHARE = 10  # of that many times `refused_in_a_row` steps, more than `refused_in_a_row` are too many
 
@@ -31,23 +34,48 @@ def within(limit: float, result: Result | None, residual: Tensor | None) -> bool
     return residual is None or result is Result.FIXED_TIME or float(residual.max()) <= limit
 
 
-class Guard:
-    """Judges every step's gradient before it is applied, and lets the stabiliser act."""
+def gradient_norm(model: nn.Module) -> Tensor:
+    """Return the norm of a model's gradient, a scalar; of one in shards it is in shards too."""
+    return nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
 
-    def __init__(self, config: TrainConfig, generator: torch.Generator) -> None:
-        self._config = config
+
+class Guard:
+    """Judges every step's gradient before it is applied, and lets the stabiliser act.
+
+    **Arguments:** `ranks`, which share every batch; `norm`, of the whole gradient, of which this
+    process may hold a part.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        generator: torch.Generator,
+        ranks: Ranks | None = None,
+        norm: Callable[[nn.Module], Tensor] = gradient_norm,
+    ) -> None:
+        self._config, self._ranks, self.norm = config, ranks or Ranks(), norm
         self._why = ""  # the last refusal's reason
         self.state = config.stabiliser.init(generator) if config.stabiliser else None
 
     def check(
-        self, model: nn.Module, optimiser: torch.optim.Optimizer, loss: float, progress: Progress
+        self,
+        model: nn.Module,
+        optimiser: torch.optim.Optimizer,
+        loss: float,
+        progress: Progress,
+        passes: Sequence[Made],
     ) -> dict[str, float]:
-        """Refuse a gradient of a state that is none, and return what was measured of this step."""
-        seen = certificates(model)
-        measured = summary(seen)
-        config = self._config
+        """Refuse a gradient of a state that is none, and return what was measured of this step.
+
+        All ranks do the same: what they measured is the worst of all, and the loss the mean.
+
+        **Arguments:** `passes`, those that made the gradient on this rank.
+        """
+        config, ranks = self._config, self._ranks
+        measured = ranks.worst([summary(one.certificates) for one in passes])
         finite = math.isfinite(loss)
-        good = finite and all(self._settled(c) for c in seen)
+        settled = all(self._settled(c) for one in passes for c in one.certificates)
+        good = finite and bool(ranks.numbers([float(settled)]).all())
         if not good:
             residuals = [
                 f"the {kind} residual {measured[f'{kind}_residual']:.1e} ({kind}_limit {limit:.0e})"
@@ -56,8 +84,8 @@ class Guard:
             ]
             self._refuse(", ".join([f"the loss is {loss:.4g}", *residuals]), optimiser, progress)
         if config.stabiliser and finite:
-            measured |= config.stabiliser.apply(model, self.state, progress.step, urgent=not good)
-        norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+            measured |= push(config, self.state, model, progress.step, not good, passes, ranks)
+        norm = full(self.norm(model))
         if not bool(torch.isfinite(norm)):
             if good:
                 self._refuse(f"the gradient's norm is {float(norm)}", optimiser, progress)

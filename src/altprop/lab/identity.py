@@ -22,7 +22,8 @@ from altprop.lm.text import AbstractTokenizer, Corpus, absolute, describe, names
 # what a resumed run may change without becoming another run
 _FREE = {
     *("steps", "eval_every", "save_every", "device", "sample", "on_failure", "refused_in_a_row"),
-    *("final_windows", "log", "quiet"),
+    *("final_windows", "parallel", "microbatches", "accumulate", "threads", "compile"),
+    *("checkpointing", "log", "quiet"),
 }
 # what says where a text is, which may change as long as it is the same text
 _PLACES = {"data", "validation", "pattern"}

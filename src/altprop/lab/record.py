@@ -94,13 +94,16 @@ class Record:
         good = isinstance(sessions, list) and all(isinstance(s, dict) for s in sessions)
         return cls(path, sessions if good else [])
 
-    def start(self, step: int, device: torch.device, text: Mapping[str, str]) -> str:
+    def start(
+        self, step: int, device: torch.device, text: Mapping[str, str], processes: int = 1
+    ) -> str:
         """Write that a session has started, and return in words what makes its figures others."""
         self._session = {
             "from_step": step,
             **versions(),
             "device": str(device),
             "threads": torch.get_num_threads(),
+            "processes": processes,
             "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
             "text": dict(text),
         }
@@ -108,7 +111,8 @@ class Record:
             self._session["device_name"] = torch.cuda.get_device_name(device)
         self._write()
         last = self._before[-1] if self._before else self._session
-        names = ("altprop", "torch", "device", "device_name", "threads")
+        last = {"processes": 1, **last}  # older records do not say
+        names = ("altprop", "torch", "device", "device_name", "threads", "processes")
         other = [
             f"{name} {self._session.get(name)} instead of {last.get(name)}"
             for name in names

@@ -2,140 +2,58 @@
 
 from __future__ import annotations
 
-import math
 import shlex
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, is_dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import is_dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
+from torch import Tensor
 
 from altprop import CheckpointError, ConvergenceError
 from altprop.files import write_whole
 from altprop.lab import checkpoint
 from altprop.lab.choices import types_of
 from altprop.lab.corpus import keep
-from altprop.lab.folder import LOCK, PREVIOUS, clean, empty, is_free, is_run, new_folder
+from altprop.lab.folder import (
+    LOCK,
+    PREVIOUS,
+    check_files,
+    clean,
+    empty,
+    is_free,
+    is_run,
+    new_folder,
+)
 from altprop.lab.identity import Identity, options_of
 from altprop.lab.lock import Lock
 from altprop.lab.metrics import Metrics
 from altprop.lab.moved import written
+from altprop.lab.ranks import Ranks
 from altprop.lab.record import Record
 from altprop.lab.settings import TrainConfig
+from altprop.lab.state import State
 from altprop.lm.text import Corpus
 
-Batch = tuple[Tensor, ...]
-Loss = Callable[[nn.Module, Batch], Tensor]
-
-
-class Stream(Protocol):
-    """What gives a run its batches, one after the other, drawn by a generator of its own."""
-
-    generator: torch.Generator
-
-    def draw(self) -> Batch: ...
-
-
-class Stateful(Protocol):
-    """What can be saved as tensors by name, and restored."""
-
-    def state_dict(self) -> dict[str, Tensor]: ...
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None: ...
-
-
-@dataclass
-class Progress:
-    """How far a run has come; `recently` holds the last refused steps, counted from 1."""
-
-    step: int = 0
-    refused: int = 0
-    loss: float = math.inf
-    best_loss: float = math.inf
-    recently: list[int] = field(default_factory=list)
-
-    @classmethod
-    def of(cls, notes: Mapping[str, Any]) -> Progress:
-        """Return what a checkpoint holds of it; it raises `TypeError` for anything else."""
-        progress = cls(**notes)
-        counts = [progress.step, progress.refused, *progress.recently]
-        losses = [progress.loss, progress.best_loss]
-        if not all(type(n) is int and n >= 0 for n in counts) or not all(
-            isinstance(loss, (int, float)) for loss in losses
-        ):
-            raise TypeError(f"the progress {dict(notes)} is none")
-        return progress
-
-    def in_a_row(self) -> int:
-        """Return how many steps in a row were refused, up to the last that was made."""
-        return sum(at == self.step - back for back, at in enumerate(reversed(self.recently)))
-
-
-@dataclass
-class State:
-    """Everything that a run goes on from.
-
-    **Arguments:** `loss`, of the model on a batch; `stabiliser`, its own state; `average`, the
-    averaged weights, if it keeps any.
-    """
-
-    model: nn.Module
-    loss: Loss
-    optimiser: torch.optim.Optimizer
-    batches: Stream
-    stabiliser: Stateful | None = None
-    average: AveragedModel | None = None
-    progress: Progress = field(default_factory=Progress)
-
-    @property
-    def judged(self) -> nn.Module:
-        """The model that is evaluated, kept as best and sampled from: the average, if any."""
-        return self.model if self.average is None else self.average.module
-
-    def drawn(self) -> dict[str, Tensor]:
-        """Return what random draws go on from, and the stabiliser's state, as tensors by name."""
-        extra = {"batches": self.batches.generator.get_state()}
-        if self.stabiliser is not None:
-            extra |= {f"stabiliser.{k}": v for k, v in self.stabiliser.state_dict().items()}
-        return extra
-
-    def draw_again(self, extra: Mapping[str, Tensor]) -> None:
-        """Take back what `drawn` returned."""
-        self.batches.generator.set_state(extra["batches"])
-        prefix = "stabiliser."
-        kept = {k[len(prefix) :]: v for k, v in extra.items() if k.startswith(prefix)}
-        if self.stabiliser is not None:
-            self.stabiliser.load_state_dict(kept)
-
-    def restore(self, saved: checkpoint.Checkpoint, path: Path) -> None:
-        """Take everything back to a checkpoint.
-
-        **Raises:** `CheckpointError`, or what a part raises that is given another's state.
-        """
-        checkpoint.restore_model(self.judged, saved, path)
-        if self.average is not None:
-            checkpoint.restore_model(self.model, replace(saved, model=saved.training), path)
-            self.average.n_averaged.copy_(saved.extra["averaged"])
-        checkpoint.restore_optimiser(self.model, self.optimiser, saved, path)
-        self.draw_again(saved.extra)
-        self.progress = Progress.of(saved.notes["progress"])
+# what a part of a run raises that is given another's state
+_MISFITS = (KeyError, TypeError, ValueError, RuntimeError, AttributeError, ArithmeticError)
 
 
 class Run:
     """A run's folder: what it was configured with, its metrics and its checkpoints.
 
-    It belongs to this process until the end of the `with` block. `said` holds what a person should
-    know of how it was opened.
+    It belongs to this process until the end of the `with` block, or to the first of many, which
+    alone reads and writes. `said` holds what a person should know of how it was opened.
     """
 
-    def __init__(self, folder: Path, config: TrainConfig, corpus: Corpus, lock: Lock) -> None:
+    def __init__(
+        self, folder: Path, config: TrainConfig, corpus: Corpus, lock: Lock | None, ranks: Ranks
+    ) -> None:
         self.folder, self.config = folder, config
         self.said: list[str] = []
-        self._lock, self._tokenizer = lock, corpus.tokenizer
+        self._lock, self._tokenizer, self._ranks = lock, corpus.tokenizer, ranks
         self._identity = Identity.of(config, corpus)
         self._metrics = Metrics(folder / "metrics.jsonl")
         self._record: Record | None = None
@@ -146,11 +64,28 @@ class Run:
         self._began = self._saved_at = time.monotonic()
 
     @classmethod
-    def open(cls, config: TrainConfig, corpus: Corpus) -> Run:
+    def open(cls, config: TrainConfig, corpus: Corpus, ranks: Ranks | None = None) -> Run:
         """Make the folder, or find the one to go on in; refuse to mix two runs.
 
-        **Raises:** `CheckpointError` for a run that is in the way, in use or not to be resumed.
+        **Raises:** `CheckpointError` for a run that is in the way, in use or not to be resumed;
+        `ConfigError` for processes that were given different things.
         """
+        ranks = ranks or Ranks()
+        ranks.check_same(vars(Identity.of(config, corpus)), "options or texts")
+        opened: list[Run] = []
+
+        def here() -> tuple[Path, Any]:
+            opened.append(cls._open(config, corpus, ranks))
+            return opened[0].folder, opened[0]._saved
+
+        folder, saved = ranks.first(here)
+        if not opened:  # another rank's
+            opened.append(cls(folder, config, corpus, None, ranks))
+            opened[0]._saved = saved
+        return opened[0]
+
+    @classmethod
+    def _open(cls, config: TrainConfig, corpus: Corpus, ranks: Ranks) -> Run:
         options_of(config)  # refuses what no file can hold, before there is a folder
         try:
             folder = config.out or new_folder(config.data, config.method)
@@ -165,10 +100,11 @@ class Run:
             # a config.yaml alone may be anybody's: --overwrite must not replace what is not ours
             if not there and not is_free(folder):
                 raise CheckpointError(f"{folder} is no run folder: name a new folder with --out")
+            check_files(folder)
             folder.mkdir(parents=True, exist_ok=folder.exists())
             lock = Lock(folder / LOCK)
             try:
-                run = cls(folder, config, corpus, lock)
+                run = cls(folder, config, corpus, lock, ranks)
                 if not lock.held:
                     run.said.append(f"{folder} cannot be locked: start no second process on it")
                 if config.resume:
@@ -260,7 +196,7 @@ class Run:
                 written, self._seconds = dict(saved.notes["metrics"]), float(saved.notes["seconds"])
             except CheckpointError:
                 raise
-            except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+            except _MISFITS as error:
                 why = " ".join(str(error).split())
                 raise CheckpointError(f"{path}: does not fit this run ({why})") from error
             if made > self.config.steps:
@@ -268,14 +204,14 @@ class Run:
                     f"{self.folder} has made {made} steps, more than {self.config.steps}: write "
                     f"--steps {made}, or more to go on"
                 )
-            self._go_on(made, written)
-        assert self._record is not None
-        self._say(self._record.start(self._step, device, self._identity.text))
+            self._step = self._kept = made
+            self._ranks.first(lambda: self._go_on(made, written))
+        if self._record is not None:
+            self._say(self._record.start(self._step, device, self._identity.text, self._ranks.size))
         self._began = self._saved_at = time.monotonic()
 
     def _go_on(self, made: int, written: dict[str, Any]) -> None:
         """Take the files back to the step of the checkpoint."""
-        self._step = self._kept = made
         try:
             self._say(self._metrics.go_on(made, written))
             # steps and the like may have changed, and the next --resume must not take them back
@@ -307,7 +243,8 @@ class Run:
                 raise
         finally:
             self._metrics.close()
-            self._lock.close()
+            if self._lock is not None:
+                self._lock.close()
 
     def _worked(self) -> float:
         return self._seconds + time.monotonic() - self._began
@@ -338,13 +275,14 @@ class Run:
         **Raises:** `CheckpointError` if it cannot be written.
         """
         try:
-            self._metrics.append(record)
+            if self._ranks.leads:
+                self._metrics.append(record)
         except CheckpointError as error:
             raise CheckpointError(f"{error}{self._way_on()}") from error
         self._step = record["step"]
 
     def due(self) -> bool:
-        """Tell whether the last checkpoint is `save_every` seconds old."""
+        """Tell whether the last checkpoint is `save_every` seconds old, by this rank's clock."""
         return time.monotonic() - self._saved_at >= self.config.save_every
 
     def save(self, name: str, state: State, *, resumable: bool) -> None:
@@ -356,27 +294,38 @@ class Run:
         """
         if resumable and state.progress.step == self._kept:
             return
+        extra, average, optimiser = state.drawn(), None, state.optimiser if resumable else None
+        for key in extra:
+            if key.startswith("stabiliser.probe."):
+                extra[key] = self._ranks.rows(extra[key])
+        model = state.model if resumable else state.judged
+        if resumable and state.average is not None:
+            extra["averaged"], average = state.average.n_averaged, state.judged
+        whole = state.whole(checkpoint.collect(model, optimiser, extra, average))
+        with self._ranks.together():
+            if self._ranks.leads:
+                self._write(name, whole, vars(state.progress), resumable)
+        if resumable:
+            self._last_is_whole, self._kept = True, state.progress.step
+            self._saved_at = time.monotonic()
+
+    def _write(
+        self, name: str, whole: Mapping[str, Tensor], progress: Mapping[str, Any], resumable: bool
+    ) -> None:
         path = self.folder / f"{name}.safetensors"
         try:
             notes = {
-                "progress": vars(state.progress),
+                "progress": progress,
                 "resumable": resumable,
                 "identity": vars(self._identity),
                 "metrics": self._metrics.mark(),
                 "seconds": self._worked(),
             }
-            if not resumable:
-                checkpoint.save(path, state.judged, None, state.drawn(), notes)
-                return
-            extra, average = state.drawn(), None
-            if state.average is not None:
-                extra["averaged"], average = state.average.n_averaged, state.judged
-            before = self.folder / f"{PREVIOUS}.safetensors" if self._last_is_whole else None
-            checkpoint.save(path, state.model, state.optimiser, extra, notes, average, before)
+            keep = resumable and self._last_is_whole
+            before = self.folder / f"{PREVIOUS}.safetensors" if keep else None
+            checkpoint.write(path, whole, notes, before)
         except CheckpointError as error:
             raise CheckpointError(f"{error}{self._way_on()}") from error
-        self._last_is_whole, self._kept = True, state.progress.step
-        self._saved_at = time.monotonic()
 
     def _way_on(self) -> str:
         kept = any((self.folder / f"{n}.safetensors").exists() for n in ("last", PREVIOUS))

@@ -13,10 +13,11 @@ import torch
 from altprop import CheckpointError, ConfigError, using
 from altprop.errors import unknown
 from altprop.lab import checkpoint
+from altprop.lab.building import build_model
 from altprop.lab.config import read_config
 from altprop.lab.identity import check_settings
 from altprop.lab.settings import TrainConfig
-from altprop.lab.train import build_model, pick_device
+from altprop.lab.train import pick_device
 from altprop.lm.model import LanguageModel, stream
 from altprop.lm.text import AbstractTokenizer, read_tokenizer
 from altprop.terminal import printable

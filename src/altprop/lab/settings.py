@@ -87,6 +87,15 @@ class TrainConfig:
         refused_in_a_row: so many refused steps in a row end the run, and so do more than that among
             ten times as many.
         device: `auto`, `cpu`, `cuda`, or any other that torch knows.
+        dtype: of training's forward passes, `float32` or `bf16` (autocast).
+        compile: compile the model, or of an equilibrium its dynamics.
+        accumulate: so many passes over parts of a batch make its gradient.
+        checkpointing: of the gpt, compute blocks again instead of keeping them.
+        threads: threads of the CPU for each process; null for torch's choice.
+        parallel: of processes started by torchrun, `ddp`, `fsdp` (in shards), or `pipeline` (some
+            blocks each, which direct feedback trains without waiting for one another).
+        microbatches: of a pipeline, the parts of a batch that follow one another through it; null
+            for four for each process, or the next smaller number that divides the batch.
         sample: tokens of text to write at the end.
         log: trackers that are told of every step too: trackio, tensorboard, wandb (offline); what
             they write lies in the run's folder.
@@ -135,13 +144,20 @@ class TrainConfig:
     on_failure: Literal["skip", "stop"] = "skip"
     refused_in_a_row: int = 20
     device: str = "auto"
+    dtype: Literal["float32", "bf16"] = "float32"
+    compile: bool = False
+    accumulate: int = 1
+    checkpointing: bool = False
+    threads: int | None = None
+    parallel: Literal["ddp", "fsdp", "pipeline"] = "ddp"
+    microbatches: int | None = None
     sample: int = 400
     log: tuple[str, ...] = ()
     quiet: bool = False
 
     def __post_init__(self) -> None:
         counts = ("batch", "steps", "eval_every", "eval_windows", "final_windows")
-        for name in (*counts, "refused_in_a_row"):
+        for name in (*counts, "refused_in_a_row", "accumulate"):
             _require(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
         for name in ("lr", "clip", "free_limit", "adjoint_limit"):
             value = getattr(self, name)
@@ -156,6 +172,23 @@ class TrainConfig:
         for name in self.log:
             if name not in TRACKERS:
                 raise unknown("tracker", name, TRACKERS)
+        if self.threads is not None:
+            _require("threads", self.threads, self.threads >= 1, "at least 1")
+        for name, known in (("dtype", ("float32", "bf16")), ("parallel", _PARALLEL)):
+            if getattr(self, name) not in known:
+                raise unknown(name, getattr(self, name), known)
+        if self.microbatches is not None:
+            if self.parallel != "pipeline":
+                raise ConfigError(
+                    "microbatches is for --parallel pipeline: write --microbatches null"
+                )
+            divides = self.microbatches >= 1 and self.batch % self.microbatches == 0
+            _require("microbatches", self.microbatches, divides, f"a divisor of batch {self.batch}")
+        if self.batch % self.accumulate:
+            raise ConfigError(
+                f"batch is {self.batch}, which {self.accumulate} passes cannot share alike: write "
+                f"--batch {_multiple(self.batch, self.accumulate)}"
+            )
         if self.resume and self.overwrite:
             raise ConfigError("resume and overwrite exclude each other: give one of them")
         for name in ("resume", "overwrite"):
@@ -215,6 +248,23 @@ class TrainConfig:
         names = ("d_model", "layers", "context", "batch", "eval_windows")
         check_memory(needed, _sized(self, *names))
 
+    def check_ranks(self, size: int) -> None:
+        """Refuse what so many processes cannot do.
+
+        **Raises:** `ConfigError`.
+        """
+        if self.parallel != "ddp" and size == 1:
+            raise ConfigError(
+                f"parallel is {self.parallel}, and there is one process: start several by torchrun "
+                "--nproc-per-node 2 -m altprop train ..., or write --parallel ddp"
+            )
+        if self.parallel != "pipeline" and self.batch % (size * self.accumulate):
+            passes = f" of {self.accumulate} passes" if self.accumulate > 1 else ""
+            raise ConfigError(
+                f"batch is {self.batch}, which {size} processes{passes} cannot share alike: write "
+                f"--batch {_multiple(self.batch, size * self.accumulate)}"
+            )
+
     def shape(self, vocabulary: int) -> ModelConfig:
         """Return the model's shape for a vocabulary of so many tokens."""
         return ModelConfig(
@@ -230,6 +280,7 @@ class TrainConfig:
         )
 
 
+_PARALLEL = ("ddp", "fsdp", "pipeline")
 # what only one of the models has, so that an option of the other is refused and not ignored
 _OWN = {
     "equilibrium": (
@@ -241,8 +292,13 @@ _OWN = {
         "free_limit",
         "adjoint_limit",
     ),
-    "gpt": ("tie_head", "rule", "rules"),
+    "gpt": ("tie_head", "rule", "rules", "checkpointing"),
 }
+
+
+def _multiple(batch: int, of: int) -> int:
+    """Return the next batch that so many passes can share."""
+    return -(-batch // of) * of
 
 
 def _sized(config: object, *names: str) -> str:

@@ -18,15 +18,19 @@ class Stopped(KeyboardInterrupt):
         self.status = 128 + number
 
 
+ECHO = 5.0  # seconds within which a launcher has passed on what its processes were told already
 # Ctrl-C, the batch system or `kill`, and the terminal that is closed
 _ASKING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @contextmanager
-def interruptible() -> Iterator[Callable[[], int]]:
+def interruptible(launched: bool = False) -> Iterator[Callable[[], int]]:
     """Let Ctrl-C, SIGTERM or SIGHUP ask for a stop after the current step: give its number, or 0.
 
     A second signal raises `Stopped` at once. A SIGHUP that is ignored, as under nohup, stays so.
+
+    **Arguments:** `launched`, whether this is one of the processes of a launcher, which passes on a
+    signal that the terminal has given to all of them.
     """
     asked: list[tuple[int, float]] = []
     if threading.current_thread() is not threading.main_thread():
@@ -39,6 +43,8 @@ def interruptible() -> Iterator[Callable[[], int]]:
             first, since = asked[0]
             # a terminal that is closed says so to its shell and to the run, and so does the shell
             if number == first == signal.SIGHUP and now < since + 1:
+                return
+            if launched and now < since + ECHO:
                 return
             raise Stopped(number)
         asked.append((number, now))

@@ -5,30 +5,37 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from altprop import CheckpointError, ConfigError, ConvergenceError, convert
-from altprop.errors import suggest
+from altprop import CheckpointError, ConfigError, ConvergenceError, Part, seeing
+from altprop.lab.building import (
+    averaged,
+    build_model,
+    gathered_alone,
+    make_optimiser,
+)
 from altprop.lab.callbacks import Begin, Callback, Callbacks
 from altprop.lab.corpus import corpus_of
 from altprop.lab.display import Display, counting
 from altprop.lab.evaluation import count_tiles, evaluate, tiles
+from altprop.lab.gradient import autocast, gradient
 from altprop.lab.guard import Guard
 from altprop.lab.identity import options_of
+from altprop.lab.pipeline import begin_stage
+from altprop.lab.ranks import Ranks, full, joined
 from altprop.lab.reporting.picture import plot_run
-from altprop.lab.run import Batch, Loss, Run, State, Stream
+from altprop.lab.run import Run
 from altprop.lab.settings import TrainConfig
 from altprop.lab.signals import Stopped, interruptible
+from altprop.lab.speed import compile_parts, threads
+from altprop.lab.state import Batch, Loss, State, Stream
 from altprop.lab.trackers import trackers
-from altprop.lm.model import GPT, EquilibriumLM, LanguageModel, generate
+from altprop.lm.model import LanguageModel, generate
 from altprop.lm.text import Batches, Corpus, check_context, windows
 
 
@@ -61,21 +68,29 @@ def train(config: TrainConfig, callbacks: Sequence[Callback] = ()) -> TrainResul
 
     **Raises:** `DataError`, `ConfigError`, `CheckpointError` before anything is written;
     `ConvergenceError` if a step fails under `on_failure="stop"`, or after saving if too many were
-    refused (`refused_in_a_row`, or all of them); `KeyboardInterrupt` after saving.
+    refused (`refused_in_a_row`, or all of them); `ProcessError` if another process of the run is
+    lost; `KeyboardInterrupt` after saving.
     """
     listening = [*callbacks, *trackers(config.log)]
-    corpus = corpus_of(config)
-    check_context(corpus, config.context)
-    device = pick_device(config.device)
-    state, guard = begin(config, corpus)
-    held_out = windows(corpus.validation, config.eval_windows, config.context, seed=0)
-    rehearse(state.model, held_out, device)
+    with threads(config.threads), joined() as ranks:
+        with ranks.together():
+            config.check_ranks(ranks.size)
+            corpus = corpus_of(config)
+            check_context(corpus, config.context)
+            device = pick_device(config.device)
+            state, guard = _BEGIN[config.parallel](config, corpus, ranks)
+        held_out = windows(corpus.validation, config.eval_windows, config.context, seed=0)
+        with ranks.together():
+            rehearse(config, state, ranks.sharing(config.parallel), held_out)
+        compile_parts(state.model, config)
 
-    with Run.open(config, corpus) as run:
-        run.begin(state, device)
-        with Callbacks(listening, lambda: run.save("last", state, resumable=True)) as told:
-            told.begin(Begin(run.folder, options_of(config), state.progress.step))
-            return _learn(config, corpus, state, guard, held_out, run, told)
+        with Run.open(config, corpus, ranks) as run:
+            run.begin(state, device)
+            with Callbacks(
+                listening, lambda: run.save("last", state, resumable=True), ranks
+            ) as told:
+                told.begin(Begin(run.folder, options_of(config), state.progress.step))
+                return _learn(config, corpus, state, guard, held_out, run, ranks, told)
 
 
 def _learn(
@@ -85,27 +100,32 @@ def _learn(
     guard: Guard,
     held_out: tuple[Tensor, Tensor],
     run: Run,
+    ranks: Ranks,
     told: Callbacks,
 ) -> TrainResult:
     """Make a run's steps and its figure at the end, in its open folder; see `train`."""
     progress, device = state.progress, next(state.model.parameters()).device
     with (
         Display(config.steps, progress.step, quiet=config.quiet) as display,
-        interruptible() as interrupted,
+        interruptible(ranks.size > 1) as asked,
     ):
         display.note(
             f"{corpus.description}: {len(corpus.train):,} tokens, vocabulary of "
             f"{len(corpus.tokenizer)}\n"
-            f"{count_parameters(state.model):,} parameters; run folder {run.folder}"
+            f"{state.parameters():,} parameters; run folder {run.folder}"
         )
         for said in run.said:
             display.note(said)
-        for record in run.follow(steps(config, state, guard), state):
+        stop = 0
+        for record in run.follow(
+            steps(config, state, guard, ranks.sharing(config.parallel)), state
+        ):
             run.log(record)
             display.step(record)
             evaluation = None
             if progress.step % config.eval_every == 0 or progress.step == config.steps:
                 seen = evaluate(state.judged, held_out, config.batch, device, config.free_limit)
+                seen = ranks.same(seen)  # its last digits may be the machine's
                 progress.loss = seen.loss
                 evaluation = {"step": progress.step, **seen.record("validation")}
                 run.log(evaluation)
@@ -114,24 +134,26 @@ def _learn(
                     progress.best_loss = seen.loss
                     run.save("best", state, resumable=False)
                 run.save("last", state, resumable=True)
-            elif run.due():
+            stop, due = ranks.agree(asked(), run.due())
+            if due:
                 run.save("last", state, resumable=True)
             told.step(record)  # of a step that a resumed run need not make again
             if evaluation is not None:
                 told.evaluation(evaluation)
-            if interrupted():
+            if stop:
                 break
         run.save("last", state, resumable=True)
 
-    draw_curves(run.folder, display)
+    if ranks.leads:
+        draw_curves(run.folder, display)
     if guard.lost(progress):
         raise guard.error(progress, run.resume_options())
-    if interrupted():
+    if stop:
         display.note(
             f"stopped after step {progress.step} of {config.steps}; go on with\n"
             f"  altprop train {run.resume_options()}"
         )
-        raise Stopped(interrupted())
+        raise Stopped(stop)
     parts = tiles(corpus.validation, config.final_windows, config.context)
     used, there = len(parts[0]), count_tiles(corpus.validation, config.context)
     with counting(-(-used // config.batch), "final validation", config.quiet) as count:
@@ -141,7 +163,8 @@ def _learn(
         run.log(ending)
         told.final(ending)
     model = cast(LanguageModel, state.judged.eval())
-    text = write_sample(model, corpus, config, device, display)
+    with ranks.whole(model):
+        text = write_sample(model, corpus, config, device, display)
     display.sample(text)
     display.finish(progress, final, (used, there), run.folder)
     return TrainResult(
@@ -155,7 +178,7 @@ def _learn(
     )
 
 
-def begin(config: TrainConfig, corpus: Corpus) -> tuple[State, Guard]:
+def begin(config: TrainConfig, corpus: Corpus, ranks: Ranks | None = None) -> tuple[State, Guard]:
     """Return what a run starts from, all of it drawn from its seed, and the guard of its steps.
 
     **Raises:** as `build_model` and `pick_device`.
@@ -167,16 +190,34 @@ def begin(config: TrainConfig, corpus: Corpus) -> tuple[State, Guard]:
         model = build_model(config, len(corpus.tokenizer)).to(pick_device(config.device))
     drawn = torch.Generator().manual_seed(config.seed)
     batches = Batches(corpus.train, config.batch, config.context, drawn)
-    return begin_with(config, model, predicted, batches)
+    return begin_with(config, model, predicted, batches, ranks)
 
 
 def begin_with(
-    config: TrainConfig, model: nn.Module, loss: Loss, batches: Stream
+    config: TrainConfig,
+    model: nn.Module,
+    loss: Loss,
+    batches: Stream,
+    ranks: Ranks | None = None,
 ) -> tuple[State, Guard]:
     """Return what a run of any model, loss and batches starts from, and the guard of its steps."""
-    guard = Guard(config, torch.Generator().manual_seed(config.seed + 1))
+    ranks = ranks or Ranks()
+    average = averaged(model, config)
+    if config.parallel == "fsdp":
+        for one in [model] if average is None else [model, average.module]:
+            ranks.shard(one, gathered_alone(config, one))
+    else:
+        ranks.share(model)
+    guard = Guard(config, torch.Generator().manual_seed(config.seed + 1), ranks)
     optimiser = make_optimiser(model, config)
-    return State(model, loss, optimiser, batches, guard.state, averaged(model, config)), guard
+    return State(model, loss, optimiser, batches, guard.state, average), guard
+
+
+_BEGIN: dict[str, Callable[[TrainConfig, Corpus, Ranks], tuple[State, Guard]]] = {
+    "ddp": begin,
+    "fsdp": begin,
+    "pipeline": begin_stage,
+}
 
 
 def predicted(model: nn.Module, batch: Batch) -> Tensor:
@@ -184,28 +225,29 @@ def predicted(model: nn.Module, batch: Batch) -> Tensor:
     return model(*batch)[1]
 
 
-def steps(config: TrainConfig, state: State, guard: Guard) -> Iterator[dict[str, Any]]:
+def steps(
+    config: TrainConfig, state: State, guard: Guard, ranks: Ranks | None = None
+) -> Iterator[dict[str, Any]]:
     """Make the steps that are left, and yield after each what was measured of it.
 
     Whoever asks for the next step may look at the state, save it, or ask for no more. A run that
-    the guard gives up ends before `config.steps`.
+    the guard gives up ends before `config.steps`. With `ranks` each makes its share of every batch.
 
     **Raises:** `ConvergenceError` if a step fails under `on_failure="stop"`.
     """
     model, optimiser, progress = state.model, state.optimiser, state.progress
-    device = next(model.parameters()).device
+    ranks = ranks or Ranks()
     while progress.step < config.steps and not guard.lost(progress):
         clock = time.perf_counter()
         rate = learning_rate(config, progress.step)
         for group in optimiser.param_groups:
             group["lr"] = rate
-        batch = tuple(t.to(device) for t in state.batches.draw())
+        batch = state.batches.draw()
         optimiser.zero_grad(set_to_none=True)
-        with dropping(config, progress.step):
-            loss = state.loss(model, batch)
-            loss.backward()
-        measured = guard.check(model, optimiser, float(loss.detach()), progress)
-        norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+        loss, passes = gradient(config, state, batch, ranks)
+        measured = guard.check(model, optimiser, loss, progress, passes)
+        norm = guard.norm(model)
+        nn.utils.clip_grads_with_norm_(model.parameters(), config.clip, norm)
         optimiser.step()
 
         progress.step += 1
@@ -214,88 +256,13 @@ def steps(config: TrainConfig, state: State, guard: Guard) -> Iterator[dict[str,
         seconds = max(time.perf_counter() - clock, 1e-9)  # a coarse clock may stand still
         yield {
             "step": progress.step,
-            "loss": float(loss.detach()),
+            "loss": loss,
             "lr": rate,
-            "gradient_norm": float(norm),
+            "gradient_norm": float(full(norm)),
             **measured,
             "refused": progress.refused,
             "tokens_per_second": batch[-1].numel() / seconds,
         }
-
-
-def build_model(config: TrainConfig, vocabulary: int) -> LanguageModel:
-    """Return the untrained model of a run, its learning rules in place and frozen what is frozen.
-
-    **Raises:** `RuleError` for rules that do not fit the model, `ConfigError` for a pattern that
-    freezes nothing and for patterns that leave nothing to learn.
-    """
-    model = _BUILD[config.model](config, vocabulary)
-    freeze(model, config.freeze)
-    return model
-
-
-def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
-    """Let the parameters that name patterns match learn nothing.
-
-    **Raises:** `ConfigError` for a pattern that matches none, and if nothing is left to learn.
-    """
-    for pattern in patterns:
-        frozen = [p for name, p in model.named_parameters() if fnmatchcase(name, pattern)]
-        if not frozen:
-            names = [name for name, _ in model.named_parameters()]
-            raise ConfigError(
-                f"freeze: no parameter is named {pattern!r}: {suggest(pattern, names)}"
-            )
-        for parameter in frozen:
-            parameter.requires_grad_(False)
-    if count_parameters(model) == 0:
-        raise ConfigError(
-            f"freeze: {', '.join(map(repr, patterns))} leaves no parameter to learn: freeze a "
-            "part of the model, such as 'block.*' or 'head.*'"
-        )
-
-
-def _equilibrium(config: TrainConfig, vocabulary: int) -> EquilibriumLM:
-    # the guard of the loop judges failed solves
-    return EquilibriumLM(config.shape(vocabulary), config.solver, config.estimator, "accept")
-
-
-def _gpt(config: TrainConfig, vocabulary: int) -> GPT:
-    model = GPT(config.shape(vocabulary))
-    rules = config.rules or config.rule
-    if not rules:
-        return model
-    listed = rules.values() if isinstance(rules, dict) else [rules]
-    axis = 0 if any(rule.seam == "broadcast" for rule in listed) else None
-    return convert(model, rules, output="head", seed=config.seed, batch_axis=axis)
-
-
-_BUILD: dict[str, Callable[[TrainConfig, int], LanguageModel]] = {
-    "equilibrium": _equilibrium,
-    "gpt": _gpt,
-}
-
-
-def averaged(model: nn.Module, config: TrainConfig) -> AveragedModel | None:
-    """Return the average of a run's weights, a copy of the model that learns nothing by itself."""
-    if config.ema == 0:
-        return None
-    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
-
-
-def make_optimiser(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """Return AdamW with weight decay on matrices, learned feedback too, and none on vectors."""
-    learning = [p for p in model.parameters() if p.requires_grad]
-    matrices = [p for p in learning if p.dim() > 1]
-    vectors = [p for p in learning if p.dim() <= 1]
-    return torch.optim.AdamW(
-        [
-            {"params": matrices, "weight_decay": config.weight_decay},
-            {"params": vectors, "weight_decay": 0.0},
-        ],
-        lr=config.lr,
-        betas=(config.beta1, config.beta2),
-    )
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
@@ -307,30 +274,26 @@ def learning_rate(config: TrainConfig, step: int) -> float:
     return config.lr * (config.final_lr + (1 - config.final_lr) * cosine)
 
 
-@contextmanager
-def dropping(config: TrainConfig, step: int) -> Iterator[None]:
-    """Draw dropout from the seed and the step, so that a resumed run draws what it would have."""
-    if not config.dropout:
-        yield
-        return
-    with torch.random.fork_rng():
-        torch.manual_seed((config.seed + 1) * 1_000_003 + step)
-        yield
-
-
-def rehearse(model: nn.Module, held_out: tuple[Tensor, Tensor], device: torch.device) -> None:
+def rehearse(
+    config: TrainConfig,
+    state: State,
+    ranks: Ranks,
+    held_out: tuple[Tensor, Tensor],
+) -> None:
     """Make one gradient and drop it: an estimator that cannot work with the solver says so now.
 
     **Raises:** `RuleError`, before the run's folder is made.
     """
-    ids, targets = (t[:1].to(device) for t in held_out)
-    model(ids, targets)[1].backward()
+    model = state.model
+    ids, targets = (t[:1].to(next(model.parameters()).device) for t in held_out)
+    with autocast(config, ids.device):
+        loss = state.loss(model, (ids, targets))
+    loss.backward()
+    if config.stabiliser and ranks.size * config.accumulate > 1:  # as on a part of a batch
+        with ranks.added(model), seeing(Part(0, 1, 2)):
+            own = config.stabiliser.init(torch.Generator().manual_seed(0))
+            config.stabiliser.apply(model, own, 0)
     model.zero_grad(set_to_none=True)
-
-
-def count_parameters(model: nn.Module) -> int:
-    """Return the number of trainable parameters."""
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 def pick_device(name: str) -> torch.device:

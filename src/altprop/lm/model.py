@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from altprop import (
     AbstractEstimator,
@@ -22,6 +23,7 @@ from altprop import (
     DataError,
 )
 from altprop.lm.blocks import ModelConfig, make_block
+from altprop.parts import now
 
 
 class EquilibriumLM(nn.Module):
@@ -92,11 +94,14 @@ class GPT(nn.Module):
     Pre-norm blocks with a separate linear map for query, key, value, output and the feed-forward
     part, so that each can have a feedback of its own; every weight starts at `N(0, 0.02²)`. Dropout
     acts on the embeddings and on what either part of a block adds.
+
+    **Arguments:** `config`, the shape; `checkpointing`, whether the insides of blocks are computed
+    again in the backward pass instead of kept.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, checkpointing: bool = False) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.checkpointing = config, checkpointing
         C = config.d_model
         self.tokens = nn.Embedding(config.vocabulary, C)
         self.positions = nn.Embedding(config.context, C)
@@ -118,7 +123,10 @@ class GPT(nn.Module):
         """
         h = embed(self, ids)
         for block in self.blocks:
-            h = block(h)
+            if self.checkpointing and torch.is_grad_enabled():
+                h = checkpoint(block, h, use_reentrant=False)
+            else:
+                h = block(h)
         logits = self.head(self.norm(h))
         return logits, None if targets is None else cross_entropy(logits, targets)
 
@@ -175,7 +183,7 @@ class Attention(nn.Module):
         return h + self._drop(self.o_proj(mixed.transpose(1, 2).reshape(h.shape)))
 
     def _drop(self, y: Tensor) -> Tensor:
-        return nnf.dropout(y, self.p, self.training) if self.p else y
+        return drop(y, self.p) if self.p and self.training else y
 
     def extend(
         self, h: Tensor, cache: tuple[Tensor, Tensor] | None
@@ -215,7 +223,7 @@ class FeedForward(nn.Module):
 
     def forward(self, h: Tensor) -> Tensor:
         y = self.down_proj(nnf.gelu(self.up_proj(self.norm(h))))
-        return h + (nnf.dropout(y, self.p, self.training) if self.p else y)
+        return h + (drop(y, self.p) if self.p and self.training else y)
 
 
 LanguageModel = EquilibriumLM | GPT
@@ -235,14 +243,37 @@ def embed(model: LanguageModel, ids: Tensor, start: int = 0) -> Tensor:
     return x
 
 
+class Dropout(nn.Module):
+    """Drop a share `p` of what passes while training; of a part of a batch, as in the whole."""
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.p = p
+
+    def forward(self, x: Tensor) -> Tensor:
+        return drop(x, self.p) if self.training else x
+
+
+@torch.compiler.disable(  # type: ignore[untyped-decorator]
+    reason="which part of a batch runs is no part of the graph"
+)
+def drop(x: Tensor, p: float) -> Tensor:
+    """Return `x`, `(B, ...)`, with a share `p` of it dropped, drawn for the joint batch."""
+    part = now()
+    if part is None:
+        return nnf.dropout(x, p)
+    return x * nnf.dropout(x.new_ones(part.total, *x.shape[1:]), p)[part.rows]
+
+
 def dropout(config: ModelConfig) -> nn.Module:
     """Return the dropout of a model's embeddings; without any it draws nothing."""
-    return nn.Dropout(config.dropout) if config.dropout else nn.Identity()
+    return Dropout(config.dropout) if config.dropout else nn.Identity()
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Return the mean cross-entropy in nats, of `(B, T, V)` against `(B, T)`, in float32."""
-    return nnf.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+    """Return the mean cross-entropy in nats, of `(B, T, V)` and `(B, T)`, in float32 or more."""
+    exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return nnf.cross_entropy(exact.flatten(0, 1), targets.flatten())
 
 
 def generate(

@@ -32,7 +32,8 @@ class GrAPE(AbstractBroadcast):
     cosine. `B` receives the gradient of `Σ (1 − cos)` over its vectors, a sum and not a mean, so
     that the rate need not grow with the width; any optimiser moves it. The probes use the plain
     (math) attention and evaluation mode: no dropout, no running statistics. Under
-    `DistributedDataParallel` `Ĵ` is the joint batch's too, whatever the ranks' shares of it.
+    `DistributedDataParallel`, and in the passes of one step that are told of each other
+    (`altprop.seeing`), `Ĵ` is the joint batch's too, whatever the shares of it.
 
     A pass costs `probes` forward-mode passes per block. The control `DirectFeedback(
     granularity="block", calibrate_every=…)` belongs beside it: calibration alone gives much.
@@ -94,10 +95,10 @@ class GrAPE(AbstractBroadcast):
             B = normalised(B, self.std, _AXES[self.normalize])
         return super().cotangent(e, B, shape)
 
-    def estimates(self, probe: Probe, seed: int, step: int) -> Sequence[Tensor] | None:
+    def estimates(self, probe: Probe, seed: int, step: int) -> Sequence[Tensor | None] | None:
         if step % self.every:
             return None
-        found = []
+        found: list[Tensor | None] = []
         for tap, site in enumerate(probe.taps):
             generator = generator_for(seed, site.path, "probe", step)
             total: Tensor | None = None

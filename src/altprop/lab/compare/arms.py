@@ -21,9 +21,9 @@ from altprop import (
     equilibria,
 )
 from altprop.errors import unknown
+from altprop.lab.building import freeze
 from altprop.lab.help import brief
 from altprop.lab.tasks.task import AbstractTask
-from altprop.lab.train import freeze
 
 CONTROLS = ("backprop", "frozen", "calibration")
 Rule = AbstractRule | Mapping[str, AbstractRule]

@@ -12,12 +12,13 @@ from torch import nn
 
 from altprop import watch
 from altprop.auditing.memory import peak_live_bytes
+from altprop.lab.building import count_parameters
 from altprop.lab.compare.arms import Arm
-from altprop.lab.run import State
 from altprop.lab.settings import TrainConfig
+from altprop.lab.state import State
 from altprop.lab.tasks.task import AbstractTask
 from altprop.lab.timing import paired, ratio
-from altprop.lab.train import begin_with, count_parameters, steps
+from altprop.lab.train import begin_with, steps
 
 ROUNDS = 9
 SHORT = 0.01  # seconds of a step up to which more of them are timed at once

@@ -21,8 +21,8 @@ from altprop import ConvergenceError, RuleError, compare, feedback_parameters, r
 from altprop.files import write_whole
 from altprop.lab.compare.arms import Arm
 from altprop.lab.compare.cost import measure_cost
-from altprop.lab.run import Batch, State
 from altprop.lab.settings import TrainConfig
+from altprop.lab.state import Batch, State
 from altprop.lab.tasks.task import AbstractTask
 from altprop.lab.train import begin_with, steps
 

@@ -11,12 +11,12 @@ from typing import Any, Literal, cast
 import torch
 
 from altprop import ConfigError, RuleError, explain, using, watch
+from altprop.lab.building import count_parameters
 from altprop.lab.config import read_config
 from altprop.lab.record import read_record
 from altprop.lab.reporting.metrics import Records, read_metrics
 from altprop.lab.sample_command import load_run
 from altprop.lab.settings import TrainConfig
-from altprop.lab.train import count_parameters
 from altprop.lm.model import LanguageModel, generate
 from altprop.lm.text import AbstractTokenizer
 

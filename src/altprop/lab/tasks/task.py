@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from altprop import ConfigError
-from altprop.lab.run import Batch, Stream
 from altprop.lab.settings import TrainConfig
+from altprop.lab.state import Batch, Stream
 
 Part = Literal["validation", "test"]
 

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from altprop import ConfigError
-from altprop.lab.run import Batch, Stream
 from altprop.lab.settings import TrainConfig
+from altprop.lab.state import Batch, Stream
 from altprop.lab.tasks.task import MLP, AbstractClassification, plain_adamw
 
 FEATURES, HIDDEN, TEACHER, STEPS, HELD_OUT = 32, 64, 32, 1000, 2048

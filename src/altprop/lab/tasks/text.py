@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from altprop import Implicit
+from altprop.lab.building import build_model
 from altprop.lab.corpus import corpus_of
 from altprop.lab.evaluation import evaluate
-from altprop.lab.run import Batch, Stream
 from altprop.lab.settings import TrainConfig
+from altprop.lab.state import Batch, Stream
 from altprop.lab.tasks.task import AbstractTask, Part
-from altprop.lab.train import build_model, predicted
+from altprop.lab.train import predicted
 from altprop.lm.text import Batches, Corpus, windows
 
 _SEEDS = {"test": 0, "validation": 1}  # of the windows; a text has one part that is held out
