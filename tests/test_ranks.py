@@ -14,7 +14,7 @@ from torch import Tensor
 
 import altprop as ap
 from altprop.lab.cli import main
-from altprop.lab.ranks import Ranks
+from altprop.lab.ranks import Ranks, own_device
 from altprop.lab.reporting.metrics import read_metrics
 from altprop.lab.train import train
 from lm_runs import small, steps, tensors, words
@@ -187,3 +187,13 @@ def test_a_batch_that_processes_cannot_share_is_refused() -> None:
     config.check_ranks(6)
     with pytest.raises(ap.ConfigError, match=r"12, which 4 processes of 2 passes .* --batch 16"):
         config.check_ranks(4)
+
+
+def test_each_process_of_a_machine_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen: list[int] = []
+    monkeypatch.setattr("torch.cuda.set_device", chosen.append)
+    assert own_device("cuda") == "cuda" and chosen == []
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert own_device("cuda") == "cuda:3" and chosen == [3]
+    assert own_device("cpu") == "cpu"

@@ -45,6 +45,15 @@ def leads() -> bool:
     return asked() == 1 or os.environ.get("RANK", "0") == "0"
 
 
+def own_device(name: str) -> str:
+    """Return the device of that name that is this process's: of several GPUs, one for each."""
+    if name != "cuda" or asked() == 1:
+        return name
+    index = int(os.environ.get("LOCAL_RANK", "0"))
+    torch.cuda.set_device(index)
+    return f"cuda:{index}"
+
+
 class Ranks:
     """The processes of a run, of which this is one.
 

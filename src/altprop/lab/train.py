@@ -27,7 +27,7 @@ from altprop.lab.gradient import autocast, gradient
 from altprop.lab.guard import Guard
 from altprop.lab.identity import options_of
 from altprop.lab.pipeline import begin_stage
-from altprop.lab.ranks import Ranks, full, joined
+from altprop.lab.ranks import Ranks, full, joined, own_device
 from altprop.lab.reporting.picture import plot_run
 from altprop.lab.run import Run
 from altprop.lab.settings import TrainConfig
@@ -301,7 +301,7 @@ def pick_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.device(name)
+        device = torch.device(own_device(name))
         float(torch.zeros((), device=device))  # which a device without values cannot give
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
