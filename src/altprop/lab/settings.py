@@ -30,27 +30,26 @@ class TrainConfig:
     """Everything that a training run depends on.
 
     Args:
-        data: a built-in corpus (`plays`), a text file or folder of them, a Hugging Face dataset
-            (`hf:NAME[:config][:column]`), or a prepared folder.
-        validation: a text to validate on, instead of the last tenth of `data` or its own split.
+        data: a built-in corpus (`plays`), a text file or a folder of them,
+            `hf:NAME[:config][:column]` of Hugging Face's datasets, or a folder of tokens.
+        validation: a text to validate on, not `data`'s end.
         pattern: which files of a folder are its texts, such as `*.py`; `*.txt` and `*.md` unless
             given.
-        tokenizer: `char`, `bpe:4096` (a BPE of at most so many tokens, learned from the text to
-            train on), the path of a tokenizer.json, or, of a folder of tokens alone, `ids:50257`;
-            null for what a prepared folder holds, and `char` for any other text.
+        tokenizer: `char`, `bpe:4096`, a tokenizer.json, or `ids:50257` of tokens alone; null for
+            the data's own, or `char`.
         out: the run's folder; a new one below runs/ unless given. The config.yaml of a run means
             the folder that it lies in.
-        resume: go on from the last checkpoint in the run's folder.
+        resume: go on from the run's last checkpoint.
         overwrite: replace a run that is already in the folder.
         model: `equilibrium` (one block that is an equilibrium) or `gpt` (ordinary blocks).
-        block: of the equilibrium, its dynamics: `gated`, `damped`, or `thick`, which does not
-            contract at its start: write `--solver Anderson` with it.
+        block: of the equilibrium, its dynamics: `gated`, `damped`, or `thick` (which needs
+            `--solver Anderson`).
         layers: the number of blocks; null for 4 of the gpt and 1 of the equilibrium.
-        stacking: of the equilibrium of several layers, `joint` (one equilibrium, with feedback from
-            the last block to the first) or `separate` (an equilibrium each).
+        stacking: of the equilibrium of several layers, `joint` (one, with feedback from the last
+            block) or `separate` (one each).
         dropout: the share of numbers that are dropped in training: of the embeddings, and of what a
             gpt's blocks add or of an equilibrium's state.
-        tie_head: of the gpt, whether the head is the token embedding.
+        tie_head: tie the gpt's head to its embedding.
         rule: of the gpt, the learning rule of every linear map or block; null for backprop.
         rules: of the gpt, rules by name pattern, such as `blocks.*.attn.*`, instead of `rule`.
         freeze: name patterns of parameters that do not learn, such as `blocks.*`.
@@ -65,12 +64,12 @@ class TrainConfig:
         lr: the peak learning rate of AdamW.
         warmup: steps of linear warm-up.
         final_lr: where the cosine ends, as a fraction of the peak.
-        weight_decay: of matrices and embeddings; vectors (norms, biases, gates) have none.
+        weight_decay: of matrices; vectors have none.
         beta1: AdamW's decay of the mean.
         beta2: AdamW's decay of the square.
         clip: the largest gradient norm.
-        ema: the decay of averaged weights, which are then evaluated, kept as best and sampled
-            from; 0 for the weights themselves. They remember about 1 / (1 - ema) steps.
+        ema: the decay of averaged weights, which are then judged, kept as best and sampled from; 0
+            for none.
         seed: of everything random in the run.
         eval_every: steps between evaluations.
         save_every: seconds of work after which a checkpoint is written between evaluations too; 0
@@ -81,24 +80,23 @@ class TrainConfig:
         free_limit: the largest free residual of a step that may be applied; a solve of a fixed
             number of steps (tol 0) has no limit.
         adjoint_limit: the largest adjoint residual of a step that may be applied; likewise.
-        on_failure: what to do with a step past these limits, or with a loss or gradient that is
-            not finite: `skip` drops its gradient (the stabiliser still acts) and counts it, `stop`
-            ends the run.
+        on_failure: what to do with a step past these limits, or with a loss or gradient that is not
+            finite: `skip` drops its gradient (the stabiliser still acts) and counts it, `stop` ends
+            the run.
         refused_in_a_row: so many refused steps in a row end the run, and so do more than that among
             ten times as many.
         device: `auto`, `cpu`, `cuda`, or any other that torch knows.
-        dtype: of training's forward passes, `float32` or `bf16` (autocast).
-        compile: compile the model, or of an equilibrium its dynamics.
-        accumulate: so many passes over parts of a batch make its gradient.
-        checkpointing: of the gpt, compute blocks again instead of keeping them.
-        threads: threads of the CPU for each process; null for torch's choice.
-        parallel: of processes started by torchrun, `ddp`, `fsdp` (in shards), or `pipeline` (some
-            blocks each, which direct feedback trains without waiting for one another).
-        microbatches: of a pipeline, the parts of a batch that follow one another through it; null
-            for four for each process, or the next smaller number that divides the batch.
+        dtype: of training's forward passes.
+        compile: compile the model, or its dynamics.
+        accumulate: passes that make a batch's gradient.
+        checkpointing: of the gpt, recompute its blocks.
+        threads: of each process; null for torch's own.
+        parallel: of processes by torchrun: `ddp`, `fsdp` (shards), or `pipeline` (of blocks, by
+            direct feedback).
+        microbatches: of a pipeline, the parts of a batch that follow one another; null for about
+            four a process.
         sample: tokens of text to write at the end.
-        log: trackers that are told of every step too: trackio, tensorboard, wandb (offline); what
-            they write lies in the run's folder.
+        log: trackers to tell of every step: trackio, tensorboard, wandb (offline).
         quiet: show the figure at the end alone.
     """
 
