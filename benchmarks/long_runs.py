@@ -85,7 +85,7 @@ def cost(folder: Path, data: str) -> tuple[float, float, float]:
     config = read_config(folder / "config.yaml", TrainConfig)
     config = replace(config, lr=1e-7)  # so that the weights stay what they are
     own = Loop(model.train(), config, corpus)
-    layers = config.layers if config.model == "gpt" else 1
+    layers = config.layers or (4 if config.model == "gpt" else 1)
     sizes = {n: getattr(config, n) for n in ("d_model", "heads", "context", "batch")}
     plain = TrainConfig(model="gpt", layers=layers, lr=1e-7, **sizes)
     unit = Loop(build_model(plain, len(tokenizer)), plain, corpus)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 
@@ -32,3 +33,9 @@ def _seeded() -> Iterator[None]:
 def pytest_configure(config: pytest.Config) -> None:
     # torch's own forward mode still registers its decompositions with torch.jit.script
     config.addinivalue_line("filterwarnings", "ignore:`torch.jit.script` is:DeprecationWarning")
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    # what was imported is never garbage: to look through it takes most of every gc.collect()
+    gc.collect()
+    gc.freeze()

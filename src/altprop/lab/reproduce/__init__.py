@@ -9,7 +9,7 @@ FIGURES = {
     "reference": "how far published estimators are from the exact gradient",
     "teacher": "direct feedback on a random teacher's labels, as the classes grow",
     "weight-transport": "feedback alignment, Kolen-Pollack, weight mirror: accuracies and angles",
-    "skew-coupling": "a system on which naive equilibrium propagation fails",
+    "skew-coupling": "a system whose gradient naive equilibrium propagation does not follow",
     "parity": "how many epochs sparse parity takes by local feedback",
     "predictive-coding": "a small character model beside a predictive-coding one",
     "feedback-cosines": "where feedback alignment is right inside a transformer block",
