@@ -12,7 +12,7 @@ train: .venv/.installed-train
 	$(BIN)/altprop train $(ARGS)
 
 test: .venv/.installed-dev
-	$(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
 
 soak: .venv/.installed-dev
 	$(BIN)/python tests/soak.py $(ARGS)

@@ -290,7 +290,7 @@ def test_what_takes_long_counts_exactly_what_it_computes(
     seen: list[tuple[int, int]] = []
 
     @contextmanager
-    def counted(total: int, what: str) -> Iterator[Callable[[], None]]:
+    def counted(total: int, what: str, quiet: bool = False) -> Iterator[Callable[[], None]]:
         made: list[int] = []
         yield lambda: made.append(1)
         seen.append((len(made), total))

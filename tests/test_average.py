@@ -121,8 +121,10 @@ def test_refused_steps_leave_the_average_where_it_is(
     """Neither what the stabiliser does on them nor the time that passes moves it."""
     check = Guard.check
 
-    def spoiled(self: Guard, model: Any, optimiser: Any, loss: float, progress: Any) -> Any:
-        measured = check(self, model, optimiser, loss, progress)
+    def spoiled(
+        self: Guard, model: Any, optimiser: Any, loss: float, progress: Any, passes: Any
+    ) -> Any:
+        measured = check(self, model, optimiser, loss, progress, passes)
         if progress.step + 1 in (3, 4):
             self._refuse("told to", optimiser, progress)
         return measured

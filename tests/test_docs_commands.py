@@ -81,7 +81,7 @@ def test_every_command_on_the_page_works(
     Path("sweep.yaml").write_text(yaml, encoding="utf-8")
     for words in commands(page):
         command, *rest = words
-        named = rest and not rest[0].startswith("--")
+        named = bool(rest) and not rest[0].startswith("--")
         takes_long = command in ("audit", "compare") or (command == "reproduce" and named)
         takes_long |= command == "sweep" and "--trials" not in words
         if takes_long and "--task.help" not in words:

@@ -235,10 +235,12 @@ def test_a_step_that_ends_the_run_leaves_what_was_before_it(
     """So that `--on_failure skip` goes on as if it had been said from the start."""
     check = Guard.check
 
-    def spoiled(self: Guard, model: Any, optimiser: Any, loss: float, progress: Any) -> Any:
+    def spoiled(
+        self: Guard, model: Any, optimiser: Any, loss: float, progress: Any, passes: Any
+    ) -> Any:
         if progress.step == 2:  # the norm is found out only after the stabiliser has drawn
             next(model.parameters()).grad.fill_(float("inf"))
-        return check(self, model, optimiser, loss, progress)
+        return check(self, model, optimiser, loss, progress, passes)
 
     monkeypatch.setattr(Guard, "check", spoiled)
     train(small(tmp_path / "whole", steps=4))

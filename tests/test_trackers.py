@@ -8,7 +8,7 @@ import json
 import os
 import sqlite3
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +121,7 @@ class Sockets(Callback):
 
     def __init__(self) -> None:
         self.seen: list[str] = []
+        self._before = set(self._open(os.getpid()))  # of the tests before
 
     def on_evaluation(self, record: Mapping[str, Any]) -> None:
         processes = [os.getpid()]
@@ -129,15 +130,21 @@ class Sockets(Callback):
                 processes += map(int, (task / "children").read_text().split())
         assert len(processes) > ("trackio" in INSTALLED)  # which has one of its own
         for process in processes:
-            links = []
-            for file in Path(f"/proc/{process}/fd").iterdir():
-                try:
-                    links.append(os.readlink(file))
-                except FileNotFoundError:
-                    continue
-            for kind in ("tcp", "tcp6", "udp", "udp6"):
-                lines = Path(f"/proc/{process}/net/{kind}").read_text().splitlines()[1:]
-                self.seen += [line for line in lines if f"socket:[{line.split()[9]}]" in links]
+            self.seen += set(self._open(process)) - self._before
+
+    def _open(self, process: int) -> Iterator[str]:
+        """Yield the inodes of a process's sockets of the network, with their addresses."""
+        links = []
+        for file in Path(f"/proc/{process}/fd").iterdir():
+            try:
+                links.append(os.readlink(file))
+            except FileNotFoundError:
+                continue
+        for kind in ("tcp", "tcp6", "udp", "udp6"):
+            for line in Path(f"/proc/{process}/net/{kind}").read_text().splitlines()[1:]:
+                _, local, remote, *_, inode = line.split()[:10]
+                if f"socket:[{inode}]" in links:
+                    yield f"{inode}: {local} {remote}"
 
 
 @pytest.fixture(scope="module")

@@ -40,15 +40,14 @@ class TrainConfig:
         out: the run's folder; a new one below runs/ unless given. The config.yaml of a run means
             the folder that it lies in.
         resume: go on from the run's last checkpoint.
-        overwrite: replace a run that is already in the folder.
-        model: `equilibrium` (one block that is an equilibrium) or `gpt` (ordinary blocks).
+        overwrite: replace the run in the folder.
+        model: `equilibrium`, or `gpt` of ordinary blocks.
         block: of the equilibrium, its dynamics: `gated`, `damped`, or `thick` (which needs
             `--solver Anderson`).
         layers: the number of blocks; null for 4 of the gpt and 1 of the equilibrium.
         stacking: of the equilibrium of several layers, `joint` (one, with feedback from the last
             block) or `separate` (one each).
-        dropout: the share of numbers that are dropped in training: of the embeddings, and of what a
-            gpt's blocks add or of an equilibrium's state.
+        dropout: the share of numbers that training drops.
         tie_head: tie the gpt's head to its embedding.
         rule: of the gpt, the learning rule of every linear map or block; null for backprop.
         rules: of the gpt, rules by name pattern, such as `blocks.*.attn.*`, instead of `rule`.
@@ -72,19 +71,18 @@ class TrainConfig:
             for none.
         seed: of everything random in the run.
         eval_every: steps between evaluations.
-        save_every: seconds of work after which a checkpoint is written between evaluations too; 0
-            for every step.
+        save_every: seconds between checkpoints; 0 for every step.
         eval_windows: fixed windows that an evaluation covers.
         final_windows: windows without overlap that the figure at the end covers; evenly spaced ones
             where the validation part has more.
         free_limit: the largest free residual of a step that may be applied; a solve of a fixed
             number of steps (tol 0) has no limit.
-        adjoint_limit: the largest adjoint residual of a step that may be applied; likewise.
+        adjoint_limit: the same of the adjoint residual.
         on_failure: what to do with a step past these limits, or with a loss or gradient that is not
             finite: `skip` drops its gradient (the stabiliser still acts) and counts it, `stop` ends
             the run.
-        refused_in_a_row: so many refused steps in a row end the run, and so do more than that among
-            ten times as many.
+        refused_in_a_row: so many refused steps in a row end the run, and so do more among ten times as
+            many.
         device: `auto`, `cpu`, `cuda`, or any other that torch knows.
         dtype: of training's forward passes.
         compile: compile the model, or its dynamics.

@@ -15,10 +15,12 @@ from altprop.lab.settings import TrainConfig
 @contextmanager
 def threads(count: int | None) -> Iterator[None]:
     """Compute by so many threads of the CPU in here; `None` leaves it as it is."""
+    if count is None:
+        yield
+        return
     before = torch.get_num_threads()
+    torch.set_num_threads(count)
     try:
-        if count is not None:
-            torch.set_num_threads(count)
         yield
     finally:
         torch.set_num_threads(before)
