@@ -81,8 +81,8 @@ class TrainConfig:
         on_failure: what to do with a step past these limits, or with a loss or gradient that is not
             finite: `skip` drops its gradient (the stabiliser still acts) and counts it, `stop` ends
             the run.
-        refused_in_a_row: so many refused steps in a row end the run, and so do more among ten times as
-            many.
+        refused_in_a_row: so many refused steps in a row end the run, and so do more among ten
+            times as many.
         device: `auto`, `cpu`, `cuda`, or any other that torch knows.
         dtype: of training's forward passes.
         compile: compile the model, or its dynamics.
