@@ -114,7 +114,7 @@ def test_asking_who_the_samples_are_keeps_nothing_alive() -> None:
         gradients(model, x, weight)
     before = alive()
     gradients(model, x, weight)  # the fourth call asks
-    assert alive() == before
+    assert alive() <= before
 
 
 class Centred(nn.Module):
