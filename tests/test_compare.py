@@ -221,7 +221,7 @@ def test_folders_of_arms_differ_where_their_names_do() -> None:
         (["parity", "--workers", "0"], "workers is 0"),
         (["parity", "--resume"], "resume needs the comparison's folder"),
         (["parity", "--resume", "--out", "a"], "a holds no comparison to resume"),
-        (["parity", "--out", "mine"], "mine is no comparison's"),
+        (["parity", "--out", "mine"], "mine is no comparison folder"),
         (["parity", "--rules", "DirectFeedback('sublayer')"], "no sublayer taps"),
     ],
 )

@@ -183,7 +183,7 @@ def test_a_command_of_one_process_is_not_made_by_two(
 
 
 def test_a_batch_that_processes_cannot_share_is_refused() -> None:
-    config: Any = small(Path("/tmp/none"), batch=12, accumulate=2)
+    config: Any = small(Path("none"), batch=12, accumulate=2)
     config.check_ranks(6)
     with pytest.raises(ap.ConfigError, match=r"12, which 4 processes of 2 passes .* --batch 16"):
         config.check_ranks(4)

@@ -346,7 +346,7 @@ def test_a_run_is_loaded_as_it_was_kept(tmp_path: Path) -> None:
     shared = ap.save_pretrained(run.model, tmp_path / "shared")
     from dataclasses import replace
 
-    from altprop.lab.train import build_model
+    from altprop.lab.building import build_model
 
     plain = build_model(replace(run.config, rule=None), len(tokenizer))
     assert str(ap.explain(ap.from_pretrained(shared, plain))) == str(ap.explain(run.model))

@@ -333,7 +333,7 @@ def test_a_folder_that_is_not_this_sweeps_is_left_alone(
     path = spec({"lr": RATES})
     Path("mine").mkdir()
     Path("mine/thesis.txt").write_text("all of it")
-    with pytest.raises(CheckpointError, match="mine is no sweep's: name a new folder"):
+    with pytest.raises(CheckpointError, match="mine is no sweep folder: name a new folder"):
         sweep(path, out=Path("mine"), overwrite=True)
     with pytest.raises(CheckpointError, match="s holds no sweep to resume: leave out --resume"):
         sweep(path, out=Path("s"), resume=True)

@@ -213,7 +213,7 @@ def test_a_refused_step_between_others_is_left_out_of_the_learning(
         return build
 
     for name, factor in (("a", math.inf), ("b", math.nan), ("c", 1.0)):
-        monkeypatch.setattr("altprop.lab.train.build_model", spoiled(factor))
+        monkeypatch.setattr("altprop.lab.building.build_model", spoiled(factor))
         result = train(small(tmp_path / name))
         assert result.refused == (name != "c")
     assert [record["refused"] for record in steps(tmp_path / "a")] == [0, 0, 1, 1, 1, 1, 1, 1]

@@ -13,6 +13,19 @@ from altprop import ConfigError, Equilibrium, convert
 from altprop.errors import suggest
 from altprop.lab.settings import TrainConfig
 from altprop.lm.model import GPT, Block, EquilibriumLM, LanguageModel
+from altprop.lm.text import Batches, Corpus
+
+
+def drawn(config: TrainConfig, corpus: Corpus) -> tuple[LanguageModel, Batches]:
+    """Return what a run's seed draws: its untrained model, on the CPU, and its batches to come.
+
+    **Raises:** as `build_model`.
+    """
+    with torch.random.fork_rng():
+        torch.manual_seed(config.seed)
+        model = build_model(config, len(corpus.tokenizer))
+    generator = torch.Generator().manual_seed(config.seed)
+    return model, Batches(corpus.train, config.batch, config.context, generator)
 
 
 def build_model(config: TrainConfig, vocabulary: int) -> LanguageModel:

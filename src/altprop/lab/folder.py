@@ -1,4 +1,4 @@
-"""What lies in the folder of a run or a comparison, and what tells it from any other folder."""
+"""What lies in the folder of a run, comparison or sweep, and what tells it from any other one."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import shutil
 import time
 from pathlib import Path
 
-from altprop import CheckpointError
+from altprop import CheckpointError, ConfigError
 from altprop.files import part_of
 from altprop.lab.seal import has_seal
 from altprop.lm.text import TOKENIZER_FILES
@@ -27,6 +27,7 @@ TRACKERS = ("tensorboard", "trackio", "wandb")  # a folder each, in which a trac
 OPTIONS, RECORD, RESULTS = "comparison.yaml", "record.json", "results.json"
 FORMAT = "altprop-comparison/1"  # of its results
 LARGEST = 256 << 20  # bytes of its results
+SPEC, PICTURE, STUDY = "sweep.yaml", "sweep.png", "study.db"  # of a sweep
 
 
 def is_run(folder: Path) -> bool:
@@ -48,6 +49,41 @@ def is_free(folder: Path) -> bool:
         return True
     left = {LOCK, *(part_of(Path(name)).name for name in FILES)}
     return folder.is_dir() and set(os.listdir(folder)) <= left
+
+
+def check_ways(kind: str, out: Path | None, resume: bool, overwrite: bool) -> None:
+    """Refuse ways to begin that exclude each other, or need a folder that was not named.
+
+    **Arguments:** `kind`, what is begun: a run, a comparison or a sweep.
+
+    **Raises:** `ConfigError`.
+    """
+    if resume and overwrite:
+        raise ConfigError("resume and overwrite exclude each other: give one of them")
+    for name, given in (("resume", resume), ("overwrite", overwrite)):
+        if given and out is None:
+            raise ConfigError(f"{name} needs the {kind}'s folder: write --out FOLDER --{name}")
+
+
+def check_place(
+    kind: str, folder: Path, there: bool, free: bool, resume: bool, overwrite: bool
+) -> None:
+    """Refuse to begin in a folder where that would mix or lose something.
+
+    **Arguments:** `there`, whether one of that `kind` is in the folder already; `free`, whether
+    nothing else is.
+
+    **Raises:** `CheckpointError`.
+    """
+    if resume and not there:
+        raise CheckpointError(f"{folder} holds no {kind} to resume: leave out --resume")
+    if there and not (resume or overwrite):
+        raise CheckpointError(
+            f"{folder} already holds a {kind}: add --resume to go on with it, --overwrite to "
+            "replace it, or name another folder with --out"
+        )
+    if not there and not free:
+        raise CheckpointError(f"{folder} is no {kind} folder: name a new folder with --out")
 
 
 def check_files(folder: Path) -> None:

@@ -20,14 +20,14 @@ import torch
 from torch import Tensor, distributed, nn
 
 from altprop import AbstractBroadcast, ConfigError, convert, revert
-from altprop.lab.building import averaged, build_model, make_optimiser
+from altprop.lab.building import averaged, drawn, make_optimiser
 from altprop.lab.checkpoint import Checkpoint
 from altprop.lab.guard import Guard, gradient_norm
 from altprop.lab.ranks import Ranks
 from altprop.lab.settings import TrainConfig
 from altprop.lab.state import Batch, State
 from altprop.lm.model import GPT, Block, cross_entropy, embed
-from altprop.lm.text import Batches, Corpus
+from altprop.lm.text import Corpus
 
 PER_STAGE = 4  # micro-batches for each stage: the last still computes for most of its time
 
@@ -268,14 +268,10 @@ def begin_stage(config: TrainConfig, corpus: Corpus, ranks: Ranks) -> tuple[Stat
     **Raises:** `ConfigError` for what cannot be run as a pipeline; as `build_model`.
     """
     config.check_training(len(corpus.tokenizer))
-    with torch.random.fork_rng():
-        torch.manual_seed(config.seed)
-        model = build_model(config, len(corpus.tokenizer))
+    model, batches = drawn(config, corpus)
     check(config, model, ranks.size)
     rule = cast(AbstractBroadcast, config.rule)
     stage = Stage(revert(cast(GPT, model)), rule, config.seed, ranks.rank, ranks.size)
-    drawn = torch.Generator().manual_seed(config.seed)
-    batches = Batches(corpus.train, config.batch, config.context, drawn)
     guard = Guard(config, torch.Generator().manual_seed(config.seed + 1), norm=whole_norm)
     optimiser, average = make_optimiser(stage, config), averaged(stage, config)
     loss = Pipeline(micro_batches(config, ranks.size))

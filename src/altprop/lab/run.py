@@ -21,6 +21,7 @@ from altprop.lab.folder import (
     LOCK,
     PREVIOUS,
     check_files,
+    check_place,
     clean,
     empty,
     is_free,
@@ -90,16 +91,9 @@ class Run:
         try:
             folder = config.out or new_folder(config.data, config.method)
             there = is_run(folder)
-            if config.resume and not there:
-                raise CheckpointError(f"{folder} holds no run to resume: leave out --resume")
-            if there and not (config.resume or config.overwrite):
-                raise CheckpointError(
-                    f"{folder} already holds a run: add --resume to go on with it, --overwrite to "
-                    "replace it, or name another folder with --out"
-                )
             # a config.yaml alone may be anybody's: --overwrite must not replace what is not ours
-            if not there and not is_free(folder):
-                raise CheckpointError(f"{folder} is no run folder: name a new folder with --out")
+            free = is_free(folder)
+            check_place("run", folder, there, free, config.resume, config.overwrite)
             check_files(folder)
             folder.mkdir(parents=True, exist_ok=folder.exists())
             lock = Lock(folder / LOCK)

@@ -18,7 +18,7 @@ from altprop import (
 from altprop.errors import unknown
 from altprop.lab.choices import defaults_of
 from altprop.lab.config import WRITES, refuse
-from altprop.lab.folder import TRACKERS, is_run
+from altprop.lab.folder import TRACKERS, check_ways, is_run
 from altprop.lab.memory import FLOAT, check_memory, training, weights
 from altprop.lab.moved import KEY, found_from
 from altprop.lab.seal import has_seal
@@ -185,11 +185,7 @@ class TrainConfig:
                 f"batch is {self.batch}, which {self.accumulate} passes cannot share alike: write "
                 f"--batch {_multiple(self.batch, self.accumulate)}"
             )
-        if self.resume and self.overwrite:
-            raise ConfigError("resume and overwrite exclude each other: give one of them")
-        for name in ("resume", "overwrite"):
-            if getattr(self, name) and self.out is None:
-                raise ConfigError(f"{name} needs the run's folder: write --out FOLDER --{name}")
+        check_ways("run", self.out, self.resume, self.overwrite)
         if self.model not in _OWN:
             raise unknown("model", self.model, _OWN)
         default = defaults_of(type(self))

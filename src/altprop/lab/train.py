@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from altprop import CheckpointError, ConfigError, ConvergenceError, Part, seeing
 from altprop.lab.building import (
     averaged,
-    build_model,
+    drawn,
     gathered_alone,
     make_optimiser,
 )
@@ -36,7 +36,7 @@ from altprop.lab.speed import compile_parts, threads
 from altprop.lab.state import Batch, Loss, State, Stream
 from altprop.lab.trackers import trackers
 from altprop.lm.model import LanguageModel, generate
-from altprop.lm.text import Batches, Corpus, check_context, windows
+from altprop.lm.text import Corpus, check_context, windows
 
 
 @dataclass(frozen=True)
@@ -185,11 +185,8 @@ def begin(config: TrainConfig, corpus: Corpus, ranks: Ranks | None = None) -> tu
     """
     if pick_device(config.device).type == "cpu":
         config.check_training(len(corpus.tokenizer))
-    with torch.random.fork_rng():
-        torch.manual_seed(config.seed)
-        model = build_model(config, len(corpus.tokenizer)).to(pick_device(config.device))
-    drawn = torch.Generator().manual_seed(config.seed)
-    batches = Batches(corpus.train, config.batch, config.context, drawn)
+    model, batches = drawn(config, corpus)
+    model = model.to(pick_device(config.device))
     return begin_with(config, model, predicted, batches, ranks)
 
 

@@ -20,7 +20,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from altprop.auditing.report import AuditReport
-from altprop.conversion.convert import convert, revert
+from altprop.conversion.convert import convert
+from altprop.conversion.convert import revert as _revert  # beside the argument of that name
 from altprop.conversion.record import Conversion, record_of
 from altprop.errors import (
     CheckpointError,
@@ -221,10 +222,6 @@ def _convert(model: nn.Module, content: Mapping[str, Any]) -> None:
         raise CheckpointError(
             f"its rules stand at {listed(content['places'])}, and here at {listed(_places(model))}"
         )
-
-
-def _revert(model: nn.Module) -> None:
-    revert(model)
 
 
 def _redrawn(model: nn.Module, content: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -26,6 +26,7 @@ from altprop.lab.compare.results import Comparison, compiled
 from altprop.lab.compare.trial import Job
 from altprop.lab.compare.workers import run_jobs
 from altprop.lab.display import Trials
+from altprop.lab.folder import check_ways
 from altprop.lab.tasks import AbstractTask
 from altprop.lab.values import plain
 
@@ -82,11 +83,7 @@ def compare(
         raise ConfigError("there is nothing to compare: give rules, or leave the controls in")
     if workers < 1:
         raise ConfigError(f"workers is {workers}, expected at least 1")
-    if resume and overwrite:
-        raise ConfigError("resume and overwrite exclude each other: give one of them")
-    for name, given in (("resume", resume), ("overwrite", overwrite)):
-        if given and out is None:
-            raise ConfigError(f"{name} needs the comparison's folder: write --out FOLDER --{name}")
+    check_ways("comparison", out, resume, overwrite)
     refused = _rehearse(task, arms)
     folder = out or _new_folder(task)
     held = {name: _held(value) for name, value in options.items()}

@@ -16,7 +16,7 @@ from altprop.files import write_whole
 from altprop.lab.choices import at
 from altprop.lab.compare.trial import Key
 from altprop.lab.config import read_mapping
-from altprop.lab.folder import LARGEST, OPTIONS, RECORD, RESULTS
+from altprop.lab.folder import LARGEST, OPTIONS, RECORD, RESULTS, check_place
 from altprop.lab.record import processor, read_record, versions
 from altprop.reading import parse_json, read_bytes
 
@@ -34,15 +34,8 @@ def open_folder(
     **Raises:** `CheckpointError` for a comparison that is in the way or is another one.
     """
     there = (folder / OPTIONS).is_file() and (folder / RECORD).is_file()
-    if resume and not there:
-        raise CheckpointError(f"{folder} holds no comparison to resume: leave out --resume")
-    if there and not resume and not overwrite:
-        raise CheckpointError(
-            f"{folder} already holds a comparison: add --resume to go on with it, --overwrite to "
-            "replace it, or name another folder with --out"
-        )
-    if folder.exists() and not there and (not folder.is_dir() or any(folder.iterdir())):
-        raise CheckpointError(f"{folder} is no comparison's: name a new folder with --out")
+    free = not folder.exists() or folder.is_dir() and not any(folder.iterdir())
+    check_place("comparison", folder, there, free, resume, overwrite)
     if resume:
         before = at(str(folder / OPTIONS), lambda: read_mapping(folder / OPTIONS))
         changed = [n for n in options if n not in FREE and options[n] != before.get(n)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -18,7 +19,15 @@ from altprop.files import write_whole
 from altprop.lab.choices import at, defaults_of
 from altprop.lab.config import WRITES, read_mapping
 from altprop.lab.corpus import corpus_of
-from altprop.lab.folder import LOCK, new_folder
+from altprop.lab.folder import (
+    LOCK,
+    PICTURE,
+    SPEC,
+    STUDY,
+    check_place,
+    check_ways,
+    new_folder,
+)
 from altprop.lab.help import brief
 from altprop.lab.lock import Lock
 from altprop.lab.reporting.picture import plot_sweep
@@ -28,8 +37,6 @@ from altprop.lab.sweep.spec import Range, Spec, read_spec
 from altprop.lab.values import plain
 from altprop.lm.text import check_context
 from altprop.terminal import printable
-
-SPEC, PICTURE, STUDY = "sweep.yaml", "sweep.png", "study.db"
 
 
 @dataclass(frozen=True)
@@ -112,11 +119,7 @@ def _check(
             raise ConfigError(f"{name} is {value}, expected at least {least}")
     if not 0 <= seed < 2**32:
         raise ConfigError(f"seed is {seed}, expected a whole number from 0 to 2^32")
-    if resume and overwrite:
-        raise ConfigError("resume and overwrite exclude each other: give one of them")
-    for name, given in (("resume", resume), ("overwrite", overwrite)):
-        if given and out is None:
-            raise ConfigError(f"{name} needs the sweep's folder: write --out FOLDER --{name}")
+    check_ways("sweep", out, resume, overwrite)
     if importlib.util.find_spec("optuna") is None:
         raise ConfigError('sweeps need the package optuna: pip install "altprop[sweep]"')
 
@@ -127,17 +130,9 @@ def _open(folder: Path, spec: Spec, *, resume: bool, overwrite: bool) -> None:
     **Raises:** `CheckpointError` for a sweep that is in the way, in use, or another one.
     """
     there = (folder / SPEC).is_file()
-    if resume and not there:
-        raise CheckpointError(f"{folder} holds no sweep to resume: leave out --resume")
-    if there and not resume and not overwrite:
-        raise CheckpointError(
-            f"{folder} already holds a sweep: add --resume to go on with it, --overwrite to "
-            "replace it, or name another folder with --out"
-        )
     left = {LOCK, f".{SPEC}.part"}
-    if folder.exists() and not there:
-        if not folder.is_dir() or {path.name for path in folder.iterdir()} - left:
-            raise CheckpointError(f"{folder} is no sweep's: name a new folder with --out")
+    free = not folder.exists() or folder.is_dir() and set(os.listdir(folder)) <= left
+    check_place("sweep", folder, there, free, resume, overwrite)
     held = spec.as_plain()
     if resume:
         before = at(str(folder / SPEC), lambda: read_mapping(folder / SPEC))

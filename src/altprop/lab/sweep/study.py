@@ -21,11 +21,11 @@ from sqlalchemy.pool import NullPool
 
 from altprop import CheckpointError, ConfigError
 from altprop.lab.edges import beyond, open_ends, short, width
-from altprop.lab.folder import LOCK
+from altprop.lab.folder import LOCK, STUDY
 from altprop.lab.lock import Lock
 from altprop.lab.sweep.spec import Choices, Range, Spec
 
-NAME, STUDY = "sweep", "study.db"
+NAME = "sweep"
 APART, PAST = 0.1, 0.25  # of a range's width: what lies beyond the best, and how far to look
 SEEDS = 1_000_003  # from a sweep's seed to that of another
 
