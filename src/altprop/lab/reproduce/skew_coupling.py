@@ -33,6 +33,6 @@ FIGURE = Figure(
     published={"exact adjoint": 95.65, "AEP": 95.65, "naive EP": 18.4},
     measure=measure,
     differs="The notes give neither the coupling's size nor what else learns. Here the head learns "
-    "exactly under every estimator, and makes up for what naive EP does to the system, whose "
-    "gradient it does not follow at all (cosine about 0 at this coupling, 0.2 at 3)",
+    "exactly under every estimator, and makes up for what naive EP does to the system; the "
+    'gradients themselves are in `altprop compare "Skew(coupling=5.0)" --rules EP`',
 )
