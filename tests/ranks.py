@@ -40,7 +40,8 @@ CASES: dict[str, dict[str, Any]] = {
         "solver": ap.Euler(step=0.5, max_steps=3, tol=0),
         "stabiliser": ap.GateHinge(target=0.01),
     },
-    "Implicit": {"estimator": ap.Implicit(tol=1e-10), "stabiliser": STRICT, **EXACT},
+    # what an adjoint leaves is a direction of the hinge: nearer to zero it is that of the rounding
+    "Implicit": {"estimator": ap.Implicit(tol=1e-8), "stabiliser": STRICT, **EXACT},
     "backprop": GPT,
     "FA": {**GPT, "rule": ap.FeedbackAlignment()},
     "sign symmetry": {**GPT, "rule": ap.SignSymmetry()},
