@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -118,6 +119,16 @@ def ended(ranks: list[subprocess.Popen[str]], timeout: float = 200) -> list[tupl
         return [(rank.returncode, *both) for rank, both in zip(ranks, said, strict=True)]
     finally:
         end(ranks)
+
+
+def until(file: Path, count: int, ranks: list[subprocess.Popen[str]]) -> None:
+    """Wait until a run has logged so many steps."""
+    deadline = time.monotonic() + 120
+    while not file.exists() or file.read_text().count('"lr"') < count:
+        if time.monotonic() > deadline or any(rank.poll() is not None for rank in ranks):
+            end(ranks)
+            raise AssertionError([rank.stderr for rank in ranks])
+        time.sleep(0.02)
 
 
 def together(count: int, wanted: Sequence[str], folder: Path) -> dict[str, dict[str, Tensor]]:

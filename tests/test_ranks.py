@@ -18,7 +18,7 @@ from altprop.lab.ranks import Ranks, own_device
 from altprop.lab.reporting.metrics import read_metrics
 from altprop.lab.train import train
 from lm_runs import small, steps, tensors, words
-from ranks import CASES, apart, end, ended, learned, start, together
+from ranks import CASES, apart, ended, learned, start, together, until
 
 Outcomes = dict[str, dict[str, Tensor]]
 NAMED = ("AEP", "AEP, separate", "Implicit", "FA", "sign symmetry", "Kolen-Pollack", "DFA", "GrAPE")
@@ -87,16 +87,6 @@ def test_what_is_compared_is_no_trifle(one: Callable[[str], dict[str, Tensor]]) 
         feedback = [k for k in others if drawn[k].is_floating_point()]
         assert feedback and all((drawn[k] - one(name)[k]).norm() > 1e-4 for k in feedback), name
     assert max(apart(one("backprop"), one("dropout")).values()) > 1e-2
-
-
-def until(file: Path, count: int, ranks: list[Any]) -> None:
-    """Wait until a run has logged so many steps."""
-    deadline = time.monotonic() + 120
-    while not file.exists() or file.read_text().count('"lr"') < count:
-        if time.monotonic() > deadline or any(rank.poll() is not None for rank in ranks):
-            end(ranks)
-            raise AssertionError([rank.stderr for rank in ranks])
-        time.sleep(0.02)
 
 
 def test_a_run_that_lost_a_process_goes_on_with_two_four_and_one(tmp_path: Path) -> None:
