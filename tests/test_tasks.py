@@ -93,6 +93,25 @@ def test_no_image_of_one_part_stands_in_another() -> None:
         assert not one & other
 
 
+def test_no_token_of_a_text_counts_for_two_parts(tmp_path: Path) -> None:
+    task = text(tmp_path)
+    model, corpus = task.model(0), task.corpus
+    half = len(corpus.validation) // 2
+    before = [task.score(model, part) for part in ("validation", "test")]
+    for part, stretch in enumerate((slice(None, half), slice(half, None))):
+        tokens = np.array(corpus.validation)
+        tokens[stretch] = tokens[stretch][::-1].copy()
+        task.__dict__["corpus"] = replace(corpus, validation=tokens)
+        after = [task.score(model, name) for name in ("validation", "test")]
+        assert [a != b for a, b in zip(after, before, strict=True)] == [part == 0, part == 1]
+
+
+def test_a_text_must_hold_a_window_for_each_part(tmp_path: Path) -> None:
+    task = replace(text(tmp_path), context=300)
+    with pytest.raises(ap.DataError, match=r"half of the held-out part of .* a context of 300"):
+        task.batches(0)
+
+
 def test_parity_counts_the_first_signs_and_no_others() -> None:
     x, y = Parity(bits=6, k=3, examples=64, width=4).data["train"]
     assert torch.equal((x[:, :3] > 0).sum(1) % 2, y) and set(x.unique().tolist()) == {-1.0, 1.0}

@@ -18,16 +18,16 @@ from altprop.lab.settings import TrainConfig
 from altprop.lab.state import Batch, Stream
 from altprop.lab.tasks.task import AbstractTask, Part
 from altprop.lab.train import predicted
-from altprop.lm.text import Batches, Corpus, windows
-
-_SEEDS = {"test": 0, "validation": 1}  # of the windows; a text has one part that is held out
+from altprop.lm.text import Batches, Corpus, check_length, windows
+from altprop.lm.text.token_file import Tokens
 
 
 @dataclass(frozen=True)
 class Text(AbstractTask):
     """Predict the next token of a text; the score is the cross-entropy of held-out windows.
 
-    It is trained by the recipe of `altprop train`, its schedule and its stabiliser.
+    Rates are searched on the first half of what is held out, and results are of the other. It is
+    trained by the recipe of `altprop train`, its schedule and its stabiliser.
 
     **Arguments:** `data`, a corpus as `altprop train` takes it; `kind`, the model; `layers`,
     `d_model`, `heads`, `context`, `batch`, `tokenizer`: as in `TrainConfig`.
@@ -79,7 +79,10 @@ class Text(AbstractTask):
     @cached_property
     def corpus(self) -> Corpus:
         """The text, tokenised."""
-        return corpus_of(self.recipe)
+        corpus = corpus_of(self.recipe)
+        half = len(corpus.validation) // 2
+        check_length(f"half of the held-out part of {corpus.name}", half, self.context)
+        return corpus
 
     def network(self) -> nn.Module:
         return build_model(self.recipe, len(self.corpus.tokenizer))
@@ -91,7 +94,12 @@ class Text(AbstractTask):
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         return predicted(model, batch)
 
+    def held(self, part: Part) -> Tokens:
+        """Return the tokens that a part's windows are of."""
+        tokens = self.corpus.validation
+        half = len(tokens) // 2
+        return tokens[:half] if part == "validation" else tokens[half:]
+
     def score(self, model: nn.Module, part: Part) -> float:
-        recipe = self.recipe
-        held = windows(self.corpus.validation, recipe.eval_windows, self.context, seed=_SEEDS[part])
+        held = windows(self.held(part), self.recipe.eval_windows, self.context, seed=0)
         return evaluate(model, held, self.batch, torch.device("cpu")).loss

@@ -3,7 +3,7 @@
 from altprop.lm.text.batches import Batches, gather, windows
 from altprop.lm.text.choice import FILES as TOKENIZER_FILES
 from altprop.lm.text.choice import names_tokenizer, read_tokenizer
-from altprop.lm.text.corpus import Corpus, check_context, describe
+from altprop.lm.text.corpus import Corpus, check_context, check_length, describe
 from altprop.lm.text.ids import IdTokenizer
 from altprop.lm.text.sources import (
     CorpusInfo,
@@ -29,6 +29,7 @@ __all__ = [
     "TOKENIZER_FILES",
     "absolute",
     "check_context",
+    "check_length",
     "describe",
     "gather",
     "is_path",
