@@ -34,6 +34,12 @@ BUGS = [
     ),
     Bug(
         _AEP + "confirm.py",
+        "factor = 2 * most.nan_to_num(_SHRINK).pow(1 / 3)",
+        "factor = 2 * most.nan_to_num(_SHRINK).pow(1 / 6)",
+        _CONTRAST,
+    ),
+    Bug(
+        _AEP + "confirm.py",
         "hidden |= curved & (beside >= before / 2)",
         "hidden |= curved",
         _CONTRAST,

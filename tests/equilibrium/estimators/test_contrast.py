@@ -172,6 +172,32 @@ def test_only_samples_that_bend_get_a_smaller_nudge_and_all_are_exact() -> None:
     assert error(stiff, wanted) >= 1e-4
 
 
+class Wavy(ap.AbstractDynamics):
+    """A force whose waves have lengths of `1/rate`, `(B,)`, and slopes of a half."""
+
+    def __init__(self, rate: Tensor) -> None:
+        super().__init__()
+        self.rate = rate[:, None]
+
+    def forward(self, z: Tensor, x: Tensor) -> Tensor:
+        return x - z + torch.sin(self.rate * (z - 1)) / (2 * self.rate)
+
+
+def test_a_curvature_of_any_size_takes_one_smaller_nudge() -> None:
+    rate = torch.tensor([1.0, 1e3, 1e4, 1e5, 3e5], dtype=torch.float64)
+    made = []
+    for rows in ([0], [1], [2], [3], [4], [0, 1, 2, 3, 4]):
+        solver = ap.Anderson(tol=1e-15, max_steps=200)
+        block = ap.Equilibrium(Wavy(rate[rows]), solver, ap.AEP())
+        leaf = (1 + 0.3 / rate[rows][:, None].repeat(1, 2)).requires_grad_()
+        state = block(leaf)
+        state.sum().backward()
+        slope = torch.cos(rate[rows][:, None] * (state.detach() - 1)) / 2
+        torch.testing.assert_close(leaf.grad, 1 / (1 - slope), rtol=1e-5, atol=0)
+        made.append(block.certificate.adjoint_evaluations)
+    assert made[1:] == [made[0] + 2] * 5
+
+
 def test_a_contrast_within_the_tolerance_is_enough_though_no_phase_has_settled() -> None:
     wanted, _ = bent(15, ap.Implicit(tol=1e-6))
     found, certificate = bent(15, ap.AEP(response=2e-2, tol=2e-3))

@@ -3,8 +3,8 @@
 At mirror images of the linear solution `a` the contrast's residual is that of the linear problem,
 which is known, and what the nudge adds to it: a bias of order `β²`, kinks that lie between the two
 phases, and round-off, of order `1/β`. So no phase has to be iterated. Where a sample shows more
-than round-off beside its linear problem its nudge is made smaller; what a smaller nudge does not
-make smaller is no curvature, and is not taken either.
+than round-off beside its linear problem its nudge is made as small as that asks for; what a smaller
+nudge does not make smaller is no curvature, and is not taken either.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from altprop.equilibrium.estimators.roundoff import ROUNDING, floor_of
 from altprop.equilibrium.levels import choose, level_norms, relative_to_levels, worst_level
 from altprop.equilibrium.solvers.solver import Solution, conclude, sample_norm
 
-_SHRINK = 8.0  # a bias of order β² falls 64-fold
-_LOOKS = 4  # smaller nudges that are tried; in float32 the first is near the floor
+_SHRINK = 8.0  # at least: a bias of order β² falls 64-fold
+_MOST = 512.0  # where nothing is known of the bias, as beside a floor of 0
+_LOOKS = 3  # smaller nudges that are tried
 
 
 def confirm(
@@ -41,12 +42,11 @@ def confirm(
     lost = ~torch.isfinite(linear.residual).unsqueeze(1)
     beside = level_norms(seen - linear.force, widths)
     for _ in range(_LOOKS):
-        quiet = beside <= torch.maximum(allowed, floor_of(problem, phases.beta))
-        curved = ~(quiet | hidden | lost)
-        samples = curved.any(1)
-        if not bool(samples.any()):
+        floor = torch.maximum(allowed, floor_of(problem, phases.beta))
+        curved = ~((beside <= floor) | hidden | lost)
+        if not bool(curved.any()):
             break
-        phases = replace(phases, beta=torch.where(samples, phases.beta / _SHRINK, phases.beta))
+        phases = replace(phases, beta=phases.beta / _shrink(beside / floor, curved))
         seen, ends = _look(phases, first, across, sides)
         looks += 1
         before, beside = beside, level_norms(seen - linear.force, widths)
@@ -67,6 +67,20 @@ def confirm(
         nudged_residuals=torch.stack([sample_norm(end) for end in ends]),
         floor=relative_to_levels(floor, first, widths).mT,
     )
+
+
+def _shrink(beyond: Tensor, curved: Tensor) -> Tensor:
+    """Return by what to divide each sample's nudge, `(B,)`, so that rounding hides its curvature.
+
+    The one falls with the square of the nudge and the other grows with its inverse; they meet at
+    the third root of what is between them, and twice that leaves the curvature an eighth.
+
+    **Arguments:** `beyond`, how many times the rounding shows, and `curved`, where that counts,
+    `(B, P)`.
+    """
+    most = torch.where(curved, beyond, 0.0).amax(1)
+    factor = 2 * most.nan_to_num(_SHRINK).pow(1 / 3)
+    return torch.where(curved.any(1), factor.clamp(_SHRINK, _MOST), 1.0)
 
 
 def _look(
