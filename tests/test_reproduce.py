@@ -6,11 +6,12 @@ import json
 import statistics
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from scipy import stats
-from torch import nn
+from torch import Tensor, nn
 
 import altprop as ap
 from altprop.lab import reproduce as figures
@@ -19,6 +20,7 @@ from altprop.lab.compare.arms import Arm
 from altprop.lab.reproduce import command
 from altprop.lab.reproduce.figure import Figure, Measured, measured
 from altprop.lab.reproduce.learning import score_of
+from altprop.lab.reproduce.residual_penalty import RULE, ResidualMLP, held
 from altprop.lab.reproduce.table import lines, page
 from altprop.lab.tasks.supervised import Supervised
 from altprop.lab.tasks.task import plain_adamw
@@ -158,6 +160,27 @@ def test_the_page_shows_what_was_measured(name: str) -> None:
     text = (Path(__file__).parents[1] / "docs/reproductions.md").read_text(encoding="utf-8")
     record = Measured(**json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8")))
     assert page(name, command.load(name), record) in text
+
+
+@pytest.mark.parametrize("rule", [None, RULE], ids=["backprop", "direct feedback"])
+def test_a_block_feels_the_penalty_on_its_own_output_alone_and_exactly(rule: Any) -> None:
+    class Task:
+        def loss(self, model: nn.Module, batch: tuple[Tensor]) -> Tensor:
+            return 0 * model(batch[0]).sum()
+
+    torch.manual_seed(0)
+    model, x = ResidualMLP(5, 4, 2, 3).double(), torch.randn(6, 5, dtype=torch.float64)
+    wanted, h = [], model.embed(x)
+    for block in model.blocks:
+        size = block(h.detach()).square().mean()
+        wanted += torch.autograd.grad(size / 2, list(block.parameters()))
+        h = block(h)
+    if rule is not None:
+        ap.convert(model, rule, output="head", batch_axis=0)
+    held(Task(), 0.5, rule is not None)(model, (x,)).backward()  # type: ignore[arg-type]
+    for p, gradient in zip(model.blocks.parameters(), wanted, strict=True):
+        torch.testing.assert_close(p.grad, gradient, rtol=1e-12, atol=1e-15)
+    assert not any(p.grad.any() for p in model.embed.parameters())
 
 
 def test_a_run_that_is_lost_is_no_figure() -> None:

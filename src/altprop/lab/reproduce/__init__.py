@@ -12,5 +12,6 @@ FIGURES = {
     "skew-coupling": "a system whose gradient naive equilibrium propagation does not follow",
     "parity": "how many epochs sparse parity takes by local feedback",
     "predictive-coding": "a small character model beside a predictive-coding one",
+    "residual-penalty": "direct feedback below frozen blocks, and what a penalty repairs",
     "feedback-cosines": "where feedback alignment is right inside a transformer block",
 }

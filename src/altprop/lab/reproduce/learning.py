@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+
+from torch import Tensor, nn
 
 from altprop import ConvergenceError
 from altprop.lab.compare.arms import Arm
+from altprop.lab.state import Batch
 from altprop.lab.tasks.task import AbstractTask
 from altprop.lab.train import begin_with, steps
 
 
-def score_of(arm: Arm, task: AbstractTask, seed: int) -> float:
+def score_of(
+    arm: Arm,
+    task: AbstractTask,
+    seed: int,
+    loss: Callable[[nn.Module, Batch], Tensor] | None = None,
+) -> float:
     """Return the test score of a task's model, trained by an arm with the task's own recipe.
 
-    Model, batches and feedback are those of the seed.
+    Model, batches and feedback are those of the seed; `loss` is what is learned, if not the task's.
 
     **Raises:** `ConvergenceError` where so many steps were refused that the run counts as lost:
     what it would reach is a figure of the steps that are missing.
     """
     model, recipe = task.model(seed), replace(task.recipe, seed=seed)
     arm.apply(task, model, seed)
-    state, guard = begin_with(recipe, model, task.loss, task.batches(seed))
+    state, guard = begin_with(recipe, model, loss or task.loss, task.batches(seed))
     for _ in steps(recipe, state, guard):
         pass
     made, refused = state.progress.step, state.progress.refused
