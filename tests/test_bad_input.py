@@ -232,9 +232,8 @@ def test_a_checkpoint_with_a_fault(fault: str, command: str, here: Path, refused
     assert any(part in line for part in said)
 
 
-@pytest.mark.parametrize("content", ["", "{", '{"format": "altprop-characters-1"}', "[]"])
-def test_a_vocabulary_with_a_fault(content: str, here: Path, refused: Refused) -> None:
-    (here / "run" / "vocab.json").write_text(content)
+def test_a_vocabulary_with_a_fault(here: Path, refused: Refused) -> None:
+    (here / "run" / "vocab.json").write_text("{")
     assert "run/vocab.json" in refused("sample", "run")
 
 

@@ -10,7 +10,6 @@ _TRAIN = "test_train.py test_training_facts.py"
 _RUN = "test_run.py test_run_folder.py"
 _SURVIVAL = "test_survival.py::"
 _MODEL = "lm/test_model.py"
-_TEXT = "test_text.py"
 
 BUGS = [
     Bug(
@@ -123,25 +122,25 @@ BUGS = [
         _LM + "text/batches.py",
         "return both[:, :-1].contiguous(), both[:, 1:].contiguous()",
         "return both[:, :-1].contiguous(), both[:, :-1].contiguous()",
-        _TEXT,
+        "lm/test_batches.py",
     ),
     Bug(
         _LM + "text/batches.py",
         "        last = len(self.tokens) - self.context\n",
         "        last = len(self.tokens) - self.context - 1\n",
-        _TEXT,
+        "lm/test_batches.py",
     ),
     Bug(
         _LM + "text/prepared.py",
         'dtype = width_of(len(tokenizer)).newbyteorder("<")',
         'dtype = width_of(len(tokenizer)).newbyteorder(">")',
-        _TEXT,
+        "lm/test_prepared.py",
     ),
     Bug(
         _LM + "text/sources.py",
         "return replace(source, train=source.train[:cut], validation=source.train[cut:])",
         "return replace(source, train=source.train, validation=source.train[cut:])",
-        "test_corpora.py test_text.py",
+        "lm/test_corpora.py",
     ),
     Bug(
         _LM + "model.py",

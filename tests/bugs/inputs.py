@@ -52,7 +52,12 @@ BUGS = [
         "time.perf_counter() - clock",
         _READING,
     ),
-    Bug("lm/text/token_file.py", ">= self._vocabulary:", "> self._vocabulary + 1:", "test_text.py"),
+    Bug(
+        "lm/text/token_file.py",
+        ">= self._vocabulary:",
+        "> self._vocabulary + 1:",
+        "lm/test_prepared.py",
+    ),
     Bug(
         "lm/text/prepared.py",
         "if wanted.get(name) != digest]",
