@@ -44,7 +44,10 @@ BUGS = [
     Bug("lab/memory.py", "    if needed > (there", "    if needed >= (there", _READING),
     Bug("lab/memory.py", '"damped": 4}', '"damped": 12}', _READING),
     Bug(
-        "lab/cli.py", "if isinstance(end.__context__, BrokenPipeError):", "if False:", "test_cli.py"
+        "lab/cli.py",
+        "if isinstance(end.__context__, BrokenPipeError):",
+        "if False:",
+        "test_cli_ends.py",
     ),
     Bug(
         "lab/train.py",
