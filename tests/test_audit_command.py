@@ -282,11 +282,11 @@ LONG = {
 
 
 @pytest.mark.parametrize("words", LONG.values(), ids=LONG)
+@pytest.mark.usefixtures("no_curves")
 def test_what_takes_long_counts_exactly_what_it_computes(
     words: list[str], text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("altprop.lab.train.plot_run", lambda folder: folder)
     seen: list[tuple[int, int]] = []
 
     @contextmanager

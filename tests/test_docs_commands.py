@@ -13,6 +13,8 @@ import pytest
 from altprop.lab.cli import main
 from lm_runs import SMALL, sentences
 
+pytestmark = pytest.mark.usefixtures("no_curves")
+
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
@@ -71,7 +73,6 @@ def test_every_command_on_the_page_works(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("altprop.lab.train.plot_run", lambda folder: folder)
     for name in ("mytext.txt", "tinyshakespeare.txt"):
         Path(name).write_text(sentences(), encoding="utf-8")
     data = ["--data", "mytext.txt"]  # what a command says of its own wins

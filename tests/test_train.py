@@ -34,13 +34,9 @@ from altprop.lab.settings import TrainConfig
 from altprop.lab.train import learning_rate, train
 from lm_runs import assert_equal_bits, curve, sentences, small, steps, tensors, tree
 
+pytestmark = pytest.mark.usefixtures("no_curves")
+
 HOPELESS = Anderson(max_steps=1, tol=1e-9)  # on damped attention: far from any equilibrium
-
-
-@pytest.fixture(autouse=True)
-def no_curves(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing takes longer than everything else in a tiny run; tests/test_report.py draws."""
-    monkeypatch.setattr("altprop.lab.train.plot_run", lambda folder: folder)
 
 
 # Seeds
