@@ -6,6 +6,7 @@ from bugs.bug import Bug
 
 _FACTS = "test_audit_facts.py"
 _AUDIT = "test_audit_facts.py test_audit.py"
+_AGREEMENT = "auditing/test_agreement.py"
 _TABLES = "test_audit_tables.py"
 _LAB = "lab/"
 
@@ -14,32 +15,32 @@ BUGS = [
         "auditing/agreement.py",
         "norm_ratio=own / size",
         "norm_ratio=size / own if own else 0.0",
-        _AUDIT,
+        _AGREEMENT,
     ),
     Bug(
         "auditing/agreement.py",
         "relative_error=float((g - r).norm()) / size",
         "relative_error=float((g - r).norm()) / (own or 1.0)",
-        _AUDIT,
+        _AGREEMENT,
     ),
     Bug("auditing/agreement.py", "pointed = r != 0", "pointed = g != 0", _AUDIT),
     Bug(
         "auditing/agreement.py",
         "[gradients[name] for name in references]",
         "[gradients[name] for name in gradients]",
-        _FACTS,
+        _AGREEMENT,
     ),
     Bug(
         "auditing/agreement.py",
         "t.detach().cpu().double().flatten()",
         "t.detach().cpu().flatten()",
-        _FACTS,
+        _AGREEMENT,
     ),
     Bug(
         "auditing/agreement.py",
         "return abs(math.log(value)) if value > 0 else math.inf",
         "return abs(value - 1)",
-        _FACTS,
+        _AGREEMENT,
     ),
     Bug("auditing/arms.py", "output=self.output, seed=self.seed)", "output=self.output)", _FACTS),
     Bug(
