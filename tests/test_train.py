@@ -219,7 +219,7 @@ def test_a_refused_step_between_others_is_left_out_of_the_learning(
     )
 
 
-def test_a_loss_that_is_not_finite_is_refused_and_the_run_ends_in_order(
+def test_a_loss_that_is_not_finite_is_refused_and_null_in_the_metrics_of_a_run_that_ends_in_order(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = small(tmp_path / "run", lr=1e30, sample=10)
@@ -229,10 +229,6 @@ def test_a_loss_that_is_not_finite_is_refused_and_the_run_ends_in_order(
     assert all(bool(torch.isfinite(value).all()) for value in end_of(config).values())
     said = capsys.readouterr().out
     assert "refused steps 7 of 8" in said and "no sample: the model's logits" in said
-
-
-def test_what_is_not_finite_is_null_in_the_metrics(tmp_path: Path) -> None:
-    train(small(tmp_path / "run", lr=1e30))
 
     def refuse(constant: str) -> None:
         raise AssertionError(f"{constant} is not JSON")
