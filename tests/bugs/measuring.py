@@ -23,7 +23,7 @@ BUGS = [
         "relative_error=float((g - r).norm()) / (own or 1.0)",
         _AGREEMENT,
     ),
-    Bug("auditing/agreement.py", "pointed = r != 0", "pointed = g != 0", _AUDIT),
+    Bug("auditing/agreement.py", "pointed = r != 0", "pointed = g != 0", _AGREEMENT),
     Bug(
         "auditing/agreement.py",
         "[gradients[name] for name in references]",
