@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -28,6 +29,24 @@ def _without_waiting_for_the_disk() -> Iterator[None]:
 def _seeded() -> Iterator[None]:
     torch.manual_seed(0)
     yield
+
+
+@pytest.fixture(scope="module")
+def no_curves() -> Iterator[None]:
+    """Draw no run: that takes longer than all else in a tiny one, and tests/test_report.py does."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("altprop.lab.train.plot_run", lambda folder: folder)
+        yield
+
+
+@pytest.fixture
+def as_in_a_terminal() -> Iterator[None]:
+    """Let signals do what they do there: background jobs begin with SIGINT or SIGHUP ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    hangup = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGINT, before)
+    signal.signal(signal.SIGHUP, hangup)
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 from torch import Tensor, nn
 
-import altprop as ap
 from altprop.testing.rules import TinyModel
 
 TOKENS = torch.arange(12).view(4, 3) % 7
@@ -51,9 +49,3 @@ def assert_same_model(got: nn.Module, want: nn.Module) -> None:
     old, new = got.state_dict(), want.state_dict()
     assert old.keys() == new.keys()
     assert all(torch.equal(old[name], new[name]) for name in new)
-
-
-def one_line(caught: pytest.ExceptionInfo[ap.RuleError]) -> str:
-    text = str(caught.value)
-    assert "\n" not in text
-    return text

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from pytest import MonkeyPatch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -17,6 +19,7 @@ from altprop.lab import checkpoint
 from altprop.lab.config import read_config, to_yaml
 from altprop.lab.identity import options_of
 from altprop.lab.reporting.metrics import read_metrics
+from altprop.lab.run import Run
 from altprop.lab.seal import sealed
 from altprop.lab.settings import TrainConfig
 
@@ -56,6 +59,25 @@ def words(config: TrainConfig, *names: str) -> list[str]:
     """Return the small run as words of the command line, with these options of `config` too."""
     named = {name: getattr(config, name) for name in ("data", "out", *SMALL, *names)}
     return [word for name, value in named.items() for word in (f"--{name}", str(value))]
+
+
+def when_logged(
+    patch: MonkeyPatch, step: int, act: Callable[[], None], metric: str = "loss"
+) -> None:
+    """Call `act` once the record of this step that holds `metric` has been written."""
+    log = Run.log
+
+    def logged(self: Run, record: dict[str, Any]) -> None:
+        log(self, record)
+        if record["step"] == step and metric in record:
+            act()
+
+    patch.setattr(Run, "log", logged)
+
+
+def step_of(folder: Path, which: str = "last") -> int:
+    """Return the step of a run's checkpoint."""
+    return int(checkpoint.load(folder / f"{which}.safetensors").notes["progress"]["step"])
 
 
 def curve(folder: Path) -> list[dict[str, Any]]:

@@ -18,7 +18,6 @@ import argparse
 import contextlib
 import errno
 import itertools
-import json
 import os
 import random
 import re
@@ -35,14 +34,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from pytest import MonkeyPatch
 
 from altprop.files import write_whole
 from altprop.lab import checkpoint, sample_command, train  # noqa: F401
 from altprop.lab.cli import main as command
 from altprop.lab.identity import options_of
-from altprop.lab.run import Run
 from altprop.lab.settings import TrainConfig
-from lm_runs import sentences, tensors
+from lm_runs import curve, sentences, tensors, when_logged
 
 options_of(TrainConfig())  # imports what a child would have to
 LOG = Path("build/soak.log")
@@ -106,20 +105,13 @@ def options(steps: int, **changes: Any) -> list[str]:
     return [word for name, value in values.items() for word in (f"--{name}", str(value))]
 
 
-def records(folder: Path) -> list[dict[str, Any]]:
-    """Return what a run measured, but for the times."""
-    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    kept = map(json.loads, lines)
-    return [{k: v for k, v in r.items() if k != "tokens_per_second"} for r in kept]
-
-
 def same_end(folder: Path, whole: Path, damaged: bool = False) -> None:
     """Compare how two runs ended, bit for bit; `damaged`, whether that is so of the metrics."""
     for which in ("last", "best"):
         one, other = tensors(folder, which), tensors(whole, which)
         if one.keys() != other.keys() or any(not torch.equal(one[k], other[k]) for k in one):
             raise Wrong(f"{which}.safetensors is another")
-    one, other = records(folder), records(whole)
+    one, other = curve(folder), curve(whole)
     changed = sum(record not in other and "gap_from" not in record for record in one)
     if one != other and (not damaged or changed > 1):
         raise Wrong(f"metrics.jsonl is another: {len(one)} records for {len(other)}")
@@ -229,7 +221,11 @@ def _dying(number: int, half: bool) -> Callable[[str, Any], None]:
 def damage(draw: random.Random, cases: int) -> Iterator[str]:
     """Damage one file of a run at a time; yield what became of it."""
     whole = whole_run(14)
-    half = child(["train", "--out", "half", *options(14)], at_log(11))
+
+    def stop_at_11() -> None:
+        when_logged(MonkeyPatch(), 11, lambda: signal.raise_signal(signal.SIGTERM))
+
+    half = child(["train", "--out", "half", *options(14)], stop_at_11)
     if half.status != 143:
         raise Wrong(f"status {half.status}: {half.err}")
     text = child(["sample", "half", "--tokens", "20"]).out
@@ -255,22 +251,6 @@ def damage(draw: random.Random, cases: int) -> Iterator[str]:
             damaged = "metrics.jsonl is not as it was written" in done.out
             same_end(Path("run"), whole, damaged and file.name == "metrics.jsonl")
         yield f"{how} {file} at {at} of {len(content)}: status {done.status}"
-
-
-def at_log(step: int) -> Act:
-    """Return what lets a child be told to stop once it has logged that step."""
-
-    def prepare() -> None:
-        log = Run.log
-
-        def logged(self: Run, record: dict[str, Any]) -> None:
-            log(self, record)
-            if record["step"] == step:
-                os.kill(os.getpid(), signal.SIGTERM)
-
-        Run.log = logged  # type: ignore[method-assign]
-
-    return prepare
 
 
 def full(draw: random.Random, cases: int) -> Iterator[str]:

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 import altprop as ap
 from altprop import AbstractArm
-from altprop.auditing.agreement import Agreement, Flag, compare, compare_all, summarise
+from altprop.auditing.agreement import Agreement, Flag
+from altprop.auditing.measure import trainable
 from altprop.auditing.rows import Cost, Measured, Outcome, Reference, Row, Words
 
 Gradients = dict[str, Tensor]
@@ -178,17 +179,6 @@ def test_only_the_first_trial_is_timed_and_no_gradient_of_the_users_is_touched()
         assert torch.equal(p.grad, g)
 
 
-def test_the_last_part_of_a_name_is_never_dropped() -> None:
-    def names(model: nn.Module) -> list[str]:
-        x, y = torch.randn(2, 3, 4).double()
-        arms = [ap.FeedbackAlignment(), ap.SignSymmetry()]
-        report = ap.audit(model.double(), (x, y), mean_square, arms[:1], arms[1], repeats=0)
-        return list(report.reference.norms)
-
-    assert names(nn.Sequential(nn.Sequential(nn.Linear(4, 4, bias=False)))) == ["weight"]
-    assert names(nn.Sequential(nn.Sequential(nn.Linear(4, 4)))) == ["weight", "bias"]
-
-
 class Two(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -275,60 +265,6 @@ def test_a_trial_without_a_figure_is_left_out_of_means_and_not_counted_as_zero()
     }
 
 
-def test_a_reference_at_its_floor_is_noise_and_one_above_is_not() -> None:
-    reference = {"large": torch.tensor([3.0, 4.0]), "small": torch.tensor([0.05])}
-    for floor, flag in ((0.0101, Flag.REFERENCE_FLOOR), (0.0099, None)):
-        named, whole = compare_all(reference, reference, floor=floor)
-        assert named["small"].flag is flag and named["large"].flag is None
-        assert whole.cosine == 1.0 and whole.relative_error == 0.0
-    at = compare(torch.ones(1), torch.ones(1), floor=1.0)
-    assert at.flag is Flag.REFERENCE_FLOOR  # up to it, and not beyond
-
-
-def test_without_a_floor_only_what_rounding_leaves_is_noise() -> None:
-    for dtype in (torch.float32, torch.float64):
-        eps = torch.finfo(dtype).eps
-        for share, flag in ((20, Flag.REFERENCE_FLOOR), (50, None)):
-            reference = {
-                "a": torch.ones(1, dtype=dtype),
-                "b": torch.full((1,), share * eps).to(dtype),
-            }
-            assert compare_all(reference, reference)[0]["b"].flag is flag
-    # numbers so small that they have lost digits count as noise, however small the whole
-    # (an entry below the smallest normal number has, so that four of them have twice its norm)
-    for share, flag in ((0.9, Flag.REFERENCE_FLOOR), (1.1, None)):
-        tiny = {"a": torch.full((4,), share * torch.finfo(torch.float32).smallest_normal)}
-        assert compare_all(tiny, tiny)[0]["a"].flag is flag
-
-
-def test_gradients_are_paired_by_name_and_compared_in_float64() -> None:
-    a, b = torch.tensor([1.0, 2.0]), torch.tensor([3.0])
-    named, whole = compare_all({"b": b, "a": a}, {"a": a, "b": b})
-    assert whole.cosine == 1.0 and named["a"].relative_error == 0.0
-    large = torch.full((2,), 1e30)  # whose squares are beyond float32
-    assert compare(large, large).cosine == pytest.approx(1.0, abs=1e-15)
-    over = 0
-    for seed in range(50):  # rounding carries no cosine past 1
-        v = torch.randn(3, generator=torch.Generator().manual_seed(seed)).double()
-        over += float(3 * v @ v) / float((3 * v).norm()) / float(v.norm()) > 1
-        assert compare(3 * v, v).cosine <= 1.0 and compare(-3 * v, v).cosine >= -1.0
-    assert over > 5
-
-
-def test_a_parameter_that_is_lost_in_the_reference_hides_no_other() -> None:
-    reference = {"a": torch.tensor([math.inf]), "b": torch.tensor([1.0, -2.0])}
-    named, whole = compare_all(reference, reference)
-    assert named["a"].flag is whole.flag is Flag.REFERENCE_NON_FINITE
-    assert named["b"].flag is None and named["b"].cosine == 1.0
-
-
-def test_an_interval_is_of_the_values_that_there_are() -> None:
-    summary = summarise("cosine", [0.7, None, 0.9, None])
-    assert (summary.count, summary.mean) == (2, pytest.approx(0.8))
-    assert summary.half_width == pytest.approx(12.7062 * math.sqrt(0.02) / math.sqrt(2), rel=1e-4)
-    assert summarise("norm_ratio", [2.0, 0.0]).worst == 0.0
-
-
 def test_the_json_form_has_no_numbers_that_json_lacks() -> None:
     bad = Agreement(0.5, math.inf, math.nan, 1.0, True)
     outcomes = [Outcome({"w": bad}, bad, Measured(free_residual=math.inf))]
@@ -391,3 +327,25 @@ def test_finite_differences_measure_the_relative_error_of_a_gradient(
     assert errors == pytest.approx({"v": error, "z": error}, rel=1e-6, abs=1e-8)
     for now, then in zip((model.v, model.z, model.calls), before, strict=True):
         assert torch.equal(now, then)
+
+
+def test_an_arm_of_another_kind_plugs_in() -> None:
+    report = ap.audit(network(), batches(), mean_square, [Times(-1.0)], ap.Backprop(), repeats=0)
+    (row,) = report.rows
+    assert row.worst("cosine") == pytest.approx(-1.0) and row.whole.descends == 0.0
+
+
+def test_finite_differences_of_float32_are_refused() -> None:
+    with pytest.raises(ap.ConfigError, match=r"write model\.double\(\)"):
+        ap.finite_difference_errors(lambda: torch.zeros(()), network().float(), Times(1.0))
+
+
+def test_names_drop_what_all_parameters_share_but_their_last_part() -> None:
+    assert list(trainable(nn.Linear(2, 2))) == ["weight", "bias"]
+    assert list(trainable(nn.Sequential(nn.Sequential(nn.Linear(4, 4))))) == ["weight", "bias"]
+    alone = nn.Sequential(nn.Sequential(nn.Linear(4, 4, bias=False)))
+    assert list(trainable(alone)) == ["weight"]
+    block = ap.Equilibrium(ap.DampedAttention(4, 2))
+    assert list(trainable(block)) == ["W_Q", "W_K", "W_V", "W_O"]
+    both = list(trainable(nn.Sequential(nn.Linear(4, 4), block)))
+    assert both[:3] == ["0.weight", "0.bias", "1.dynamics.attention.W_Q"]

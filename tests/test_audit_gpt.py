@@ -54,10 +54,10 @@ def test_a_rule_that_diverges_is_measured_where_it_is_and_its_refused_steps_are_
     assert json.loads(report.to_json())["rules"]["FeedbackAlignment"]["validation_loss"] is None
 
 
+@pytest.mark.usefixtures("no_curves")
 def test_a_rule_is_audited_at_the_weights_that_the_same_run_of_training_reaches(
-    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    config: TrainConfig, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("altprop.lab.train.plot_run", lambda folder: folder)
     run = replace(config, rule=ap.SignSymmetry(), out=tmp_path / "run", dropout=0.1)
     report, _ = audit_gpt([ap.SignSymmetry()], run, training=True)
     assert report.as_dict()["rules"]["SignSymmetry"]["validation_loss"] == train(run).loss

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import altprop as ap
 from altprop.auditing.agreement import Agreement, Flag
@@ -19,19 +21,19 @@ ODD = {"p3": (0.1, 0.9), "p6": (0.4, 0.4)}  # the worst at a trial, and the wors
 RATIOS = {"p2": (0.1, 3.0)}
 
 
-def report(count: int) -> ap.AuditReport:
+def report(count: int, name: str = "mine") -> ap.AuditReport:
     """Return an audit of two trials of so many parameters, whose figures are stated above."""
     outcomes = []
     for trial in (0, 1):
         named = {}
-        for name in (f"p{i}" for i in range(count)):
-            cosine = ODD.get(name, (0.99999999, 0.89))[trial]
-            named[name] = Agreement(cosine, RATIOS.get(name, (1.0, 1.0))[trial], 0.5, 1.0, True)
+        for p in (f"p{i}" for i in range(count)):
+            cosine = ODD.get(p, (0.99999999, 0.89))[trial]
+            named[p] = Agreement(cosine, RATIOS.get(p, (1.0, 1.0))[trial], 0.5, 1.0, True)
         if trial:
             named["p1"] = Agreement(flag=Flag.REFERENCE_FLOOR)
         measured = Measured(10 + trial, 1.5e-4, 2.5e-3, None, 3.5e-2, failures=("it failed",))
         outcomes.append(Outcome(named, WHOLE[trial], measured))
-    row = Row(Words("mine", "rule", None), outcomes, Cost(12.345, 3 * 2**19))
+    row = Row(Words(name, "rule", None), outcomes, Cost(12.345, 3 * 2**19))
     own = Measured(7, 4.5e-4)
     reference = Reference(Words("exact", "rule", None), {}, [own], Cost(None, 2**20))
     return ap.AuditReport(reference, [row], ["one", "two"])
@@ -101,6 +103,32 @@ def test_six_parameters_are_few_and_seven_are_many() -> None:
     assert "worst at" not in str(report(6)) and "worst at" in str(report(7))
 
 
+@pytest.mark.parametrize("count", [4, 13])
+def test_tables_fit_a_terminal_of_100_columns_whole_and_are_drawn(
+    count: int, tmp_path: Path
+) -> None:
+    made = report(count, "a rule under a name that is far too long for any column of a table")
+    text = str(made)
+    assert max(map(len, text.splitlines())) <= 100 and "…" not in text
+    assert made.plot(tmp_path / "audit.png").stat().st_size > 5000
+
+
+def test_a_plot_without_matplotlib_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ap.ConfigError, match=r'pip install "altprop\[plots\]"'):
+        report(2).plot(tmp_path / "audit.png")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("target", ["missing/audit.json", ".", "file/audit.json"])
+def test_a_place_that_cannot_be_written_is_refused(tmp_path: Path, target: str) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ap.DataError, match="give the path of a file|there is no folder"):
+        ap.AuditReport.check_target(tmp_path / target)
+
+
 def test_a_file_is_written_whole_or_not_at_all(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -121,8 +149,6 @@ def test_a_file_is_written_whole_or_not_at_all(
 def test_times_are_medians_in_milliseconds_of_every_arm_in_turn(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    import torch
-
     took = iter([0.001, 0.1, 0.003, 0.2, 0.5, 0.9])  # the reference's and the arm's, in turn
     now, running = 0.0, False
 

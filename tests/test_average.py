@@ -16,11 +16,12 @@ from altprop.lab.building import averaged, build_model
 from altprop.lab.cli import main
 from altprop.lab.evaluation import evaluate
 from altprop.lab.guard import Guard
-from altprop.lab.run import Run
 from altprop.lab.sample_command import load_run
 from altprop.lab.train import train
 from altprop.lm.text import load_corpus, windows
-from lm_runs import assert_equal_bits, curve, small, steps, tensors
+from lm_runs import assert_equal_bits, curve, small, steps, tensors, when_logged
+
+pytestmark = pytest.mark.usefixtures("no_curves", "as_in_a_terminal")
 
 CPU = torch.device("cpu")
 MODELS: dict[str, dict[str, Any]] = {
@@ -32,12 +33,6 @@ MODELS: dict[str, dict[str, Any]] = {
     "frozen": {"model": "gpt", "layers": 1, "freeze": ("blocks.*",)},
 }
 every_model = pytest.mark.parametrize("changes", MODELS.values(), ids=MODELS)
-
-
-@pytest.fixture(autouse=True)
-def no_curves(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing takes longer than everything else in a tiny run; tests/test_report.py draws."""
-    monkeypatch.setattr("altprop.lab.train.plot_run", lambda folder: folder)
 
 
 def trajectory(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, torch.Tensor]]:
@@ -95,20 +90,11 @@ def test_an_average_beside_it_changes_nothing_of_the_training(
 def test_a_resumed_run_with_an_average_equals_one_that_was_not_interrupted(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     changes = {**MODELS[name], "ema": 0.8}
     train(small(tmp_path / "whole", **changes))
-    log = Run.log
-
-    def stop(self: Run, record: dict[str, Any]) -> None:
-        log(self, record)
-        if record["step"] == 5 and "loss" in record:
-            signal.raise_signal(signal.SIGINT)
-
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Run, "log", stop)
+        when_logged(patch, 5, lambda: signal.raise_signal(signal.SIGINT))
         train(small(tmp_path / "cut", **changes))
-    signal.signal(signal.SIGINT, before)
     train(small(tmp_path / "cut", resume=True, **changes))
     assert curve(tmp_path / "cut") == curve(tmp_path / "whole")
     for which in ("last", "best"):

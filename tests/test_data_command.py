@@ -11,8 +11,7 @@ import pytest
 from altprop.errors import ConfigError, DataError
 from altprop.lab.data_command import data
 from altprop.lm.text import describe, load_corpus
-
-SAMPLE = "To be, or not to be: that is the question.\n" * 5
+from lm_runs import sentences
 
 
 def test_the_command_lists_describes_and_prepares(
@@ -22,7 +21,7 @@ def test_the_command_lists_describes_and_prepares(
     source = tmp_path / "source.txt"
     data()
     assert "plays" in capsys.readouterr().out
-    source.write_text("[bold]x[/italic] :smile: \x1b[31m" + SAMPLE)
+    source.write_text("[bold]x[/italic] :smile: \x1b[31m" + sentences(8))
     data(str(source))
     shown = capsys.readouterr().out
     assert "[bold]x[/italic] :smile: \\x1b[31m" in shown and "\x1b[31m" not in shown

@@ -6,12 +6,15 @@ import contextlib
 import io
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
 
 from altprop.lab.cli import main
 from lm_runs import SMALL, sentences
+
+pytestmark = pytest.mark.usefixtures("no_curves")
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -66,19 +69,29 @@ def understood(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
             main(words)
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if commands(p)], ids=lambda page: page.name)
-def test_every_command_on_the_page_works(
-    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("altprop.lab.train.plot_run", lambda folder: folder)
-    for name in ("mytext.txt", "tinyshakespeare.txt"):
-        Path(name).write_text(sentences(), encoding="utf-8")
-    data = ["--data", "mytext.txt"]  # what a command says of its own wins
-    assert main(["train", *data, "--out", "runs/old", *TINY]) == 0
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A working folder: texts, the sweep of its page, and a run."""
+    folder = tmp_path_factory.mktemp("template")
     sweeps = (ROOT / "docs" / "sweeps.md").read_text(encoding="utf-8")
     ((_, yaml),) = [block for block in FENCED.findall(sweeps) if block[0] == "yaml"]
-    Path("sweep.yaml").write_text(yaml, encoding="utf-8")
+    (folder / "sweep.yaml").write_text(yaml, encoding="utf-8")
+    for name in ("mytext.txt", "tinyshakespeare.txt"):
+        (folder / name).write_text(sentences(), encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert main(["train", "--data", "mytext.txt", "--out", "runs/old", *TINY]) == 0
+    return folder
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if commands(p)], ids=lambda page: page.name)
+def test_every_command_on_the_page_works(
+    page: Path, template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(shutil.copytree(template, tmp_path / "here"))
+    play = sentences().replace("\n", "\n\n")  # for the plays, which take seconds to tokenize
+    monkeypatch.setattr("altprop.lm.text.plays.cleaned_plays", lambda: iter([play] * 3))
+    data = ["--data", "mytext.txt"]  # what a command says of its own wins
     for words in commands(page):
         command, *rest = words
         named = bool(rest) and not rest[0].startswith("--")

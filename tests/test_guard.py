@@ -20,21 +20,16 @@ from altprop.lab import checkpoint
 from altprop.lab.cli import main
 from altprop.lab.evaluation import Evaluation, count_tiles, evaluate, tiles
 from altprop.lab.guard import Guard
-from altprop.lab.run import Run
 from altprop.lab.sample_command import load_run, sample
 from altprop.lab.train import train
 from altprop.lm.model import EquilibriumLM, ModelConfig
 from altprop.lm.text import load_corpus
-from lm_runs import assert_equal_bits, curve, small, steps, tensors, words
+from lm_runs import assert_equal_bits, curve, small, step_of, steps, tensors, when_logged, words
+
+pytestmark = pytest.mark.usefixtures("no_curves", "as_in_a_terminal")
 
 CPU = torch.device("cpu")
 GPT: dict[str, Any] = {"model": "gpt", "layers": 1}
-
-
-@pytest.fixture(autouse=True)
-def no_curves(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing takes longer than everything else in a tiny run; tests/test_report.py draws."""
-    monkeypatch.setattr("altprop.lab.train.plot_run", lambda folder: folder)
 
 
 def refuse(monkeypatch: pytest.MonkeyPatch, when: Callable[[int], bool]) -> None:
@@ -50,23 +45,6 @@ def refuse(monkeypatch: pytest.MonkeyPatch, when: Callable[[int], bool]) -> None
     monkeypatch.setattr(Guard, "check", spoiled)
 
 
-def stop_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    """Interrupt the run once this step is made and logged."""
-    log = Run.log
-
-    def logged(self: Run, record: dict[str, Any]) -> None:
-        log(self, record)
-        if record["step"] == step and "loss" in record:
-            signal.raise_signal(signal.SIGINT)
-
-    monkeypatch.setattr(Run, "log", logged)
-
-
-def at(folder: Path, which: str = "last") -> int:
-    progress = checkpoint.load(folder / f"{which}.safetensors").notes["progress"]
-    return int(progress["step"])
-
-
 # Lost runs
 
 
@@ -77,8 +55,8 @@ def test_so_many_refused_steps_in_a_row_end_the_run_with_its_checkpoints(
     config = small(tmp_path / "run", **GPT, steps=40, eval_every=5, refused_in_a_row=3)
     with pytest.raises(ConvergenceError, match="3 steps in a row were refused, up to step 8 .*nan"):
         train(config)
-    assert len(steps(tmp_path / "run")) == at(tmp_path / "run") == 8
-    assert at(tmp_path / "run", "best") == 5  # the weights of a good evaluation are kept
+    assert len(steps(tmp_path / "run")) == step_of(tmp_path / "run") == 8
+    assert step_of(tmp_path / "run", "best") == 5  # the weights of a good evaluation are kept
 
 
 def test_refused_steps_between_others_end_the_run_when_they_are_more_than_a_tenth(
@@ -90,7 +68,7 @@ def test_refused_steps_between_others_end_the_run_when_they_are_more_than_a_tent
         ConvergenceError, match="4 of the last 30 steps were refused, up to step 28"
     ):
         train(config)
-    assert at(tmp_path / "run") == 28
+    assert step_of(tmp_path / "run") == 28
 
 
 def test_a_tenth_of_the_steps_may_be_refused_for_ever_and_the_first_one_too(
@@ -126,18 +104,18 @@ def test_a_resumed_run_remembers_what_was_refused_and_a_lost_one_is_still_lost(
         train(small(tmp_path / "whole", **changes))
     cut = small(tmp_path / "cut", **changes)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        stop_after(patch, 5)
+        when_logged(patch, 5, lambda: signal.raise_signal(signal.SIGINT))
         train(cut)
-    assert at(tmp_path / "cut") == 5
+    assert step_of(tmp_path / "cut") == 5
     resumed = replace(cut, resume=True)
     for _ in range(2):  # the second finds a run that is lost already, and changes nothing
         with pytest.raises(ConvergenceError, match="4 steps in a row were refused, up to step 7"):
             train(resumed)
-        assert at(tmp_path / "cut") == 7
+        assert step_of(tmp_path / "cut") == 7
         assert curve(tmp_path / "cut") == curve(tmp_path / "whole")
         assert_equal_bits(tensors(tmp_path / "cut"), tensors(tmp_path / "whole"))
     assert train(replace(resumed, refused_in_a_row=8)).refused == 6
-    assert at(tmp_path / "cut") == 12
+    assert step_of(tmp_path / "cut") == 12
 
 
 def test_the_command_of_a_lost_run_exits_with_2_and_its_line_goes_on(
@@ -152,7 +130,7 @@ def test_the_command_of_a_lost_run_exits_with_2_and_its_line_goes_on(
     assert "a lower lr, a stabiliser" in error and error.count("\n") == 1
     command = shlex.split(error.partition("all the same: ")[2])
     assert command[:2] == ["altprop", "train"] and main(command[1:]) == 0
-    assert at(tmp_path / "a run") == 8
+    assert step_of(tmp_path / "a run") == 8
 
 
 @pytest.mark.parametrize("count", [1, 5])
@@ -167,7 +145,7 @@ def test_a_run_whose_every_step_was_refused_exits_with_2_however_short(
     assert "a stricter stabiliser" in error and error.count("\n") == 1
     command = shlex.split(error.partition("all the same: ")[2])
     assert main(command[1:]) == 0  # the steps to come are good
-    assert at(tmp_path / "run") == 2 * count
+    assert step_of(tmp_path / "run") == 2 * count
 
 
 def test_a_block_that_loses_its_fixed_point_for_want_of_a_stabiliser_ends_with_2(
@@ -179,7 +157,7 @@ def test_a_block_that_loses_its_fixed_point_for_want_of_a_stabiliser_ends_with_2
     assert main(["train", *line]) == 2
     assert "the run is lost" in capsys.readouterr().err
     made = steps(tmp_path / "run")
-    assert at(tmp_path / "run") == len(made) < 400
+    assert step_of(tmp_path / "run") == len(made) < 400
     assert made[-1]["free_residual"] > config.free_limit
     kept = tensors(tmp_path / "run")
     assert all(bool(torch.isfinite(v).all()) for k, v in kept.items() if k.startswith("model."))
@@ -235,7 +213,7 @@ def test_an_evaluation_at_no_fixed_point_never_becomes_the_best(
     monkeypatch.setattr("altprop.lab.train.evaluate", judge)
     result = train(small(tmp_path / "run", **GPT, eval_every=2))
     assert (result.best_loss, result.settled) == (1.5, False)
-    assert at(tmp_path / "run", "best") == 6
+    assert step_of(tmp_path / "run", "best") == 6
 
 
 def test_a_run_without_a_settled_evaluation_has_no_best_and_says_so(

@@ -16,7 +16,9 @@ from altprop.lab.values import fit
 
 def printed(command: str, capsys: pytest.CaptureFixture[str]) -> str:
     assert main([command, "--help"]) == 0
-    return capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert out.startswith(f"usage: altprop {command}")
+    return out
 
 
 @pytest.mark.parametrize("command", COMMANDS)

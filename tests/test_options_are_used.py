@@ -26,11 +26,12 @@ from altprop.lab.train import train
 from altprop.lm.model import Block
 from lm_runs import SMALL, curve, sentences, small, tensors, tree
 
+pytestmark = pytest.mark.usefixtures("no_curves")
+
 
 @pytest.fixture(autouse=True)
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The working folder: it holds two texts. Drawing would take the longest."""
-    monkeypatch.setattr("altprop.lab.train.plot_run", lambda folder: folder)
+    """The working folder: it holds two texts."""
     monkeypatch.chdir(tmp_path)
     forward = Block.forward
 

@@ -20,6 +20,8 @@ from altprop.lab.train import train
 from lm_runs import small, steps, tensors, words
 from ranks import CASES, apart, ended, learned, start, together, until
 
+pytestmark = pytest.mark.usefixtures("no_curves")
+
 Outcomes = dict[str, dict[str, Tensor]]
 NAMED = ("AEP", "AEP, separate", "Implicit", "FA", "sign symmetry", "Kolen-Pollack", "DFA", "GrAPE")
 # (benchmarks/processes.py makes all of them; the first two of a kind see all that is special to it)
@@ -44,11 +46,6 @@ def one() -> Callable[[str], dict[str, Tensor]]:
 def many(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Outcomes]:
     folder = tmp_path_factory.mktemp("ranks")
     return {2: together(2, TWO, folder), 4: together(4, FOUR, folder)}
-
-
-@pytest.fixture(autouse=True)
-def no_curves(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("altprop.lab.train.plot_run", lambda folder: folder)
 
 
 def assert_same(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:

@@ -209,10 +209,10 @@ def test_what_a_terminal_would_obey_is_escaped(text: str, shown: str | None) -> 
     assert printable(printable(text)) == printable(text)
 
 
+@pytest.mark.usefixtures("no_curves")
 def test_what_a_model_writes_is_escaped_but_for_its_lines(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("altprop.lab.train.plot_run", lambda folder: folder)
     (tmp_path / "text.txt").write_text("\x1b[2J\n\u202e" * 200, encoding="utf-8")
     config = small(tmp_path / "\x1b]0;run", steps=1)
     assert main(["train", *words(config), "--sample", "20"]) == 0

@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 import altprop as ap
-from conversions import TOKENS, assert_equal, assert_same_model, gradients, one_line, tiny
+from conversions import TOKENS, assert_equal, assert_same_model, gradients, tiny
+from refusals import one_line
 
 FA = ap.FeedbackAlignment(std=0.5)
 KINDS: dict[str, ap.AbstractRule] = {

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,39 +19,22 @@ from altprop.lab import checkpoint
 from altprop.lab.cli import main
 from altprop.lab.config import read_config
 from altprop.lab.evaluation import Evaluation
-from altprop.lab.run import Run
 from altprop.lab.settings import TrainConfig
 from altprop.lab.train import train
 from altprop.lm.text import CharTokenizer
-from lm_runs import assert_equal_bits, curve, sentences, small, steps, tensors, tree, words
+from lm_runs import (
+    assert_equal_bits,
+    curve,
+    sentences,
+    small,
+    steps,
+    tensors,
+    tree,
+    when_logged,
+    words,
+)
 
-
-@pytest.fixture(autouse=True)
-def no_curves(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing takes longer than everything else in a tiny run; tests/test_report.py draws."""
-    monkeypatch.setattr("altprop.lab.train.plot_run", lambda folder: folder)
-
-
-def when_logged(
-    monkeypatch: pytest.MonkeyPatch, step: int, act: Callable[[], None], metric: str = "loss"
-) -> None:
-    """Call `act` once the record of this step that holds `metric` has been written."""
-    log = Run.log
-
-    def logged(self: Run, record: dict[str, Any]) -> None:
-        log(self, record)
-        if record["step"] == step and metric in record:
-            act()
-
-    monkeypatch.setattr(Run, "log", logged)
-
-
-@pytest.fixture(autouse=True)
-def interruptible() -> Iterator[None]:
-    """Let SIGINT raise as in a terminal: a shell's background jobs begin with it ignored."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
+pytestmark = pytest.mark.usefixtures("no_curves", "as_in_a_terminal")
 
 
 def interrupt() -> None:

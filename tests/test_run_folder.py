@@ -19,11 +19,7 @@ from altprop.lab.train import train
 from altprop.lab.values import fit
 from lm_runs import SMALL, assert_equal_bits, curve, sentences, steps, tensors, tree
 
-
-@pytest.fixture(autouse=True)
-def no_curves(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing takes longer than everything else in a tiny run; tests/test_report.py draws."""
-    monkeypatch.setattr("altprop.lab.train.plot_run", lambda folder: folder)
+pytestmark = pytest.mark.usefixtures("no_curves")
 
 
 def run(out: str | None, **changes: Any) -> TrainConfig:
@@ -39,7 +35,6 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     here = tmp_path_factory.mktemp("template")
     (here / "text.txt").write_text(sentences(), encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("altprop.lab.train.plot_run", lambda folder: folder)
         patch.chdir(here)
         for name, count in (("a", 2), ("longer", 4)):
             train(run(f"runs/{name}", steps=count))

@@ -16,13 +16,13 @@ from altprop.lab.train import train
 from altprop.lm.text import CharTokenizer
 from lm_runs import reconfigure, small
 
+pytestmark = pytest.mark.usefixtures("no_curves")
+
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("trained") / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("altprop.lab.train.plot_run", lambda folder: folder)
-        train(small(folder, steps=120, eval_every=60, lr=1e-2))
+    train(small(folder, steps=120, eval_every=60, lr=1e-2))
     return folder
 
 
@@ -89,9 +89,8 @@ def test_best_and_last_are_the_two_checkpoints(run: Path, tmp_path: Path) -> Non
 
 
 def test_text_with_brackets_and_colons_is_printed_as_it_is(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("altprop.lab.train.plot_run", lambda folder: folder)
     (tmp_path / "text.txt").write_text("[b]:smile: \\[x] œ\n" * 30, encoding="utf-8")
     train(small(tmp_path / "run", steps=1))
     capsys.readouterr()
@@ -121,13 +120,8 @@ def test_a_text_that_was_read_from_no_equilibrium_comes_with_a_warning(
     ids=["words", "DNA", "lines"],
 )
 def test_without_a_prompt_the_text_starts_where_its_vocabulary_lets_it(
-    text: str,
-    start: str,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    text: str, start: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("altprop.lab.train.plot_run", lambda folder: folder)
     (tmp_path / "text.txt").write_text(text, encoding="utf-8")
     train(small(tmp_path / "run", steps=1))
     capsys.readouterr()

@@ -20,12 +20,9 @@ from altprop.lm.model import GPT, Block, EquilibriumLM, ModelConfig
 from lm_runs import assert_equal_bits, small, steps, tensors
 from ranks import CASES, apart, learned
 
+pytestmark = pytest.mark.usefixtures("no_curves")
+
 RULES = [name for name, options in CASES.items() if "model" in options]
-
-
-@pytest.fixture(autouse=True)
-def no_curves(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("altprop.lab.train.plot_run", lambda folder: folder)
 
 
 def counted(monkeypatch: pytest.MonkeyPatch, kind: type[nn.Module], see: Callable[[], Any]) -> Any:

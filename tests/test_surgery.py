@@ -19,7 +19,8 @@ from torch.nn.utils import parametrizations, parametrize, prune
 
 import altprop as ap
 from altprop.conversion.roles import Role
-from conversions import TOKENS, assert_equal, assert_same_model, gradients, mlp, one_line, tiny
+from conversions import TOKENS, assert_equal, assert_same_model, gradients, mlp, tiny
+from refusals import one_line
 
 FA = ap.FeedbackAlignment(std=0.5)
 

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,30 +23,24 @@ from altprop.lab.display import Lasting
 from altprop.lab.folder import LOCK
 from altprop.lab.guard import Guard
 from altprop.lab.lock import Lock
-from altprop.lab.run import Run
 from altprop.lab.signals import Stopped, interruptible
 from altprop.lab.train import train
-from lm_runs import assert_equal_bits, curve, small, steps, tensors, tree, words
+from lm_runs import (
+    assert_equal_bits,
+    curve,
+    small,
+    step_of,
+    steps,
+    tensors,
+    tree,
+    when_logged,
+    words,
+)
+
+pytestmark = pytest.mark.usefixtures("no_curves", "as_in_a_terminal")
 
 GPT: dict[str, Any] = {"model": "gpt", "layers": 1}
 LAST, BEFORE = "last.safetensors", "last.previous.safetensors"
-
-
-@pytest.fixture(autouse=True)
-def no_curves(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing takes longer than everything else in a tiny run; tests/test_report.py draws."""
-    monkeypatch.setattr("altprop.lab.train.plot_run", lambda folder: folder)
-
-
-@pytest.fixture(autouse=True)
-def as_in_a_terminal() -> Iterator[None]:
-    """Let signals do what they do in a terminal: background jobs begin with SIGINT or, under
-    nohup, SIGHUP ignored."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    hangup = signal.signal(signal.SIGHUP, signal.SIG_DFL)
-    yield
-    signal.signal(signal.SIGINT, before)
-    signal.signal(signal.SIGHUP, hangup)
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +48,6 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of two runs of 8 steps: `whole`, and `half`, which was told to stop after 6."""
     folder = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("altprop.lab.train.plot_run", lambda folder: folder)
         train(small(folder / "whole", **GPT))
         when_logged(patch, 6, lambda: signal.raise_signal(signal.SIGTERM))
         with pytest.raises(Stopped):
@@ -66,22 +59,6 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def half(stopped: Path, tmp_path: Path) -> Path:
     shutil.copy(stopped / "text.txt", tmp_path)
     return Path(shutil.copytree(stopped / "half", tmp_path / "half"))
-
-
-def when_logged(patch: pytest.MonkeyPatch, step: int, act: Callable[[], None]) -> None:
-    """Call `act` once the record of this step has been written."""
-    log = Run.log
-
-    def logged(self: Run, record: dict[str, Any]) -> None:
-        log(self, record)
-        if record["step"] == step and "loss" in record:
-            act()
-
-    patch.setattr(Run, "log", logged)
-
-
-def step_of(path: Path) -> int:
-    return int(checkpoint.load(path).notes["progress"]["step"])
 
 
 def flip(path: Path) -> None:
@@ -103,7 +80,7 @@ def test_a_signal_lets_the_step_end_and_be_saved_and_gives_the_customary_status(
     config = small(tmp_path / "run", **GPT)
     assert main(["train", *words(config, "model", "layers")]) == status
     assert signal.getsignal(number) is handler
-    assert step_of(tmp_path / "run" / LAST) == len(steps(tmp_path / "run")) == 3
+    assert step_of(tmp_path / "run") == len(steps(tmp_path / "run")) == 3
 
 
 def test_a_run_that_was_told_to_stop_goes_on_bit_for_bit(half: Path, stopped: Path) -> None:
@@ -163,7 +140,7 @@ def test_a_checkpoint_is_written_between_evaluations_and_changes_no_figure(tmp_p
         train(small(tmp_path / name, **GPT, save_every=every, ema=0.5, dropout=0.1))
     assert curve(tmp_path / "often") == curve(tmp_path / "seldom")
     assert_equal_bits(tensors(tmp_path / "often"), tensors(tmp_path / "seldom"))
-    assert [step_of(tmp_path / name / BEFORE) for name in ("often", "seldom")] == [7, 4]
+    assert [step_of(tmp_path / name, "last.previous") for name in ("often", "seldom")] == [7, 4]
 
 
 @pytest.mark.parametrize("fault", [flip, Path.unlink, lambda path: path.write_bytes(b"")])
@@ -189,7 +166,7 @@ def test_a_damaged_checkpoint_does_not_take_the_place_of_the_one_before(
     when_logged(monkeypatch, 5, lambda: signal.raise_signal(signal.SIGTERM))
     with pytest.raises(Stopped):
         train(small(half, **GPT, resume=True))
-    assert [step_of(half / name) for name in (LAST, BEFORE)] == [5, 4]
+    assert [step_of(half), step_of(half, "last.previous")] == [5, 4]
 
 
 def test_without_any_whole_checkpoint_resume_names_every_fault_and_changes_nothing(
@@ -247,7 +224,7 @@ def test_a_step_that_ends_the_run_leaves_what_was_before_it(
     folder = tmp_path / "run"
     with pytest.raises(ConvergenceError, match="step 3: .* are saved: altprop train .*--resume"):
         train(small(folder, steps=4, on_failure="stop"))
-    assert step_of(folder / LAST) == 2
+    assert step_of(folder) == 2
     train(small(folder, steps=4, resume=True))
     assert curve(folder) == curve(tmp_path / "whole")
     assert_equal_bits(tensors(folder), tensors(tmp_path / "whole"))
@@ -370,7 +347,7 @@ def test_a_run_goes_on_without_its_reader(
     monkeypatch.setattr(Gone, "left", 3)
     monkeypatch.setattr(sys, "stdout", Gone())
     assert train(small(tmp_path / "run", **GPT, steps=2)).folder.exists()
-    assert step_of(tmp_path / "run" / LAST) == 2
+    assert step_of(tmp_path / "run") == 2
 
 
 def test_what_python_writes_when_it_exits_goes_nowhere_too() -> None:

@@ -30,6 +30,8 @@ from altprop.lab.sweep.spec import read_spec
 from altprop.lab.train import TrainResult
 from lm_runs import SMALL, sentences, tree
 
+pytestmark = pytest.mark.usefixtures("no_curves")
+
 optuna = pytest.importorskip("optuna")
 
 BASE: dict[str, Any] = {**SMALL, "data": "text.txt", "model": "gpt", "layers": 1}
@@ -38,8 +40,7 @@ RATES = {"low": 1e-4, "high": 1e-3, "log": True}
 
 @pytest.fixture(autouse=True)
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The working folder, which holds a text. Drawing would take the longest."""
-    monkeypatch.setattr("altprop.lab.train.plot_run", lambda folder: folder)
+    """The working folder, which holds a text. No sweep is drawn: that would take the longest."""
     monkeypatch.setattr("altprop.lab.sweep.command.plot_sweep", lambda *_: _[-1])
     monkeypatch.chdir(tmp_path)
     Path("text.txt").write_text(sentences(), encoding="utf-8")

@@ -23,14 +23,9 @@ from altprop.lab.reporting.metrics import read_metrics
 from altprop.lab.train import train
 from lm_runs import assert_equal_bits, curve, small, tensors, tree, words
 
+pytestmark = pytest.mark.usefixtures("no_curves")
+
 INSTALLED = tuple(name for name in TRACKERS if importlib.util.find_spec(name))
-
-
-@pytest.fixture(autouse=True, scope="module")
-def no_curves() -> Any:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("altprop.lab.train.plot_run", lambda folder: folder)
-        yield
 
 
 class Heard(Callback):

@@ -34,13 +34,9 @@ from altprop.lab.settings import TrainConfig
 from altprop.lab.train import learning_rate, train
 from lm_runs import assert_equal_bits, curve, sentences, small, steps, tensors, tree
 
+pytestmark = pytest.mark.usefixtures("no_curves")
+
 HOPELESS = Anderson(max_steps=1, tol=1e-9)  # on damped attention: far from any equilibrium
-
-
-@pytest.fixture(autouse=True)
-def no_curves(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing takes longer than everything else in a tiny run; tests/test_report.py draws."""
-    monkeypatch.setattr("altprop.lab.train.plot_run", lambda folder: folder)
 
 
 # Seeds
@@ -223,7 +219,7 @@ def test_a_refused_step_between_others_is_left_out_of_the_learning(
     )
 
 
-def test_a_loss_that_is_not_finite_is_refused_and_the_run_ends_in_order(
+def test_a_loss_that_is_not_finite_is_refused_and_null_in_the_metrics_of_a_run_that_ends_in_order(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = small(tmp_path / "run", lr=1e30, sample=10)
@@ -233,10 +229,6 @@ def test_a_loss_that_is_not_finite_is_refused_and_the_run_ends_in_order(
     assert all(bool(torch.isfinite(value).all()) for value in end_of(config).values())
     said = capsys.readouterr().out
     assert "refused steps 7 of 8" in said and "no sample: the model's logits" in said
-
-
-def test_what_is_not_finite_is_null_in_the_metrics(tmp_path: Path) -> None:
-    train(small(tmp_path / "run", lr=1e30))
 
     def refuse(constant: str) -> None:
         raise AssertionError(f"{constant} is not JSON")

@@ -20,13 +20,9 @@ from altprop.lm.model import GPT, EquilibriumLM, ModelConfig
 from altprop.lm.text import Batches
 from lm_runs import small, steps
 
+pytestmark = pytest.mark.usefixtures("no_curves")
+
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def no_curves(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing takes longer than everything else in a tiny run; tests/test_report.py draws."""
-    monkeypatch.setattr("altprop.lab.train.plot_run", lambda folder: folder)
 
 
 # Clipping

@@ -44,7 +44,10 @@ BUGS = [
     Bug("lab/memory.py", "    if needed > (there", "    if needed >= (there", _READING),
     Bug("lab/memory.py", '"damped": 4}', '"damped": 12}', _READING),
     Bug(
-        "lab/cli.py", "if isinstance(end.__context__, BrokenPipeError):", "if False:", "test_cli.py"
+        "lab/cli.py",
+        "if isinstance(end.__context__, BrokenPipeError):",
+        "if False:",
+        "test_cli_ends.py",
     ),
     Bug(
         "lab/train.py",
@@ -52,7 +55,12 @@ BUGS = [
         "time.perf_counter() - clock",
         _READING,
     ),
-    Bug("lm/text/token_file.py", ">= self._vocabulary:", "> self._vocabulary + 1:", "test_text.py"),
+    Bug(
+        "lm/text/token_file.py",
+        ">= self._vocabulary:",
+        "> self._vocabulary + 1:",
+        "lm/test_prepared.py",
+    ),
     Bug(
         "lm/text/prepared.py",
         "if wanted.get(name) != digest]",

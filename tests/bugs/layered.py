@@ -54,19 +54,19 @@ BUGS = [
         _EQ + "dynamics/layered.py",
         "with self._inside(), nullcontext() if draws is None else draws.again():",
         "with self._inside():",
-        "test_layered.py",
+        "test_convert_stack.py",
     ),
     Bug(
         "conversion/stack.py",
         "if not level.on or level.stack.busy",
         "if level.stack.busy",
-        "test_layered.py",
+        "test_convert_stack.py",
     ),
     Bug(
         "conversion/stack.py",
         "return assign_adjoint(out, value, refuse) if out.requires_grad else value",
         "return value",
-        "test_layered.py",
+        "test_convert_stack.py",
     ),
     Bug(
         _EQ + "dynamics/products.py",

@@ -6,39 +6,41 @@ from bugs.bug import Bug
 
 _FACTS = "test_audit_facts.py"
 _AUDIT = "test_audit_facts.py test_audit.py"
+_AGREEMENT = "auditing/test_agreement.py"
 _TABLES = "test_audit_tables.py"
+_LAB = "lab/"
 
 BUGS = [
     Bug(
         "auditing/agreement.py",
         "norm_ratio=own / size",
         "norm_ratio=size / own if own else 0.0",
-        _AUDIT,
+        _AGREEMENT,
     ),
     Bug(
         "auditing/agreement.py",
         "relative_error=float((g - r).norm()) / size",
         "relative_error=float((g - r).norm()) / (own or 1.0)",
-        _AUDIT,
+        _AGREEMENT,
     ),
-    Bug("auditing/agreement.py", "pointed = r != 0", "pointed = g != 0", _AUDIT),
+    Bug("auditing/agreement.py", "pointed = r != 0", "pointed = g != 0", _AGREEMENT),
     Bug(
         "auditing/agreement.py",
         "[gradients[name] for name in references]",
         "[gradients[name] for name in gradients]",
-        _FACTS,
+        _AGREEMENT,
     ),
     Bug(
         "auditing/agreement.py",
         "t.detach().cpu().double().flatten()",
         "t.detach().cpu().flatten()",
-        _FACTS,
+        _AGREEMENT,
     ),
     Bug(
         "auditing/agreement.py",
         "return abs(math.log(value)) if value > 0 else math.inf",
         "return abs(value - 1)",
-        _FACTS,
+        _AGREEMENT,
     ),
     Bug("auditing/arms.py", "output=self.output, seed=self.seed)", "output=self.output)", _FACTS),
     Bug(
@@ -109,5 +111,62 @@ BUGS = [
         "            self._now -= size\n",
         "            pass\n",
         "test_memory.py",
+    ),
+    Bug(
+        _LAB + "reporting/metrics.py", "before = [0, *counts]", "before = counts", "test_report.py"
+    ),
+    Bug(
+        _LAB + "audit_gpt.py",
+        "(controls['frozen'] - loss) / gap",
+        "(controls['frozen'] - loss) / controls['frozen']",
+        "test_audit_gpt.py",
+    ),
+    Bug(
+        _LAB + "audit_gpt.py",
+        "if state.progress.step in places:",
+        "if state.progress.step == 0:",
+        "test_audit_command.py",
+    ),
+    Bug(
+        _LAB + "reporting/markup.py",
+        "parts = (part if isinstance(part, Markup) else html.escape(str(part)) for part in inside)",
+        "parts = (str(part) for part in inside)",
+        "test_report_command.py",
+    ),
+    Bug(
+        _LAB + "reporting/markup.py",
+        'for mark in "<>&":',
+        'for mark in ">&":',
+        "test_report_command.py",
+    ),
+    Bug(
+        _LAB + "reporting/thin.py",
+        "kept = range((count - 1) % every, count, every)",
+        "kept = range(0, count, every)",
+        "test_report_command.py",
+    ),
+    Bug(
+        _LAB + "reporting/thin.py",
+        "return sum(there) / len(there) if len(there) == len(values) else None",
+        "return sum(there) / len(there)",
+        "test_report_command.py",
+    ),
+    Bug(
+        _LAB + "reporting/comparison.py",
+        'sign = 1 if self.results["task"]["better"] == "lower" else -1',
+        "sign = -1",
+        "test_report_command.py",
+    ),
+    Bug(
+        _LAB + "reporting/comparison_page.py",
+        "return not low <= 0 <= high",
+        "return True",
+        "test_report_command.py",
+    ),
+    Bug(
+        _LAB + "reporting/picture.py",
+        'return text.replace("$", r"\\$")',
+        "return text",
+        "test_report_command.py",
     ),
 ]

@@ -186,7 +186,12 @@ BUGS = [
         "matches(p, path)",
         "test_convert.py test_rules_broadcast.py",
     ),
-    Bug("conversion/places.py", "if id(place.module) in within:", "if False:", "test_layered.py"),
+    Bug(
+        "conversion/places.py",
+        "if id(place.module) in within:",
+        "if False:",
+        "test_convert_stack.py",
+    ),
     Bug(
         "conversion/learned.py",
         "key=lambda p: (not p.requires_grad, p.dim() < 2)",

@@ -23,11 +23,7 @@ from altprop.lm.text import load_corpus, windows
 from lm_runs import assert_equal_bits, small, tensors, words
 from systems import EXACT, TIGHT, error, flat, worst
 
-
-@pytest.fixture(autouse=True)
-def no_curves(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing takes longer than everything else in a tiny run."""
-    monkeypatch.setattr("altprop.lab.train.plot_run", lambda folder: folder)
+pytestmark = pytest.mark.usefixtures("no_curves")
 
 
 # one definition of the state
