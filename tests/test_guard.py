@@ -16,11 +16,12 @@ import torch
 import torch.nn.functional as nnf
 
 from altprop import Anderson, CheckpointError, ConvergenceError, Euler, equilibria
-from altprop.lab import checkpoint
+from altprop.lab import checkpoint, gradient
 from altprop.lab.cli import main
 from altprop.lab.evaluation import Evaluation, count_tiles, evaluate, tiles
 from altprop.lab.guard import Guard
 from altprop.lab.sample_command import load_run, sample
+from altprop.lab.state import Progress
 from altprop.lab.train import train
 from altprop.lm.model import EquilibriumLM, ModelConfig
 from altprop.lm.text import load_corpus
@@ -161,6 +162,23 @@ def test_a_block_that_loses_its_fixed_point_for_want_of_a_stabiliser_ends_with_2
     assert made[-1]["free_residual"] > config.free_limit
     kept = tensors(tmp_path / "run")
     assert all(bool(torch.isfinite(v).all()) for k, v in kept.items() if k.startswith("model."))
+
+
+def test_a_gradient_that_amplifies_what_the_free_phase_has_left_is_refused(tmp_path: Path) -> None:
+    config = small(tmp_path / "run", steps=3, stabiliser=None)
+    model = EquilibriumLM(ModelConfig(vocabulary=5, context=4, d_model=8, heads=2))
+    x = torch.randint(5, (2, 5), generator=torch.Generator().manual_seed(0))
+    model(x[:, :-1], x[:, 1:])[1].backward()
+    ((_, block),) = equilibria(model)
+    seen, optimiser = block.certificate, torch.optim.SGD(model.parameters(), lr=0.1)
+    assert seen is not None and float(seen.state_error.max()) < config.error_limit
+    guard, progress = Guard(config, torch.Generator()), Progress()
+    for error, refused in ((0.09, 0), (0.11, 1), (math.nan, 2)):
+        seen.state_error = torch.tensor([1e-3, error])
+        measured = guard.check(model, optimiser, 1.0, progress, [gradient.made(model)])
+        assert progress.refused == refused
+        assert measured["state_error"] == pytest.approx(error, nan_ok=True)
+    assert all(p.grad is None for p in model.parameters())
 
 
 # Evaluations at no fixed point

@@ -116,6 +116,7 @@ EQUILIBRIUM: dict[str, Any] = {
     "stabiliser": None,
     "free_limit": 1e-12,
     "adjoint_limit": 1e-12,
+    "error_limit": 1e-12,
     "on_failure": ("stop", {"free_limit": 1e-12}),
     "refused_in_a_row": (2, {"free_limit": 1e-12}),
     # of the other model
@@ -137,7 +138,7 @@ GPT: dict[str, Any] = {
     # of the other model
     **{name: EQUILIBRIUM[name] for name in ("block", "estimator", "solver", "stabiliser")},
     "stacking": "separate",
-    **{name: EQUILIBRIUM[name] for name in ("free_limit", "adjoint_limit")},
+    **{name: EQUILIBRIUM[name] for name in ("free_limit", "adjoint_limit", "error_limit")},
 }
 MODELS = {"equilibrium": (EQUILIBRIUM, {}), "gpt": (GPT, {"model": "gpt", "layers": 1})}
 FOREIGN = {
@@ -150,6 +151,7 @@ FOREIGN = {
         "stabiliser",
         "free_limit",
         "adjoint_limit",
+        "error_limit",
     },
 }
 MADE: list[Any] = []  # threads at the calls of blocks, and what was compiled

@@ -72,9 +72,15 @@ BUGS = [
     ),
     Bug(
         _LAB + "guard.py",
-        "            config.adjoint_limit, seen.adjoint_result,",
-        "            config.free_limit, seen.adjoint_result,",
+        "within(config.adjoint_limit, seen.adjoint_result,",
+        "within(config.free_limit, seen.adjoint_result,",
         _TRAIN,
+    ),
+    Bug(
+        _LAB + "guard.py",
+        "and within(config.error_limit, seen.result, seen.state_error)",
+        "and within(config.error_limit, seen.result, seen.free_residual)",
+        "test_guard.py " + _TRAIN,
     ),
     Bug(
         _LAB + "state.py",

@@ -105,9 +105,11 @@ class Call:
         certificate.system = self.system.kept()
         self._keep(certificate)
 
-    def complete(self, certificate: Certificate, adjoint: Adjoint, tol: float) -> None:
+    def complete(
+        self, certificate: Certificate, adjoint: Adjoint, cotangent: Tensor, tol: float
+    ) -> None:
         """Hand over what the backward pass measured as well, and act as the policy says."""
-        certificate.complete(adjoint)
+        certificate.complete(adjoint, cotangent)
         self._keep(certificate)  # a recomputation (checkpointing) has put its own in place
         if adjoint.residual is not None:
             settle(self._policy, adjoint.result, adjoint.residual, tol, "adjoint")

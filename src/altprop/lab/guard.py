@@ -77,10 +77,15 @@ class Guard:
         settled = all(self._settled(c) for one in passes for c in one.certificates)
         good = finite and bool(ranks.numbers([float(settled)]).all())
         if not good:
+            limits = {
+                "free_residual": ("free_limit", config.free_limit),
+                "adjoint_residual": ("adjoint_limit", config.adjoint_limit),
+                "state_error": ("error_limit", config.error_limit),
+            }
             residuals = [
-                f"the {kind} residual {measured[f'{kind}_residual']:.1e} ({kind}_limit {limit:.0e})"
-                for kind, limit in (("free", config.free_limit), ("adjoint", config.adjoint_limit))
-                if f"{kind}_residual" in measured
+                f"the {name.replace('_', ' ')} {measured[name]:.1e} ({option} {limit:.0e})"
+                for name, (option, limit) in limits.items()
+                if name in measured
             ]
             self._refuse(", ".join([f"the loss is {loss:.4g}", *residuals]), optimiser, progress)
         if config.stabiliser and finite:
@@ -134,10 +139,12 @@ class Guard:
         return f"a lower lr, {strict} or another solver (--solver Anderson)"
 
     def _settled(self, seen: Certificate) -> bool:
-        """Tell whether a state and its adjoint are within the limits."""
+        """Tell whether a state, its adjoint and what the one leaves to the other are in limits."""
         config = self._config
-        return within(config.free_limit, seen.result, seen.free_residual) and within(
-            config.adjoint_limit, seen.adjoint_result, seen.adjoint_residual
+        return (
+            within(config.free_limit, seen.result, seen.free_residual)
+            and within(config.adjoint_limit, seen.adjoint_result, seen.adjoint_residual)
+            and within(config.error_limit, seen.result, seen.state_error)
         )
 
     def _refuse(self, why: str, optimiser: torch.optim.Optimizer, progress: Progress) -> None:
@@ -162,7 +169,8 @@ def summary(seen: list[Certificate]) -> dict[str, float]:
         "free_evaluations": float(sum(c.free_evaluations for c in seen)),
         "adjoint_evaluations": float(sum(c.adjoint_evaluations for c in seen)),
     }
-    for name in ("adjoint_residual", "nudged_residuals", "antisymmetry", "response", "beta"):
+    for name in ("adjoint_residual", "state_error", "nudged_residuals", "antisymmetry",
+                 "response", "beta"):  # fmt: skip
         values = [getattr(c, name) for c in seen if getattr(c, name) is not None]
         if values:
             out[name] = max(float(v.max()) for v in values)

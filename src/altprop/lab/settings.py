@@ -78,6 +78,7 @@ class TrainConfig:
         free_limit: the largest free residual of a step that may be applied; a solve of a fixed
             number of steps (tol 0) has no limit.
         adjoint_limit: the same of the adjoint residual.
+        error_limit: the same of what the free residual is amplified to by the adjoint problem.
         on_failure: what to do with a step past these limits, or with a loss or gradient that is not
             finite: `skip` drops its gradient (the stabiliser still acts) and counts it, `stop` ends
             the run.
@@ -137,6 +138,7 @@ class TrainConfig:
     final_windows: int = 2048
     free_limit: float = 2e-2
     adjoint_limit: float = 0.1
+    error_limit: float = 0.1
     on_failure: Literal["skip", "stop"] = "skip"
     refused_in_a_row: int = 20
     device: str = "auto"
@@ -155,7 +157,7 @@ class TrainConfig:
         counts = ("batch", "steps", "eval_every", "eval_windows", "final_windows")
         for name in (*counts, "refused_in_a_row", "accumulate"):
             _require(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
-        for name in ("lr", "clip", "free_limit", "adjoint_limit"):
+        for name in ("lr", "clip", "free_limit", "adjoint_limit", "error_limit"):
             value = getattr(self, name)
             _require(name, value, math.isfinite(value) and value > 0, "a number > 0")
         for name in ("warmup", "weight_decay", "sample", "final_lr", "save_every"):
@@ -283,6 +285,7 @@ _OWN = {
         "stabiliser",
         "free_limit",
         "adjoint_limit",
+        "error_limit",
     ),
     "gpt": ("tie_head", "rule", "rules", "checkpointing"),
 }

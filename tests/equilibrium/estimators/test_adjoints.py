@@ -349,3 +349,33 @@ def test_a_second_guess_of_the_nudge_goes_on_from_the_first_answer() -> None:
     block(randn(B, N, seed=2).requires_grad_()).sum().backward()
     (*_, first), (_, _, start, second), (_, _, mirrored, _) = Heard.asked
     assert torch.equal(start, first.value) and torch.equal(mirrored, -second.value)
+
+
+class Slow(ap.AbstractDynamics):
+    """`F = x − (1 − λ) z` with a gain `λ`, `(B, 1)`, of each sample."""
+
+    def __init__(self, gain: Tensor) -> None:
+        super().__init__()
+        self.gain = gain
+
+    def forward(self, z: Tensor, x: Tensor) -> Tensor:
+        return x - (1 - self.gain) * z
+
+
+@pytest.mark.parametrize("kind", [ap.Implicit, ap.AEP])
+def test_what_the_free_phase_has_left_is_amplified_to_the_distance_that_it_is_from_the_end(
+    kind: type[ap.Implicit | ap.AEP],
+) -> None:
+    estimator = kind(tol=1e-9, solver=ap.GMRES())
+    gain = torch.tensor([[0.0], [0.5], [0.9], [0.99]], dtype=torch.float64)
+    block = ap.Equilibrium(
+        Slow(gain), ap.FixedPoint(tol=1e-2, max_steps=1000), estimator, on_failure="accept"
+    )
+    x = torch.full((4, 1), 0.3, dtype=torch.float64, requires_grad=True)
+    z = block(x)
+    z[:3].sum().backward()
+    seen = block.certificate
+    away = (seen.state - x.detach() / (1 - gain)).abs() / seen.state.abs()
+    assert float(away[2]) > 5 * float(seen.free_residual[2]) > 0  # as the residual does not say
+    torch.testing.assert_close(seen.state_error[:3], away[:3, 0], rtol=1e-6, atol=1e-12)
+    assert float(seen.state_error[3]) == 0  # nothing was asked of it

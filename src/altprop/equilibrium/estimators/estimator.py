@@ -87,7 +87,7 @@ class AbstractAdjointEstimator(AbstractEstimator):
 
         def pull(cotangent: Tensor) -> Tensor:
             adjoint = self.pull(call.problem(free), cotangent)
-            call.complete(certificate, adjoint, self.tolerance())
+            call.complete(certificate, adjoint, cotangent, self.tolerance())
             return adjoint.value
 
         return assign_adjoint(free.force, value, pull)

@@ -17,6 +17,7 @@ from altprop.equilibrium.solvers.solver import (
     Force,
     Result,
     Solution,
+    sample_norm,
     with_limits,
 )
 
@@ -39,9 +40,13 @@ class Certificate:
     contrast of phases tells nothing, relative to the nudge, `(1, B)`, or to the level's own adjoint
     in a layered system, `(levels, B)`; where it is above 1 the adjoint of that level is that of the
     linear problem alone. `adjoint_evaluations`: force, JVP and VJP products in the backward pass.
-    `beta`: the nudge per sample for a cotangent of unit norm, `(B,)`. `response`: `‖z^β − z*‖ /
-    ‖z*‖`, `(B,)`. `system`: what was solved, for whoever evaluates its force later; None after
-    `extend`.
+    `state_error`: `‖F‖/‖z‖ · ‖a‖/‖g‖`, `(B,)`, what the free phase has left, amplified as the
+    cotangent is by the adjoint problem: the relative distance to the fixed point of the linearised
+    force, along the adjoint. Where it is not small the state may be on its way elsewhere, such as
+    past a fixed point that has just vanished, and the gradient is one of nothing, however small
+    both residuals are. `beta`: the nudge per sample for a cotangent of unit norm, `(B,)`.
+    `response`: `‖z^β − z*‖ / ‖z*‖`, `(B,)`. `system`: what was solved, for whoever evaluates its
+    force later; None after `extend`.
     """
 
     result: Result
@@ -53,6 +58,7 @@ class Certificate:
     adjoint_residual: Tensor | None = None
     adjoint_remainder: Tensor | None = None
     adjoint_evaluations: int = 0
+    state_error: Tensor | None = None
     beta: Tensor | None = None
     response: Tensor | None = None
     nudged_residuals: Tensor | None = None
@@ -60,8 +66,11 @@ class Certificate:
     adjoint_floor: Tensor | None = None
     system: System | None = None
 
-    def complete(self, adjoint: Adjoint) -> None:
-        """Add what a backward pass measured."""
+    def complete(self, adjoint: Adjoint, cotangent: Tensor) -> None:
+        """Add what a backward pass measured from the cotangent `g`, `(B, ...)`."""
+        size = sample_norm(cotangent)
+        amplified = torch.where(size == 0, 0.0, sample_norm(adjoint.value) / size)
+        self.state_error = self.free_residual * amplified
         self.adjoint_result = adjoint.result
         self.adjoint_residual = adjoint.residual
         self.adjoint_remainder = adjoint.remainder
