@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import os
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -33,7 +34,7 @@ from altprop.errors import (
     unknown,
 )
 from altprop.files import replacing, write_whole
-from altprop.reading import parse_json, place, read_bytes
+from altprop.reading import open_regular, parse_json, place, read_bytes
 from altprop.sharing.card import check_card, write_card
 from altprop.sharing.values import read, written
 
@@ -43,6 +44,7 @@ Kept = Literal["stored", "drawn"]
 FORMAT = "altprop-rules/1"
 RULES, WEIGHTS, FEEDBACK = "rules.json", "model.safetensors", "feedback.safetensors"
 LARGEST = 32 << 20  # bytes of rules.json
+LARGEST_WEIGHTS = 1 << 50  # bytes
 _ALIASES = "aliases"  # in the header of the weights: what is tied to what
 
 
@@ -271,6 +273,7 @@ def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
 def _load(path: Path) -> dict[str, Tensor]:
     """Read what `_save` wrote."""
     try:
+        os.close(open_regular(path, LARGEST_WEIGHTS))
         with safe_open(path, framework="pt") as file:
             aliases = parse_json((file.metadata() or {}).get(_ALIASES, "{}"))
         tensors = load_file(path)
