@@ -13,7 +13,12 @@ from itertools import repeat
 from typing import Any
 
 LARGEST = 1e100  # of numbers: what is computed of them stays finite
-_WORDS: dict[Any, str] = {str: "a text", bool: "true or false", int: "a whole number", float: "a number"}
+_WORDS: dict[Any, str] = {
+    str: "a text",
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+}
 
 
 def check_shape(data: object, shape: Any, where: str = "") -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from random import Random
 
 from altprop.lab.cli import main
-from hostile.files import put_something_else, spoil, spoil_json
+from hostile.files import changed, put_something_else, spoil, spoil_json
 from hostile.values import PATHS, TEXTS, WORDS, hostile
 from made_comparisons import made, write
 
@@ -30,16 +30,12 @@ def _spoil_metrics(draw: Random, path: Path) -> None:
         spoil(draw, path)
         return
     lines = path.read_text(encoding="utf-8").splitlines()
-    at = draw.randrange(len(lines))
-    one = path.with_name("one.json")
-    one.write_text(lines[at], encoding="utf-8")
-    spoil_json(draw, one)
-    raw = [line.encode() for line in lines]
-    raw[at] = one.read_bytes()
-    one.unlink()
+    for _ in range(draw.choice([1, 1, 3])):
+        at = draw.randrange(len(lines))
+        lines[at] = json.dumps(changed(draw, json.loads(lines[at])))
     if draw.random() < 0.2:
-        draw.shuffle(raw)
-    path.write_bytes(b"\n".join([*raw, b""]))
+        draw.shuffle(lines)
+    path.write_text("\n".join([*lines, ""]), encoding="utf-8")
 
 
 def compared(draw: Random, here: Path, train: Sequence[str]) -> list[str]:

@@ -16,7 +16,7 @@ from altprop.files import write_whole
 from altprop.lab.choices import at
 from altprop.lab.compare.trial import Key
 from altprop.lab.config import read_mapping
-from altprop.lab.folder import LARGEST, OPTIONS, RECORD, RESULTS, check_place
+from altprop.lab.folder import LARGEST, OPTIONS, RECORD, RESULTS, check_files, check_place
 from altprop.lab.record import processor, read_record, versions
 from altprop.reading import parse_json, read_bytes
 from altprop.shape import check_shape
@@ -49,6 +49,7 @@ def open_folder(
     there = (folder / OPTIONS).is_file() and (folder / RECORD).is_file()
     free = not folder.exists() or folder.is_dir() and not any(folder.iterdir())
     check_place("comparison", folder, there, free, resume, overwrite)
+    check_files(folder, (OPTIONS, RECORD, RESULTS))
     if resume:
         before = at(str(folder / OPTIONS), lambda: read_mapping(folder / OPTIONS))
         changed = [n for n in options if n not in FREE and options[n] != before.get(n)]

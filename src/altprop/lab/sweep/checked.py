@@ -42,15 +42,11 @@ def check_study(path: Path, name: str, spec: Spec) -> None:
     if not os.path.lexists(path):
         return
     os.close(open_regular(path, LARGEST))
-    if path.stat().st_size == 0:  # it was begun, and no more
-        return
     with _refused(path), _copy(path) as storage:
         there = [study.study_name for study in storage.get_all_studies()]
-        if not there:
-            return
-        if there != [name]:
+        if there not in ([], [name]):  # none: it was begun, and no more
             raise ValueError(f"it holds the studies {', '.join(there)}, expected {name}")
-        study = optuna.load_study(study_name=name, storage=storage)
+        study = optuna.create_study(storage=storage, study_name=name, load_if_exists=True)
         if study.directions != [StudyDirection.MINIMIZE]:
             raise ValueError("it does not look for the lowest loss")
         _check_attributes(study.user_attrs, spec)
