@@ -289,8 +289,9 @@ def _load(path: Path) -> dict[str, Tensor]:
         os.close(open_regular(path, LARGEST_WEIGHTS))
         with safe_open(path, framework="pt") as file:
             aliases = parse_json((file.metadata() or {}).get(_ALIASES, "{}"))
+        check_shape(aliases, {str: str}, _ALIASES)
         tensors = load_file(path)
-        return tensors | {str(name): tensors[first] for name, first in aliases.items()}
+        return tensors | {name: tensors[first] for name, first in aliases.items()}
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
     except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:

@@ -66,7 +66,9 @@ def read(data: Any) -> Any:
             hints = typing.get_type_hints(known[name])
             for field, value in values.items():
                 if not _fits(value, hints.get(field, Any)):
-                    raise ValueError(f"{field} is {value!r:.80}, expected {hints[field]}")
+                    raise ValueError(
+                        f"{field} is {value!r:.80}, expected {inspect.formatannotation(hints[field])}"
+                    )
         return known[name](**values)
 
 
