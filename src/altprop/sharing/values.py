@@ -65,10 +65,9 @@ def read(data: Any) -> Any:
         if known[name].__module__.partition(".")[0] == "altprop":  # others may say anything
             hints = typing.get_type_hints(known[name])
             for field, value in values.items():
-                if not _fits(value, hints.get(field, Any)):
-                    raise ValueError(
-                        f"{field} is {value!r:.80}, expected {inspect.formatannotation(hints[field])}"
-                    )
+                if not _fits(value, hint := hints.get(field, Any)):
+                    expected = inspect.formatannotation(hint)
+                    raise ValueError(f"{field} is {value!r:.80}, expected {expected}")
         return known[name](**values)
 
 
