@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import shutil
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -43,6 +44,8 @@ def spoiled(draw: Random, raw: bytes) -> bytes:
 
 def put_something_else(draw: Random, path: Path) -> None:
     """Put what is no regular file in the place of one, or nothing."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
     path.unlink(missing_ok=True)
     match draw.randrange(6):
         case 0:

@@ -127,7 +127,7 @@ def _spoil_weights(draw: Random, path: Path) -> dict[str, torch.Tensor]:
         case 1:
             held[name] = draw.choice(
                 [tensor * float("nan"), torch.empty(0), tensor.flatten(), torch.tensor(7.0),
-                 tensor[..., :1].clone(), tensor.unsqueeze(0)]
+                 tensor.flatten()[:1].clone(), tensor.unsqueeze(0)]
             )  # fmt: skip
         case 2:
             held[draw.choice(["x", "", "\x1b[2J", "a.b", f"{name}.x"])] = held.pop(name)
