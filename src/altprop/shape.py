@@ -66,7 +66,8 @@ def _of_names(data: dict[Any, Any], shape: dict[Any, Any], where: str) -> Iterat
     if str in shape:
         for name, value in data.items():
             yield from _misfits(name, str, f"a name in {where or 'it'}")
-            yield from _misfits(value, shape[str], f"{below}{name}")
+            shown = name if name.isidentifier() else f"{name!r:.40}"
+            yield from _misfits(value, shape[str], f"{below}{shown}")
         return
     if missing := [name for name in shape if name[-1] != "?" and name not in data]:
         yield f"{f'{where} has' if where else 'there is'} no {', '.join(missing)}"
