@@ -1,6 +1,7 @@
 """Put malformed input through the command line, and see whether it is refused as promised.
 
     python tests/fuzz.py --cases 20000 --seed 0        of every kind as many
+    python tests/fuzz.py --cases 1000 --kinds spec     of one kind
     python tests/fuzz.py --only config:17 --seed 0     one case again, with all that it printed
 
 A case is good if the command succeeds, or if it ends with status 2, one line on standard error and
@@ -22,7 +23,6 @@ import resource
 import shutil
 import signal
 import stat
-import sys
 import tempfile
 import time
 import traceback
@@ -33,11 +33,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
 from types import FrameType
-from typing import Any
+from typing import IO, Any
 
 from altprop.lab.cli import main
 from altprop.lm.text import prepare
-from hostile import KINDS
+from hostile import GOOD, KINDS
 from lm_runs import sentences
 
 LIMIT = 10.0  # seconds of a case
@@ -71,8 +71,20 @@ def make_template(folder: Path) -> None:
     shutil.copy(folder / "run" / "config.yaml", folder / "good.yaml")
 
 
+def template_of(kind: str, template: Path) -> Path:
+    """Return the folder of good input for a kind: that of all, or with what it needs beside it."""
+    if kind not in GOOD:
+        return template
+    own = template.with_name(f"{template.name}-{kind}")
+    shutil.copytree(template, own)
+    with working_in(own), contextlib.redirect_stdout(io.StringIO()):
+        GOOD[kind](TRAIN)
+    return own
+
+
 SIZES = {"d_model": 8, "heads": 2, "context": 8, "batch": 2, "steps": 1, "warmup": 0}
 LOOKS = {"eval_every": 1, "eval_windows": 2, "final_windows": 2, "sample": 0, "device": "cpu"}
+DRAWING = [("altprop.lab.train", "plot_run"), ("altprop.lab.sweep.command", "plot_sweep")]
 TRAIN = ["train", "--data", "text.txt"]
 TRAIN += [word for k, v in {**SIZES, **LOOKS}.items() for word in (f"--{k}", str(v))]
 
@@ -84,13 +96,15 @@ def working_in(folder: Path) -> Iterator[None]:
     os.chdir(folder)
     os.environ["HOME"] = str(folder)
     alarms = [signal.signal(number, _hang) for number in ALARMS]
-    import altprop.lab.train as training
-
-    draw, training.plot_run = training.plot_run, lambda folder: folder
+    drawn = [(importlib.import_module(module), name) for module, name in DRAWING]
+    draw = [getattr(module, name) for module, name in drawn]
+    for module, name in drawn:
+        setattr(module, name, lambda *given: given[-1])
     try:
         yield
     finally:
-        training.plot_run = draw
+        for (module, name), function in zip(drawn, draw, strict=True):
+            setattr(module, name, function)
         for number, alarm in zip(ALARMS, alarms, strict=True):
             signal.signal(number, alarm)
         os.environ["HOME"] = home
@@ -118,6 +132,19 @@ def tree(folder: Path) -> dict[str, Any]:
     return found
 
 
+@contextlib.contextmanager
+def descriptors() -> Iterator[tuple[int, IO[bytes]]]:
+    """Take what a library writes to standard error by itself; give the descriptor as it was too."""
+    before = os.dup(2)
+    with tempfile.TemporaryFile() as file:
+        os.dup2(file.fileno(), 2)
+        try:
+            yield before, file
+        finally:
+            os.dup2(before, 2)
+            os.close(before)
+
+
 def streams() -> tuple[io.TextIOWrapper, io.TextIOWrapper]:
     """Return an output and an error stream that encode as those of a process do."""
     out = io.TextIOWrapper(io.BytesIO(), "utf-8", "strict", write_through=True)
@@ -139,12 +166,17 @@ def run_case(kind: str, name: str, template: Path) -> tuple[str, float, str]:
         before = tree(here)
         out, err = streams()
         wrong, status, began = "", -1, time.process_time()
-        with working_in(here), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            faulthandler.dump_traceback_later(9 * LIMIT, exit=True, file=sys.__stderr__)
+        with (
+            working_in(here),
+            descriptors() as (screen, beside),
+            contextlib.redirect_stdout(out),
+            contextlib.redirect_stderr(err),
+        ):
+            faulthandler.dump_traceback_later(9 * LIMIT, exit=True, file=screen)
             signal.setitimer(signal.ITIMER_PROF, LIMIT)
             signal.setitimer(signal.ITIMER_REAL, 6 * LIMIT)
             try:
-                status = main(argv)
+                status = argv() if callable(argv) else main(argv)
             except BaseException as error:  # whatever it is, it is what this looks for
                 last = traceback.extract_tb(error.__traceback__)[-1]
                 wrong = f"{type(error).__name__} at {Path(last.filename).name}:{last.lineno}"
@@ -153,6 +185,8 @@ def run_case(kind: str, name: str, template: Path) -> tuple[str, float, str]:
                 signal.setitimer(signal.ITIMER_PROF, 0)
                 signal.setitimer(signal.ITIMER_REAL, 0)
                 faulthandler.cancel_dump_traceback_later()
+                beside.seek(0)
+                err.write(beside.read().decode("utf-8", "replace"))
         seconds = time.process_time() - began
         wrong = wrong or judge(status, said(out), said(err), before, tree(here))
         outcome = wrong or ("refused" if status == 2 else "succeeded")
@@ -188,11 +222,12 @@ def fuzz(cases: int, seed: int, only: str = "", kinds: Sequence[str] = tuple(KIN
         if "words" in kinds:  # of audits that draw
             importlib.import_module("matplotlib.font_manager")
         make_template(template)
+        templates = {kind: template_of(kind, template) for kind in kinds}
         todo = [f"{kind}:{n}" for n in range(-(-cases // len(kinds))) for kind in kinds]
         todo = [only] if only else todo
         for name in todo:
             kind = name.partition(":")[0]
-            outcome, seconds, everything = run_case(kind, f"{seed}/{name}", template)
+            outcome, seconds, everything = run_case(kind, f"{seed}/{name}", templates[kind])
             tally = tallies[kind]
             if outcome not in ("refused", "succeeded"):
                 failures[outcome].append(name)
@@ -220,8 +255,10 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--cases", type=int, default=20_000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=list(KINDS))
     parser.add_argument("--only", default="", help="one case, such as config:17")
     given = parser.parse_args()
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     warnings.simplefilter("ignore")
-    raise SystemExit(fuzz(given.cases, given.seed, given.only) > 0)
+    kinds = [given.only.partition(":")[0]] if given.only else given.kinds
+    raise SystemExit(fuzz(given.cases, given.seed, given.only, kinds) > 0)

@@ -76,6 +76,12 @@ def test_a_ratio_is_the_median_of_the_rounds_ratios_and_not_the_ratio_of_medians
     assert found.low < found.median < found.high
 
 
+def test_rounds_too_short_for_the_clock_are_compared_together() -> None:
+    found = ratio({"a": [0.0, 0.02, 0.01], "b": [0.0, 0.0, 0.01]}, "a", "b")
+    assert (found.low, found.median, found.high) == (3.0, 3.0, 3.0)
+    assert ratio({"a": [0.0], "b": [0.0]}, "a", "b").median == 1.0
+
+
 def test_every_round_runs_every_arm_once() -> None:
     calls: list[str] = []
     times = paired({name: lambda name=name: calls.append(name) for name in "ab"}, rounds=3)

@@ -6,6 +6,7 @@ import csv
 import inspect
 import io
 import json
+import math
 import shlex
 import shutil
 from dataclasses import replace
@@ -143,6 +144,44 @@ def test_a_comparison_goes_on_where_it_was_cut_off_and_ends_the_same() -> None:
     again = tree(Path("out"))
     same = [name for name in before if name.endswith("seed0/done.json")]
     assert same and all(before[name] == again[name] for name in same)
+
+
+ODD_OUTCOMES: dict[str, dict[str, Any]] = {
+    "score is 'x', expected a number or null": {"score": "x"},
+    "lr is a list, expected a number": {"lr": [1]},
+    "score is nan, expected a number or null": {"score": math.nan},
+    "cost.relative is not that of any step": {
+        "cost": {
+            "relative": 0.0,
+            "seconds_per_step": 1.0,
+            "quartiles": [1.0, 1.0],
+            "peak_bytes": 1,
+            "carried_numbers": 0,
+            "parameters": 1,
+        }
+    },
+}
+
+
+@pytest.mark.parametrize("told", ODD_OUTCOMES)
+def test_a_damaged_outcome_is_refused_before_anything_is_written(told: str) -> None:
+    small(seeds=1, equal_cost=False)
+    path = next(Path("out").glob("trials/*/final-*/done.json"))
+    path.write_text(json.dumps({**json.loads(path.read_text()), **ODD_OUTCOMES[told]}))
+    before = tree(Path("out"))
+    with pytest.raises(ap.CheckpointError, match=f"no outcome of a trial .{told}.: remove it"):
+        small(seeds=1, equal_cost=False, resume=True)
+    assert tree(Path("out")) == before
+
+
+def test_results_that_are_no_file_are_refused_before_anything_is_written() -> None:
+    small(seeds=1, equal_cost=False)
+    Path("out/results.json").unlink()
+    Path("out/results.json").mkdir()
+    before = tree(Path("out"))
+    with pytest.raises(ap.CheckpointError, match="results.json is no file: remove it"):
+        small(seeds=1, equal_cost=False, resume=True)
+    assert tree(Path("out")) == before
 
 
 def test_a_resumed_comparison_may_have_more_rules_and_seeds_but_no_other_steps() -> None:

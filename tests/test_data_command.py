@@ -33,6 +33,19 @@ def test_the_command_lists_describes_and_prepares(
     data(str(source), out=tmp_path / "out", overwrite=True)
 
 
+def test_no_more_is_shown_of_a_text_s_start_than_a_screen_holds(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizers = pytest.importorskip("tokenizers")
+    long = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, unk_token="a"))
+    long.decoder = tokenizers.decoders.Replace("a", "a" * 100_000)
+    (tmp_path / "text.txt").write_text("a b " * 500)
+    long.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    long.save(str(tmp_path / "long.json"))
+    data(str(tmp_path / "text.txt"), tokenizer=str(tmp_path / "long.json"))
+    assert capsys.readouterr().out.count("a") < 6000
+
+
 def test_the_list_shows_the_extra_that_a_corpus_needs(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import pytest
 
 from altprop import CheckpointError, ConfigError, DataError
 from altprop.lab.cli import main
+from altprop.lab.record import read_record
 from altprop.lab.report_command import report
 from altprop.lab.reporting.comparison import read_comparison
 from altprop.lab.reporting.comparison_page import chart_data, verdict
@@ -39,6 +41,8 @@ def test_numbers_are_written_with_the_digits_that_they_carry() -> None:
     assert interval(96.931, (96.58, 97.28), "%") == "96.9 % [96.6, 97.3]"
     assert interval(96.9314, (96.92, 96.94)) == "96.931 [96.920, 96.940]"
     assert interval(100.0, (100.0, 100.0), "%") == "100 % [100, 100]"
+    assert interval(0.0, (0.0, 5e-324)) == "0 [0, 4.941e-324]"  # no width that can be halved
+    assert interval(0.0, (-1e308, 1e308)).startswith("0 [−100,000,")
     assert interval(-0.5, None, signed=True) == "−0.5"
     assert interval(2.0, (1.0, 3.0), signed=True) == "+2.0 [+1.0, +3.0]"
     assert interval(2.0, (None, None)) == "2" and interval(None, (1.0, 2.0)) == "–"
@@ -178,7 +182,12 @@ def test_a_run_that_has_no_checkpoint_yet_has_a_page_of_its_metrics(tmp_path: Pa
 def spoiled(folder: Path, change: str) -> Path:
     """Return the folder of a comparison with something wrong."""
     results = made(3)
-    if change == "format":
+    arm = results["arms"][1]
+    if change in ODD_ARMS:
+        ODD_ARMS[change](arm)
+    if change == "task":
+        results["task"]["unit"] = ["%"]
+    elif change == "format":
         results["format"] = "altprop-comparison/9"
     elif change == "arm":
         del results["arms"][1]["curves"]
@@ -194,9 +203,26 @@ def spoiled(folder: Path, change: str) -> Path:
     return folder
 
 
+ODD_ARMS: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "mean": lambda arm: arm.update(mean="97"),
+    "not finite": lambda arm: arm["scores"].append(math.inf),
+    "interval": lambda arm: arm["difference"].update(interval=[2.0, 1.0]),
+    "ends": lambda arm: arm.update(interval=[1.0]),
+    "cost": lambda arm: arm.update(cost=7),
+    "columns": lambda arm: arm["curves"][0]["loss"].pop(),
+}
+
+
 @pytest.mark.parametrize(
     ("change", "told"),
     [
+        ("task", r"task.unit is a list, expected a text: compare again"),
+        ("mean", r"arms\[1\].mean is '97', expected a number or null: compare again"),
+        ("not finite", r"arms\[1\].scores\[3\] is inf, expected a number or null: compare again"),
+        ("interval", r"arms\[1\] has an interval from 2 to 1: compare again"),
+        ("ends", r"arms\[1\].interval has 1 values, expected 2: compare again"),
+        ("cost", r"arms\[1\].cost is 7, expected a mapping or null: compare again"),
+        ("columns", r"arms\[1\].curves\[0\] has columns of several lengths: compare again"),
         ("neither", "neither a run nor a comparison; give the folder of altprop train"),
         ("results", "no results.json there yet; go on with the comparison"),
         ("json", "results.json: not JSON"),
@@ -213,6 +239,28 @@ def test_a_folder_that_is_not_whole_is_refused_in_a_line(
     with pytest.raises(CheckpointError, match=told):
         report(folder, png=tmp_path / "c.png")
     assert tree(tmp_path) == before
+
+
+RECORDS: list[tuple[str, dict[str, Any], str]] = [
+    ("metrics.jsonl", {"step": "1"}, "line 1.step is '1', expected a whole number"),
+    ("metrics.jsonl", {"step": 1, "loss": "x"}, "line 1.loss is 'x', expected a number or true or"),
+    ("metrics.jsonl", {"step": 1, "loss": [1]}, "line 1.loss is a list"),
+    ("metrics.jsonl", {"step": 1, "loss": math.nan}, "line 1.loss is nan"),
+    ("metrics.jsonl", {"loss": 1.0}, "line 1 has no step"),
+    ("run.json", {"sessions": []}, "it has no session"),
+    ("run.json", {"sessions": [{"command": 1}]}, "the last session has no"),
+    ("record.json", {"command": "a", "versions": 7}, "versions is 7, expected a mapping or null"),
+]
+
+
+@pytest.mark.parametrize(("name", "said", "told"), RECORDS, ids=[told for *_, told in RECORDS])
+def test_a_record_of_other_values_than_were_measured_is_refused_in_a_line(
+    name: str, said: dict[str, Any], told: str, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_text(json.dumps(said) + "\n")
+    with pytest.raises(CheckpointError, match=told) as caught:
+        (read_metrics if name == "metrics.jsonl" else read_record)(tmp_path)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_place_that_cannot_be_written_is_refused_before_anything_is(tmp_path: Path) -> None:

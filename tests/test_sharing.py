@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import pickle
 import shutil
 import warnings
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, load_model
+from safetensors.torch import load_file, load_model, save_file
 from torch import Tensor, nn
 
 import altprop as ap
@@ -155,7 +156,47 @@ def flip(path: Path) -> None:
 
 
 CALL = {"path": "", "output": None, "seed": 0, "solver": None, "on_failure": None}
+FA_RULE = {"class": "FeedbackAlignment", "values": {}}
+DEEP = {**CALL, "rule": FA_RULE, "batch_axis": None}
+
+
+def header(path: Path, aliases: Any) -> None:
+    save_file(load_file(path), path, {"format": "pt", "aliases": json.dumps(aliases)})
+
+
+def instead(path: Path, make: Any) -> None:
+    path.unlink()
+    make(path)
+
+
 DAMAGES: dict[str, tuple[Any, str]] = {
+    "a fifo of rules": (lambda f: instead(f / "rules.json", os.mkfifo), "holds no rules.json"),
+    "a fifo of weights": (
+        lambda f: instead(f / "model.safetensors", os.mkfifo),
+        "it is a fifo, expected a regular file",
+    ),
+    "a fifo of feedback": (
+        lambda f: instead(f / "feedback.safetensors", os.mkfifo),
+        "it is a fifo, expected a regular file",
+    ),
+    "rules that cannot be read": (
+        lambda f: instead(f / "rules.json", lambda p: p.symlink_to("/proc/self/mem")),
+        "cannot read .*Input/output error",
+    ),
+    "aliases": (lambda f: header(f / "model.safetensors", {"x": 7}), "aliases.x is 7, expected a"),
+    "half a character": (
+        lambda f: header(f / "model.safetensors", {"\ud800": "head.weight"}),
+        "a name in aliases is",
+    ),
+    "calls": (lambda f: rewrite(f, calls=[7]), r"calls\[0\] is 7, expected a mapping"),
+    "places": (lambda f: rewrite(f, places=[7]), r"places\[0\] is 7, expected a text"),
+    "output": (lambda f: rewrite(f, calls=[{**DEEP, "output": 7}]), "output is 7, expected a text"),
+    "axes": (lambda f: rewrite(f, calls=[{**DEEP, "batch_axis": [1]}]), "batch_axis has 1 values"),
+    "two problems": (lambda f: rewrite(f, calls=[DEEP, DEEP]), "cannot convert this TinyModel; .*"),
+    "a value of another type": (
+        lambda f: rewrite(f, calls=[{**DEEP, "rule": {**FA_RULE, "values": {"std": "0.02"}}}]),
+        "the values of FeedbackAlignment do not fit it: std is '0.02', expected float",
+    ),
     "no rules": (lambda f: (f / "rules.json").unlink(), "holds no rules.json"),
     "no json": (lambda f: (f / "rules.json").write_text("{"), "damaged or not altprop's"),
     "deep": (lambda f: (f / "rules.json").write_text("[" * 99), "damaged or not altprop's"),

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import math
+import os
+import re
 import shlex
+import sqlite3
 import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -17,6 +21,7 @@ import pytest
 import yaml
 
 import altprop as ap
+import fuzz
 from altprop import CheckpointError, ConfigError, ConvergenceError
 from altprop.lab.callbacks import Callback
 from altprop.lab.cli import main
@@ -300,12 +305,15 @@ WRONG: list[tuple[Mapping[str, Any], str]] = [
     ({"block": ["gated", "damped"]}, "sweep: model gpt has no block: leave that out"),
     ({"rule": ["GrAPE", "GrAPE"]}, "sweep.rule: a choice stands twice in ['GrAPE', 'GrAPE']"),
     ({"stabiliser.goal": [1]}, "sweep: unknown option stabiliser.goal of JacobianHinge"),
+    ({7: [1]}, "sweep: 7 is no option: write its name as text"),  # type: ignore[dict-item]
     ({"out": ["a"]}, "sweep.out: not an option to search: leave it out"),
     ({"seed": [1, 2]}, "sweep.seed: not an option to search: leave it out"),
 ]
 
 
-@pytest.mark.parametrize(("searched", "told"), WRONG, ids=lambda v: "-".join(v) if v else None)
+@pytest.mark.parametrize(
+    ("searched", "told"), WRONG, ids=lambda v: "-".join(map(str, v)) if v else None
+)
 def test_a_mistake_in_a_spec_is_told_in_one_line_before_anything_is_written(
     searched: Mapping[str, Any], told: str, here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -343,6 +351,93 @@ def test_a_folder_that_is_not_this_sweeps_is_left_alone(
         sweep(path, out=Path("s"))
     sweep(path, out=Path("s"), trials=1, widen=0, overwrite=True)
     assert len(study().trials) == 1 and len(made) == 3
+
+
+def damaged(statement: str) -> Callable[[Path], None]:
+    """Return what changes a study by a statement of SQL."""
+
+    def damage(path: Path) -> None:
+        with contextlib.closing(sqlite3.connect(path)) as base, base:
+            base.execute("PRAGMA foreign_keys = OFF")
+            base.execute(statement)
+
+    return damage
+
+
+def overwritten(path: Path) -> None:
+    raw = bytearray(path.read_bytes())
+    raw[200:9000] = bytes(8800)
+    path.write_bytes(raw)
+
+
+ATTRIBUTE = "INSERT INTO study_user_attributes (study_id, key, value_json) VALUES (1, '{}', '{}')"
+DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
+    "no database": (lambda path: path.write_bytes(b"a" * 9000) and None, "not a database"),
+    "pages": (overwritten, "malformed|not the study"),
+    "a folder": (lambda path: path.unlink() or path.mkdir(), "study.db is no file: remove it"),
+    "a fifo": (lambda path: path.unlink() or os.mkfifo(path), "study.db is no file: remove it"),
+    "a version": (damaged("UPDATE alembic_version SET version_num = 'x'"), "no longer compatible"),
+    "another study": (damaged("UPDATE studies SET study_name = 'x'"), "holds the studies x"),
+    "no study": (damaged("DELETE FROM studies"), "not the study of this sweep"),
+    "direction": (damaged("UPDATE study_directions SET direction = 'MAXIMIZE'"), "lowest loss"),
+    "a state": (damaged("UPDATE trials SET state = 'x'"), "not the study of this sweep"),
+    "no options": (damaged("DELETE FROM trial_params"), "trial 0: it has the options of none"),
+    "no values": (damaged("DROP TABLE trial_values"), "trial 0: its loss is .*expected a list"),
+    "a value": (damaged("UPDATE trial_params SET param_value = -1"), "trial 0: lr is -1.0, which"),
+    "a trial": (damaged("UPDATE trials SET number = 5 WHERE number = 0"), "trial 0 is missing"),
+    "ranges": (damaged(ATTRIBUTE.format("ranges", "7")), "ranges is 7, expected a mapping"),
+    "a range": (damaged(ATTRIBUTE.format("ranges", '{"lr": [0.5, 0.6]}')), "lr is not searched fr"),
+    "ends": (damaged(ATTRIBUTE.format("closed", '[["x", 1, ""]]')), "an end of what is no range"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_study_is_refused_in_a_line_and_nothing_is_written(
+    damage: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = closed_form(monkeypatch, off)
+    words = ["sweep", str(spec({"lr": RATES})), "--widen", "0", "--out", "s"]
+    assert main([*words, "--trials", "2"]) == 0
+    harm, told = DAMAGES[damage]
+    harm(Path("s/study.db"))
+    before = fuzz.tree(Path("s"))
+    capsys.readouterr()
+    assert main([*words, "--trials", "3", "--resume"]) == 2
+    said = capsys.readouterr()
+    assert re.search(told, said.err) and said.err.count("\n") == 1 and said.out.count("\n") < 2
+    assert fuzz.tree(Path("s")) == before and len(made) == 2
+
+
+def test_a_sweep_that_was_cut_off_before_it_had_a_study_goes_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made = closed_form(monkeypatch, off)
+    sweep(spec({"lr": RATES}), trials=1, widen=0, out=Path("s"))
+    Path("s/study.db").write_bytes(b"")
+    sweep(spec({"lr": RATES}), trials=2, widen=0, out=Path("s"), resume=True)
+    assert len(study().trials) == 2 and len(made) == 3
+
+
+def test_a_lock_that_is_a_fifo_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = closed_form(monkeypatch, off)
+    sweep(spec({"lr": RATES}), trials=1, widen=0, out=Path("s"))
+    Path("s/.lock").unlink()
+    os.mkfifo("s/.lock")
+    sweep(spec({"lr": RATES}), trials=2, widen=0, out=Path("s"), resume=True)
+    assert len(made) == 2
+
+
+def test_overwriting_what_cannot_be_replaced_leaves_the_sweep(
+    monkeypatch: pytest.MonkeyPatch, here: Path
+) -> None:
+    closed_form(monkeypatch, off)
+    sweep(spec({"lr": RATES}), trials=1, widen=0, out=Path("s"))
+    Path("s/study.db").unlink()
+    Path("s/study.db").mkdir()
+    before = tree(here)
+    with pytest.raises(CheckpointError, match="study.db is no file: remove it"):
+        sweep(spec({"lr": RATES}), out=Path("s"), overwrite=True)
+    assert tree(here) == before
 
 
 @pytest.mark.parametrize(

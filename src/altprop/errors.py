@@ -137,4 +137,4 @@ def refuse_subclass(cls: type, root: type, instead: str) -> None:
 
 def unknown(what: str, name: str, known: Iterable[str]) -> ConfigError:
     """Return the error for a `name` that is none of the `known` names of a `what`."""
-    return ConfigError(f"unknown {what} {name!r}: {suggest(name, known)}")
+    return ConfigError(f"unknown {what} {name[:80]!r}: {suggest(name, known)}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import sys
 from pathlib import Path
@@ -96,6 +97,38 @@ def test_a_tokenizer_is_its_file_and_no_special_token_comes_into_a_text(tmp_path
         load_corpus(_text(tmp_path), tokenizer=str(tmp_path)).tokenizer
         == load_corpus(_text(tmp_path), tokenizer=str(tmp_path / "again.json")).tokenizer
     )
+
+
+@pytest.mark.parametrize(
+    ("part", "value"),
+    [
+        ("normalizer", {"type": "Precompiled", "precompiled_charsmap": "////fwAAAAA="}),
+        ("pre_tokenizer", {"type": "FixedLength", "length": 0}),
+    ],
+)
+def test_a_panic_of_the_library_is_one_error_and_is_not_heard(
+    part: str, value: Any, capfd: pytest.CaptureFixture[str]
+) -> None:
+    text = json.dumps({**json.loads(BPE.text), part: value})
+    with pytest.raises(DataError, match="the library tokenizers can read|cannot encode the text"):
+        SubwordTokenizer(text).encode("the cat")
+    assert capfd.readouterr().err == ""
+    os.write(2, b"heard\n")
+    assert capfd.readouterr().err == "heard\n"
+
+
+def test_a_tokenizer_that_knows_nothing_of_a_text_is_refused_before_anything_is_written(
+    tmp_path: Path,
+) -> None:
+    import tokenizers
+
+    model = tokenizers.models.BPE({"☃": 0}, [])
+    tokenizers.Tokenizer(model).save(str(tmp_path / "snow.json"))
+    path = _text(tmp_path)
+    before = tree(tmp_path)
+    with pytest.raises(DataError, match="makes no tokens of the text to train on, text.txt: give"):
+        prepare(path, tmp_path / "out", tokenizer=str(tmp_path / "snow.json"))
+    assert tree(tmp_path) == before
 
 
 def _text(folder: Path) -> Path:

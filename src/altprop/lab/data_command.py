@@ -13,6 +13,7 @@ from altprop.errors import ConfigError
 from altprop.lm.text import Corpus, describe, list_corpora, load_corpus, prepare
 from altprop.terminal import printable
 
+SHOWN = 4000  # characters of a text's start
 SEEN = 1 << 20  # tokens of the validation part whose length is taken
 
 
@@ -77,7 +78,7 @@ def _corpus_table(corpus: Corpus) -> Table:
         "vocabulary": f"{facts['vocabulary']} {unit}{kind}{said}",
         "train sha256": facts["train_sha256"],
         "validation sha256": facts["validation_sha256"],
-        "starts": facts["head"],
+        "starts": facts["head"][:SHOWN],
     }
     table = Table(show_header=False)
     table.add_column()

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 from altprop import CheckpointError, ConfigError
@@ -86,12 +87,14 @@ def check_place(
         raise CheckpointError(f"{folder} is no {kind} folder: name a new folder with --out")
 
 
-def check_files(folder: Path) -> None:
-    """Make sure that what bears the name of a run's file is a file, before anything is changed.
+def check_files(folder: Path, names: Iterable[str] = FILES) -> None:
+    """Make sure that what bears the name of a file is one, before anything is changed.
+
+    **Arguments:** `names`, those of a run unless given.
 
     **Raises:** `CheckpointError` naming what is none.
     """
-    for path in (folder / name for name in FILES):
+    for path in (folder / name for name in names):
         if path.exists() and not path.is_file():
             raise CheckpointError(
                 f"{path} is no file: remove it, or name another folder with --out"

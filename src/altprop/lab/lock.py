@@ -14,16 +14,18 @@ class Lock:
     """A lock on a file, until `close` or the end of the process. `held` is false where the file
     system has no locks.
 
+    **Arguments:** `wait`, whether to wait for another process that holds it.
+
     **Raises:** `CheckpointError` if another process holds it, `OSError` if there can be no file.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, wait: bool = False) -> None:
         if path.is_symlink():
             path.unlink()  # of a folder of links: the lock must be of this one
         self._file = os.open(path, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW, 0o666)
         self.held = True
         try:
-            flock(self._file, LOCK_EX | LOCK_NB)
+            flock(self._file, LOCK_EX if wait else LOCK_EX | LOCK_NB)
         except OSError as error:
             if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
                 self.close()

@@ -20,6 +20,7 @@ import altprop
 from altprop import CheckpointError
 from altprop.files import write_whole
 from altprop.reading import parse_json, read_bytes
+from altprop.shape import check_shape
 
 LARGEST = 16 << 20  # bytes of a record
 
@@ -53,23 +54,40 @@ def read_record(folder: Path) -> dict[str, Any]:
         if path.exists():
             try:
                 return command_of(parse_json(read_bytes(path, LARGEST)))
-            except (ValueError, KeyError, TypeError, IndexError):
+            except ValueError as error:
                 raise CheckpointError(
-                    f"{path}: no record of a run or comparison; remove it"
+                    f"{path}: no record of a run or comparison ({error}); remove it"
                 ) from None
     return {}
 
 
-def _comparison(found: dict[str, Any]) -> dict[str, Any]:
-    return {**found, "command": str(found["command"])}
+_COMPARISON = {
+    "command": str,
+    "versions?": ({str: str}, None),
+    "threads?": (int, None),
+    **dict.fromkeys(("machine?", "started?"), (str, None)),
+}
+_SESSION = {
+    **dict.fromkeys(("command", "device", "device_name?"), str),
+    "threads": int,
+}
 
 
-def _last_session(found: dict[str, Any]) -> dict[str, Any]:
+def _comparison(found: Any) -> dict[str, Any]:
+    check_shape(found, _COMPARISON)
+    return {**found}
+
+
+def _last_session(found: Any) -> dict[str, Any]:
+    check_shape(found, {"sessions": [{}]})
+    if not found["sessions"]:
+        raise ValueError("it has no session")
     last = found["sessions"][-1]
+    check_shape(last, {**_SESSION, **dict.fromkeys(versions(), str)}, "the last session")
     return {
-        "command": str(last["command"]),
-        "versions": {name: str(last[name]) for name in versions()},
-        "machine": str(last.get("device_name", last["device"])),
+        "command": last["command"],
+        "versions": {name: last[name] for name in versions()},
+        "machine": last.get("device_name", last["device"]),
         "threads": last["threads"],
     }
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 
 WARM_UP = 2
+TICK = 1e-9  # seconds, the least that is told apart
 Times = dict[str, list[float]]
 
 
@@ -68,7 +69,11 @@ class Ratio:
 
 def ratio(times: Times, over: str, under: str) -> Ratio:
     """Return the time of the arm `over` in units of the arm `under`."""
-    each = [a / b for a, b in zip(times[over], times[under], strict=True)]
+    if all(times[over]) and all(times[under]):
+        each = [a / b for a, b in zip(times[over], times[under], strict=True)]
+    else:  # the clock is too coarse for a round: all of them together
+        whole, unit = (max(sum(times[name]), TICK) for name in (over, under))
+        each = [whole / unit]
     if len(each) == 1:
         return Ratio(each[0], each[0], each[0])
     low, median, high = statistics.quantiles(each, n=4, method="inclusive")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import os
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -28,12 +29,14 @@ from altprop.errors import (
     ConfigError,
     RuleError,
     RuleWarning,
+    in_a_line,
     listed,
     refusing,
     unknown,
 )
 from altprop.files import replacing, write_whole
-from altprop.reading import parse_json, place, read_bytes
+from altprop.reading import open_regular, parse_json, place, read_bytes
+from altprop.shape import check_shape
 from altprop.sharing.card import check_card, write_card
 from altprop.sharing.values import read, written
 
@@ -43,6 +46,14 @@ Kept = Literal["stored", "drawn"]
 FORMAT = "altprop-rules/1"
 RULES, WEIGHTS, FEEDBACK = "rules.json", "model.safetensors", "feedback.safetensors"
 LARGEST = 32 << 20  # bytes of rules.json
+LARGEST_WEIGHTS = 1 << 50  # bytes
+LONGEST = 1500  # characters of an error
+_CALL = {
+    "path": str,
+    "output": (str, None),
+    "on_failure": (str, None),
+    "batch_axis": (int, [int, int], None),
+}
 _ALIASES = "aliases"  # in the header of the weights: what is tied to what
 
 
@@ -209,11 +220,15 @@ def _convert(model: nn.Module, content: Mapping[str, Any]) -> None:
     """Convert a plain model as another one was, without what was reverted of it since."""
     for given in content["calls"]:
         with refusing(CheckpointError, "a call of convert is damaged"):
+            check_shape(given, _CALL)
             part = model.get_submodule(given["path"])
             call = Conversion(**{name: read(v) for name, v in given.items() if name != "path"})
         with warnings.catch_warnings():  # of what a rule leaves: whoever converted has read it
             warnings.simplefilter("ignore", RuleWarning)
-            convert(part, **vars(call))
+            try:
+                convert(part, **vars(call))
+            except (RuleError, ConfigError) as error:
+                raise type(error)(in_a_line(error, LONGEST)) from error
     places = set(content["places"])
     for path, module in model.named_modules():
         if record_of(module) is not None and path not in places:
@@ -271,10 +286,12 @@ def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
 def _load(path: Path) -> dict[str, Tensor]:
     """Read what `_save` wrote."""
     try:
+        os.close(open_regular(path, LARGEST_WEIGHTS))
         with safe_open(path, framework="pt") as file:
             aliases = parse_json((file.metadata() or {}).get(_ALIASES, "{}"))
+        check_shape(aliases, {str: str}, _ALIASES)
         tensors = load_file(path)
-        return tensors | {str(name): tensors[first] for name, first in aliases.items()}
+        return tensors | {name: tensors[first] for name, first in aliases.items()}
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
     except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -300,7 +317,10 @@ def _read_content(folder: Path) -> dict[str, Any]:
             f"read by safetensors.torch.load_model(model, {str(folder / WEIGHTS)!r})"
         )
     with refusing(CheckpointError, f"{path} is damaged or not altprop's"):
-        content = parse_json(read_bytes(path, LARGEST))
+        try:
+            content = parse_json(read_bytes(path, LARGEST))
+        except OSError as error:
+            raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
         expected = {
             "format": str, "calls": list, "places": list, "weights": str, "feedback": dict,
             "own": bool,
@@ -308,4 +328,5 @@ def _read_content(folder: Path) -> dict[str, Any]:
         kinds = {name: type(value) for name, value in dict(content).items()}
         if kinds != expected or content["format"] != FORMAT:
             raise ValueError(f"expected {', '.join(expected)}, of {FORMAT}")
+        check_shape(content, {"calls": [{}], "places": [str], "feedback": {str: str}})
         return dict(content)

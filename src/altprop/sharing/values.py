@@ -6,6 +6,8 @@ import dataclasses
 import importlib
 import inspect
 import math
+import types
+import typing
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -60,7 +62,30 @@ def read(data: Any) -> Any:
         raise CheckpointError(f"{unknown('rule', name, known)}; import the module of your own one")
     values = {field: read(part) for field, part in data["values"].items()}
     with refusing(CheckpointError, f"the values of {name} do not fit it"):
+        if known[name].__module__.partition(".")[0] == "altprop":  # others may say anything
+            hints = typing.get_type_hints(known[name])
+            for field, value in values.items():
+                if not _fits(value, hint := hints.get(field, Any)):
+                    expected = inspect.formatannotation(hint)
+                    raise ValueError(f"{field} is {value!r:.80}, expected {expected}")
         return known[name](**values)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Tell whether a value is of a type that a field names."""
+    kind, parts = typing.get_origin(hint), typing.get_args(hint)
+    if kind in (typing.Union, types.UnionType):
+        return any(_fits(value, part) for part in parts)
+    if kind is typing.Literal:
+        return any(type(value) is type(part) and value == part for part in parts)
+    if kind is tuple:
+        every = parts[:1] * len(value) if parts[1:] == (...,) and type(value) is tuple else parts
+        return type(value) is tuple and len(value) == len(every) and all(map(_fits, value, every))
+    if hint is float:
+        return type(value) is float or type(value) is int and abs(value) < 2**63
+    if hint is int:
+        return type(value) is int and abs(value) < 2**63
+    return hint is Any or isinstance(value, kind or hint)
 
 
 def _classes() -> Iterator[tuple[str, type]]:

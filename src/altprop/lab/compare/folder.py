@@ -16,10 +16,23 @@ from altprop.files import write_whole
 from altprop.lab.choices import at
 from altprop.lab.compare.trial import Key
 from altprop.lab.config import read_mapping
-from altprop.lab.folder import LARGEST, OPTIONS, RECORD, RESULTS, check_place
+from altprop.lab.folder import LARGEST, OPTIONS, RECORD, RESULTS, check_files, check_place
 from altprop.lab.record import processor, read_record, versions
 from altprop.reading import parse_json, read_bytes
+from altprop.shape import check_shape
 
+_NUMBER = (float, None)
+_OUTCOME = {
+    "arm": str, "phase": str, "lr": float, "seed": int, "steps": int,
+    "refused": (str, None), "failed": (str, None), "score": _NUMBER, "evaluations?": _NUMBER,
+    "cost?": {
+        "seconds_per_step": float, "relative": float, "quartiles": [float, float],
+        "peak_bytes": int, "carried_numbers": int, "parameters": int,
+    },
+    "read?": [{"parameter": str, "how": str}],
+    "curve?": {"steps": [int], "loss": [_NUMBER], "score": [_NUMBER]},
+    "audit?": [{"step": int, "groups": [{"name": str, "cosine": _NUMBER, "ratio": _NUMBER}]}],
+}  # fmt: skip
 FREE = {"workers", "rules", "seeds", "controls", "equal_cost"}  # what a resumed one may change
 
 
@@ -36,6 +49,7 @@ def open_folder(
     there = (folder / OPTIONS).is_file() and (folder / RECORD).is_file()
     free = not folder.exists() or folder.is_dir() and not any(folder.iterdir())
     check_place("comparison", folder, there, free, resume, overwrite)
+    check_files(folder, (OPTIONS, RECORD, RESULTS))
     if resume:
         before = at(str(folder / OPTIONS), lambda: read_mapping(folder / OPTIONS))
         changed = [n for n in options if n not in FREE and options[n] != before.get(n)]
@@ -44,6 +58,8 @@ def open_folder(
                 f"{folder} was started with other values of {', '.join(changed)}: give those of "
                 f"{folder / OPTIONS}, or start a new comparison"
             )
+        started = read_record(folder).get("started")
+        outcomes_in(folder)
     elif there:
         for file in (*folder.glob("trials/*/*/*"), folder / RESULTS):
             if file.name in ("done.json", "metrics.jsonl", RESULTS):
@@ -54,7 +70,6 @@ def open_folder(
         write_whole(folder / OPTIONS, text)
         record = _record(command)
         if resume:
-            started = read_record(folder).get("started")
             record |= {"started": started, "resumed": record["started"]}
         write_whole(folder / RECORD, json.dumps(record, indent=1) + "\n")
     except OSError as error:
@@ -71,10 +86,12 @@ def outcomes_in(folder: Path) -> dict[Key, dict[str, Any]]:
     for file in sorted(folder.glob("trials/*/*/done.json")):
         try:
             outcome = parse_json(read_bytes(file, LARGEST))
-            key = outcome["arm"], outcome["phase"], outcome["lr"], outcome["seed"]
-        except (ValueError, KeyError, TypeError):
-            raise CheckpointError(f"{file}: no outcome of a trial: remove it") from None
-        found[key] = outcome
+            check_shape(outcome, _OUTCOME)
+            if not 1e-4 < outcome.get("cost", {"relative": 1})["relative"] < 1e4:
+                raise ValueError("cost.relative is not that of any step")
+        except ValueError as error:
+            raise CheckpointError(f"{file}: no outcome of a trial ({error}): remove it") from None
+        found[outcome["arm"], outcome["phase"], outcome["lr"], outcome["seed"]] = outcome
     return found
 
 

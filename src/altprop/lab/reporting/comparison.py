@@ -11,13 +11,31 @@ from altprop import CheckpointError
 from altprop.lab.folder import FORMAT, LARGEST, OPTIONS, RESULTS
 from altprop.lab.record import read_record
 from altprop.reading import parse_json, read_bytes
+from altprop.shape import check_shape
 
-_TOP = ("task", "steps", "seeds", "finished", "arms")
-_TASK = ("name", "data", "score", "unit", "better", "chance")
-_ARM = (
-    *("name", "rule", "control", "refused", "failed", "rates", "lr", "edge", "scores", "mean"),
-    *("interval", "difference", "recovery", "cost", "equal_cost", "curves", "audit", "read"),
-)
+_NUMBER = (float, None)
+_INTERVAL = ([_NUMBER, _NUMBER], None)
+_ESTIMATE = ({"mean": _NUMBER, "interval": _INTERVAL}, None)
+_COSTS = ("seconds_per_step", "relative", "evaluations", "peak_bytes", "carried_numbers")
+_ARM = {
+    "name": str, "rule": str, "control": bool, "refused": (str, None), "failed": (str, None),
+    "rates": ([{"lr": float, "score": _NUMBER}], None), "lr": _NUMBER, "edge": bool,
+    "scores": [_NUMBER], "mean": _NUMBER, "interval": _INTERVAL, "difference": _ESTIMATE,
+    "recovery": _ESTIMATE,
+    "cost": ({f"{name}?": _NUMBER for name in (*_COSTS, "parameters")}, None),
+    "equal_cost": ({"steps": int, "mean": _NUMBER, "interval": _INTERVAL}, None),
+    "curves": [{"seed": int, "steps": [int], "loss": [_NUMBER], "score": [_NUMBER]}],
+    "audit": (
+        [{"step": int, "groups": [{"name": str, "cosine": _NUMBER, "ratio": _NUMBER}]}], None,
+    ),
+    "read": ([{"parameter": str, "how": str}], None),
+}  # fmt: skip
+_RESULTS = {
+    "task": {
+        "name": str, "data": str, "score": str, "unit": str, "better": str, "chance": _NUMBER,
+    },
+    "steps": int, "seeds": [int], "finished": bool, "arms": [_ARM],
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -58,10 +76,12 @@ def read_comparison(folder: Path) -> Comparison:
             f"{path}: its format is {results.get('format')!r}, expected {FORMAT!r}: compare again "
             "with this version of altprop"
         )
-    _check(path, "", results, _TOP)
-    _check(path, "task", results["task"], _TASK)
-    for index, arm in enumerate(results["arms"]):
-        _check(path, f"arms[{index}]", arm, _ARM)
+    try:
+        check_shape(results, _RESULTS)
+        for index, arm in enumerate(results["arms"]):
+            _check_arm(arm, f"arms[{index}]")
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}: compare again") from None
     return Comparison(
         folder=folder,
         results=results,
@@ -80,9 +100,12 @@ def _object(path: Path) -> dict[str, Any]:
     return found
 
 
-def _check(path: Path, place: str, found: object, keys: tuple[str, ...]) -> None:
-    """Refuse an object that lacks one of the keys."""
-    missing = [key for key in keys if not isinstance(found, Mapping) or key not in found]
-    if missing:
-        where = f"{place} has" if place else "there is"
-        raise CheckpointError(f"{path}: {where} no {', '.join(missing)}: compare again")
+def _check_arm(arm: Mapping[str, Any], where: str) -> None:
+    """Refuse an arm whose curves have columns of several lengths, or an interval that is none."""
+    for index, curve in enumerate(arm["curves"]):
+        if len({len(curve[name]) for name in ("steps", "loss", "score")}) > 1:
+            raise ValueError(f"{where}.curves[{index}] has columns of several lengths")
+    for name in (None, "difference", "recovery", "equal_cost"):
+        low, high = ((arm if name is None else arm[name]) or {}).get("interval") or (None, None)
+        if low is not None and high is not None and low > high:
+            raise ValueError(f"{where} has an interval from {low:g} to {high:g}")

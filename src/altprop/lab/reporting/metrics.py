@@ -7,9 +7,12 @@ from typing import Any
 
 from altprop import CheckpointError
 from altprop.reading import parse_json, read_bytes
+from altprop.shape import check_shape
 
 LARGEST = 1 << 30  # bytes of a run's metrics
 Records = list[dict[str, Any]]
+_RECORD = {"step": int}
+_FIGURES = {str: (float, bool, None)}
 
 
 def read_metrics(folder: Path) -> Records:
@@ -23,10 +26,14 @@ def read_metrics(folder: Path) -> Records:
     try:
         lines = read_bytes(path, LARGEST).decode("utf-8").splitlines()
         records = [parse_json(line) for line in lines]
+        for number, record in enumerate(records, start=1):
+            check_shape(record, _RECORD, f"line {number}")
+            check_shape(record, _FIGURES, f"line {number}")
     except ValueError as error:
-        raise CheckpointError(f"{path}: not one JSON object a line ({error})") from None
-    if not all(isinstance(record, dict) and "step" in record for record in records):
-        raise CheckpointError(f"{path}: not one JSON object a line, each with its step")
+        raise CheckpointError(
+            f"{path}: not one JSON object a line, each of its step and figures ({error}): go on "
+            "with the run by --resume, which takes what can be read"
+        ) from None
     return records
 
 

@@ -40,9 +40,9 @@ def interval(
         plus = "+" if signed and mean > 0 else ""
         return f"{plus}{number(mean)}{tail}"
     low, high = (float(bound) for bound in bounds)  # type: ignore[arg-type]
-    if low == high:  # to all digits
+    half = high / 2 - low / 2
+    if not half / 3 > 0:  # the same to all digits
         return f"{number(mean)}{tail} [{number(low)}, {number(high)}]"
-    half = (high - low) / 2
     decimals = min(5, max(0, -math.floor(math.log10(half / 3))))
     sign = "+" if signed else ""
     written = [_minus(f"{value:{sign},.{decimals}f}") for value in (mean, low, high)]

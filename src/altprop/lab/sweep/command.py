@@ -24,6 +24,7 @@ from altprop.lab.folder import (
     PICTURE,
     SPEC,
     STUDY,
+    check_files,
     check_place,
     check_ways,
     new_folder,
@@ -133,6 +134,7 @@ def _open(folder: Path, spec: Spec, *, resume: bool, overwrite: bool) -> None:
     left = {LOCK, f".{SPEC}.part"}
     free = not folder.exists() or folder.is_dir() and set(os.listdir(folder)) <= left
     check_place("sweep", folder, there, free, resume, overwrite)
+    check_files(folder, (SPEC, STUDY, PICTURE))
     held = spec.as_plain()
     if resume:
         before = at(str(folder / SPEC), lambda: read_mapping(folder / SPEC))

@@ -110,6 +110,9 @@ def _checked(data: dict[str, Any], path: Path) -> Spec:
     base = values_of(data, path, TrainConfig, unsaid=WRITES)
     problems, searched = [], dict[str, Range | Choices]()
     for name, held in asked.items():
+        if not isinstance(name, str):
+            problems.append(f"sweep: {shown(name)} is no option: write its name as text")
+            continue
         try:
             searched[name] = at(f"sweep.{name}", partial(_one, name, held))
         except ConfigError as error:

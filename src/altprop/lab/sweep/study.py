@@ -11,7 +11,6 @@ import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from fcntl import LOCK_EX, flock
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from altprop import CheckpointError, ConfigError
 from altprop.lab.edges import beyond, open_ends, short, width
 from altprop.lab.folder import LOCK, STUDY
 from altprop.lab.lock import Lock
+from altprop.lab.sweep.checked import PATIENCE, check_study
 from altprop.lab.sweep.spec import Choices, Range, Spec
 
 NAME = "sweep"
@@ -57,11 +57,13 @@ class Study:
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         database = str((folder / STUDY).absolute())
         with self._alone():  # two processes may begin at once
+            check_study(folder / STUDY, NAME, spec)
+            (folder / "trials").mkdir(exist_ok=True)
             self._storage = optuna.storages.RDBStorage(
                 "sqlite://",
                 engine_kwargs={
                     # whatever characters the folder's name has
-                    "creator": lambda: sqlite3.connect(database, timeout=600),
+                    "creator": lambda: sqlite3.connect(database, timeout=PATIENCE),
                     "poolclass": NullPool,
                     "connect_args": {},
                 },
@@ -80,9 +82,11 @@ class Study:
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        with open(self.folder / LOCK, "a") as file:
-            flock(file, LOCK_EX)
+        lock = Lock(self.folder / LOCK, wait=True)
+        try:
             yield
+        finally:
+            lock.close()
 
     @property
     def trials(self) -> list[FrozenTrial]:
@@ -122,7 +126,6 @@ class Study:
 
     def _lock(self, number: int) -> Lock:
         folder = self.run_folder(number)
-        folder.parent.mkdir(exist_ok=True)
         return Lock(folder.with_name(f"{folder.name}.lock"))
 
     def _taken(self, trial: optuna.Trial, lock: Lock) -> Taken:

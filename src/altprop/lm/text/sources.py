@@ -104,6 +104,12 @@ def load_corpus(
     if not isinstance(tokenizer, AbstractTokenizer):
         tokenizer = make_tokenizer(tokenizer, source.train, source.validation)
     train, held = tokenizer.encode(source.train), tokenizer.encode(source.validation)
+    if not (len(train) and len(held)):
+        part = "validate" if len(train) else "train"
+        raise DataError(
+            f"the tokenizer makes no tokens of the text to {part} on, {source.name}: give one that "
+            "knows its characters by --tokenizer, such as bpe:4096"
+        )
     return Corpus(source.name, source.description, train, held, tokenizer)
 
 

@@ -21,6 +21,7 @@ from altprop.errors import DataError, in_a_line
 from altprop.files import write_whole
 from altprop.lm.text.tokenizer import AbstractTokenizer, Ids, row_of_ids, width_of
 from altprop.reading import parse_json, read_bytes
+from altprop.terminal import unheard
 
 if TYPE_CHECKING:
     import tokenizers
@@ -187,7 +188,8 @@ def library() -> Any:
 def _told(what: str) -> Iterator[None]:
     """Turn whatever the library raises, a panic of its Rust too, into one DataError."""
     try:
-        yield
+        with unheard():
+            yield
     except (DataError, KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:
