@@ -63,7 +63,9 @@ def words(draw: Random, here: Path, train: Sequence[str]) -> list[str]:
         name = draw.choice(
             [*names] * 4 + [*dotted, f"{draw.choice(names)}.help", draw.choice(TEXTS)]
         )
-        value = draw.choice(PATHS) if draw.random() < 0.3 else hostile(draw, name)
+        # an audit's time grows with its batch, as a run's with its steps
+        like = "steps" if (base[0], name) == ("audit", "batch") else name
+        value = draw.choice(PATHS) if draw.random() < 0.3 else hostile(draw, like)
         value = "fifo/x" if name in ("json", "png") and value.startswith("/dev") else value
         base += [f"--{name}={value}"] if draw.random() < 0.5 else [f"--{name}", value]
     return base
