@@ -152,7 +152,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
         damaged(
             "INSERT INTO trial_user_attributes (trial_id, key, value_json) VALUES (9, 'x', '1')"
         ),
-        "values of trials that it does not have",
+        "trial_user_attributes holds a row of what is not there",
     ),
     "ends": (damaged(ATTRIBUTE.format("closed", '[["x", 1, ""]]')), "an end of what is no range"),
 }

@@ -80,8 +80,11 @@ def _copy(path: Path) -> Iterator[optuna.storages.RDBStorage]:
     with closing(sqlite3.connect(":memory:")) as copied:
         with closing(sqlite3.connect(where, timeout=PATIENCE, uri=True)) as source:
             source.backup(copied)
-        if copied.execute("PRAGMA foreign_key_check").fetchone() is not None:
-            raise ValueError("it holds values of trials that it does not have")
+        for (found,) in copied.execute("PRAGMA quick_check(1)"):
+            if found != "ok":
+                raise ValueError(found)
+        if orphan := copied.execute("PRAGMA foreign_key_check").fetchone():
+            raise ValueError(f"{orphan[0]} holds a row of what is not there")
         engine = {"creator": lambda: copied, "poolclass": StaticPool, "connect_args": {}}
         storage = optuna.storages.RDBStorage("sqlite://", engine_kwargs=engine)
         try:
