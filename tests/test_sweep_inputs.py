@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import re
 import sqlite3
@@ -56,7 +57,8 @@ WRONG: list[tuple[Mapping[str, Any], str]] = [
     ({"lr": []}, "sweep.lr: expected a list of choices"),
     ({"lr": {"low": 1}}, "sweep.lr: expected a list of choices, or a range"),
     ({"lr": {"low": 1, "high": 2, "step": 1}}, "sweep.lr: expected a list of choices, or a range"),
-    ({"lr": {"low": 2, "high": 1}}, "sweep.lr: low is 2 and high is 1, expected low < high"),
+    ({"lr": {"low": 2, "high": 1}}, "sweep.lr: low is 2 and high is 1, expected finite numbers"),
+    ({"lr": {"low": 1, "high": math.inf}}, "sweep.lr: low is 1 and high is inf, expected finite"),
     ({"lr": {"low": 0, "high": 1, "log": True}}, "sweep.lr: low is 0, expected a number > 0 where"),
     ({"lr": {"low": "a", "high": 1}}, "sweep.lr: low: expected a number, got 'a'"),
     ({"lr": {"low": 1, "high": 2, "log": "so"}}, "sweep.lr: log: expected true or false, got 'so'"),

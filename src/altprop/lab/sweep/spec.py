@@ -6,6 +6,7 @@ searched, parts of choices such as `stabiliser.target` too.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -143,8 +144,10 @@ def _one(name: str, held: Any) -> Range | Choices:
     if isinstance(held, dict) and {"low", "high"} <= held.keys() <= {"low", "high", "log"}:
         low, high = (fit(float, held[end], end) for end in ("low", "high"))
         log = fit(bool, held.get("log", False), "log")
-        if not low < high:
-            raise ConfigError(f"low is {low:g} and high is {high:g}, expected low < high")
+        if not -math.inf < low < high < math.inf:
+            raise ConfigError(
+                f"low is {low:g} and high is {high:g}, expected finite numbers, low < high"
+            )
         if log and low <= 0:
             raise ConfigError(f"low is {low:g}, expected a number > 0 where log is true")
         return Range(low, high, log)
