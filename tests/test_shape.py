@@ -28,6 +28,7 @@ GOOD: dict[str, Any] = {"name": "a", "done": True, "steps": [1, 2], "interval": 
         {"steps": []},
         {"more": {"a": {"loss": None}, "": {"loss": -1e9}}},
         {"unknown": object()},
+        {"name": "\udcff"},  # as of a path that is no UTF-8
         {"interval": [-LARGEST, LARGEST]},
     ],
 )
@@ -39,7 +40,6 @@ def test_what_has_the_shape_passes(changes: dict[str, Any]) -> None:
     ("changes", "told"),
     [
         ({"name": 7}, "name is 7, expected a text"),
-        ({"name": "\ud800"}, r"name is '\\ud800', expected a text"),
         ({"done": 1}, "done is 1, expected true or false"),
         ({"steps": {}}, "steps is a mapping, expected a list"),
         ({"steps": [1, True]}, r"steps\[1\] is True, expected a whole number"),
@@ -49,7 +49,7 @@ def test_what_has_the_shape_passes(changes: dict[str, Any]) -> None:
         ({"interval": [0, 10**400]}, r"interval\[1\] is 1000.*0, expected a number"),
         ({"interval": 3}, "interval is 3, expected a list or null"),
         ({"more": {"a": {}}}, "more.a has no loss"),
-        ({"more": {"\udcff": {"loss": 1}}}, "a name in more is .*, expected a text"),
+        ({"more": {7: {"loss": 1}}}, "a name in more is 7, expected a text"),
         ({"more": []}, "more is a list, expected a mapping"),
     ],
 )

@@ -78,7 +78,7 @@ class TrainConfig:
         free_limit: the largest free residual of a step that may be applied; a solve of a fixed
             number of steps (tol 0) has no limit.
         adjoint_limit: the same of the adjoint residual.
-        error_limit: the same of what the free residual is amplified to by the adjoint problem.
+        error_limit: the same of `state_error`, the free residual amplified.
         on_failure: what to do with a step past these limits, or with a loss or gradient that is not
             finite: `skip` drops its gradient (the stabiliser still acts) and counts it, `stop` ends
             the run.

@@ -290,6 +290,7 @@ def _load(path: Path) -> dict[str, Tensor]:
         with safe_open(path, framework="pt") as file:
             aliases = parse_json((file.metadata() or {}).get(_ALIASES, "{}"))
         check_shape(aliases, {str: str}, _ALIASES)
+        "".join((*aliases, *aliases.values())).encode()  # which half a character cannot be
         tensors = load_file(path)
         return tensors | {name: tensors[first] for name, first in aliases.items()}
     except OSError as error:
@@ -329,4 +330,5 @@ def _read_content(folder: Path) -> dict[str, Any]:
         if kinds != expected or content["format"] != FORMAT:
             raise ValueError(f"expected {', '.join(expected)}, of {FORMAT}")
         check_shape(content, {"calls": [{}], "places": [str], "feedback": {str: str}})
+        json.dumps(content, ensure_ascii=False).encode()  # which half a character cannot be
         return dict(content)
