@@ -78,12 +78,11 @@ class TrainConfig:
         free_limit: the largest free residual of a step that may be applied; a solve of a fixed
             number of steps (tol 0) has no limit.
         adjoint_limit: the same of the adjoint residual.
-        error_limit: the same of `state_error`, the free residual amplified.
+        error_limit: the same of `state_error`, that one amplified.
         on_failure: what to do with a step past these limits, or with a loss or gradient that is not
             finite: `skip` drops its gradient (the stabiliser still acts) and counts it, `stop` ends
             the run.
-        refused_in_a_row: so many refused steps in a row end the run, and so do more among ten
-            times as many.
+        refused_in_a_row: refused steps in a row that end the run.
         device: `auto`, `cpu`, `cuda`, or any other that torch knows.
         dtype: of training's forward passes.
         compile: compile the model, or its dynamics.
