@@ -138,6 +138,12 @@ def test_an_output_folder_that_cannot_be_one(out: str, here: Path, refused: Refu
     assert "text.txt" in refused(*tiny(here, out=out))
 
 
+def test_an_output_folder_whose_name_no_checkpoint_can_have(here: Path, refused: Refused) -> None:
+    assert "out is 'a\\udcff', which is not UTF-8: name another" in refused(
+        *tiny(here, out="a\udcff")
+    )
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_an_output_folder_without_the_right_to_write(here: Path, refused: Refused) -> None:
     (here / "locked").mkdir(mode=0o500)

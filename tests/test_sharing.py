@@ -190,6 +190,7 @@ DAMAGES: dict[str, tuple[Any, str]] = {
     ),
     "calls": (lambda f: rewrite(f, calls=[7]), r"calls\[0\] is 7, expected a mapping"),
     "places": (lambda f: rewrite(f, places=[7]), r"places\[0\] is 7, expected a text"),
+    "a place of two lines": (lambda f: rewrite(f, places=["a\nb"]), r"stand at a\\nb, and here"),
     "output": (lambda f: rewrite(f, calls=[{**DEEP, "output": 7}]), "output is 7, expected a text"),
     "axes": (lambda f: rewrite(f, calls=[{**DEEP, "batch_axis": [1]}]), "batch_axis has 1 values"),
     "two problems": (lambda f: rewrite(f, calls=[DEEP, DEEP]), "cannot convert this TinyModel; .*"),

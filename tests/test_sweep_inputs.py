@@ -217,6 +217,7 @@ def test_overwriting_what_cannot_be_replaced_leaves_the_sweep(
         ({"workers": 0}, "workers is 0, expected at least 1"),
         ({"seed": -1}, "seed is -1, expected a whole number from 0 to 2\\^32"),
         ({"resume": True}, "resume needs the sweep's folder: write --out FOLDER --resume"),
+        ({"out": Path("a\udcff")}, "out is .*, which is not UTF-8: name another folder"),
         ({"resume": True, "overwrite": True, "out": Path("s")}, "exclude each other"),
     ],
 )

@@ -119,7 +119,7 @@ def another(draw: Random, value: Any) -> Any:
         if abs(value) < 2**63:
             near += [value + 0.5, value / 3]
     elif isinstance(value, str):
-        near = [value * 2, value[:-1], value * 1000, [value], f"{value}\x1b[2J", value.upper()]
+        near = [value * 2, value[:-1], value[:50] * 1000, [value], f"{value}\x1b[2J", value.upper()]
     elif isinstance(value, list):
         near = [value * 2, value[:-1], [value], {"a": value}, dict.fromkeys(map(str, value))]
     elif isinstance(value, dict):

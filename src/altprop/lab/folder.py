@@ -53,12 +53,16 @@ def is_free(folder: Path) -> bool:
 
 
 def check_ways(kind: str, out: Path | None, resume: bool, overwrite: bool) -> None:
-    """Refuse ways to begin that exclude each other, or need a folder that was not named.
+    """Refuse a folder that cannot be one, and ways to begin that exclude each other or lack one.
 
     **Arguments:** `kind`, what is begun: a run, a comparison or a sweep.
 
     **Raises:** `ConfigError`.
     """
+    if out is not None and any("\ud800" <= character <= "\udfff" for character in str(out)):
+        raise ConfigError(  # no checkpoint can be written there
+            f"out is {str(out)[:80]!r}, which is not UTF-8: name another folder with --out"
+        )
     if resume and overwrite:
         raise ConfigError("resume and overwrite exclude each other: give one of them")
     for name, given in (("resume", resume), ("overwrite", overwrite)):

@@ -39,6 +39,7 @@ from altprop.reading import open_regular, parse_json, place, read_bytes
 from altprop.shape import check_shape
 from altprop.sharing.card import check_card, write_card
 from altprop.sharing.values import read, written
+from altprop.terminal import printable
 
 M = TypeVar("M", bound=nn.Module)
 Kept = Literal["stored", "drawn"]
@@ -234,9 +235,11 @@ def _convert(model: nn.Module, content: Mapping[str, Any]) -> None:
         if record_of(module) is not None and path not in places:
             _revert(module)
     if _places(model) != content["places"]:
-        raise CheckpointError(
-            f"its rules stand at {listed(content['places'])}, and here at {listed(_places(model))}"
+        there, here = (
+            listed(printable(path[:80]) for path in paths)
+            for paths in (content["places"], _places(model))
         )
+        raise CheckpointError(f"its rules stand at {there}, and here at {here}")
 
 
 def _redrawn(model: nn.Module, content: Mapping[str, Any]) -> dict[str, Tensor]:
