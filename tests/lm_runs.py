@@ -101,15 +101,16 @@ def tensors(folder: Path, which: str = "last") -> dict[str, Tensor]:
     return {f"{group}.{k}": v for group, held in groups.items() for k, v in held.items()}
 
 
-def reconfigure(folder: Path, **changes: Any) -> None:
-    """Let a run have been started with other options, its checkpoints too."""
+def reconfigure(folder: Path, without: str = "", **changes: Any) -> None:
+    """Let a run have been started with other options, or without one, its checkpoints too."""
     config = replace(read_config(folder / "config.yaml", TrainConfig), **changes)
-    (folder / "config.yaml").write_bytes(sealed(to_yaml(options_of(config))))
+    options = {name: value for name, value in options_of(config).items() if name != without}
+    (folder / "config.yaml").write_bytes(sealed(to_yaml(options)))
     for path in folder.glob("*.safetensors"):
         with safe_open(path, framework="pt") as file:
             header = file.metadata()
         notes = json.loads(header["notes"])
-        notes["identity"]["options"] = options_of(config)
+        notes["identity"]["options"] = options
         header["notes"] = json.dumps(notes)
         save_file(load_file(path), path, {**header, "digest": checkpoint._digest(header)})
 

@@ -17,7 +17,7 @@ from altprop.lab.config import read_config
 from altprop.lab.settings import TrainConfig
 from altprop.lab.train import train
 from altprop.lab.values import fit
-from lm_runs import SMALL, assert_equal_bits, curve, sentences, steps, tensors, tree
+from lm_runs import SMALL, assert_equal_bits, curve, reconfigure, sentences, steps, tensors, tree
 
 pytestmark = pytest.mark.usefixtures("no_curves")
 
@@ -267,6 +267,16 @@ def test_a_file_does_not_say_where_a_run_writes(
 
 
 # The text, and how far
+
+
+def test_a_run_of_a_version_without_an_option_says_so_and_stays(here: Path) -> None:
+    reconfigure(Path("runs/a"), without="clip")
+    before = tree(here)
+    with pytest.raises(CheckpointError, match="runs/a was started by a version .* without clip: "):
+        train(run("runs/a", steps=4, resume=True))
+    assert tree(here) == before
+    reconfigure(Path("runs/a"), without="quiet")  # which makes no other run
+    train(run("runs/a", steps=4, resume=True))
 
 
 def test_the_same_text_may_lie_elsewhere_and_another_is_refused(here: Path, template: Path) -> None:

@@ -133,6 +133,11 @@ class Run:
         path, saved = self._find()
         now, then = self._identity, Identity.read(saved, path)
         if changed := now.changed(then):
+            if not any(name in then.options for name in changed):
+                raise CheckpointError(
+                    f"{self.folder} was started by a version of altprop without "
+                    f"{', '.join(changed)}: go on with it by that version, or start a new run"
+                )
             raise CheckpointError(
                 f"{self.folder} was started with other values of {', '.join(changed)}: write "
                 f"{self.resume_options()}, or start a new run"

@@ -49,6 +49,10 @@ RULES, WEIGHTS, FEEDBACK = "rules.json", "model.safetensors", "feedback.safetens
 LARGEST = 32 << 20  # bytes of rules.json
 LARGEST_WEIGHTS = 1 << 50  # bytes
 LONGEST = 1500  # characters of an error
+_CONTENT = {
+    "format": str, "calls": [{}], "places": [str], "weights": str, "feedback": {str: str},
+    "own": bool,
+}  # fmt: skip
 _CALL = {
     "path": str,
     "output": (str, None),
@@ -325,13 +329,8 @@ def _read_content(folder: Path) -> dict[str, Any]:
             content = parse_json(read_bytes(path, LARGEST))
         except OSError as error:
             raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
-        expected = {
-            "format": str, "calls": list, "places": list, "weights": str, "feedback": dict,
-            "own": bool,
-        }  # fmt: skip
-        kinds = {name: type(value) for name, value in dict(content).items()}
-        if kinds != expected or content["format"] != FORMAT:
-            raise ValueError(f"expected {', '.join(expected)}, of {FORMAT}")
-        check_shape(content, {"calls": [{}], "places": [str], "feedback": {str: str}})
+        check_shape(content, _CONTENT)
+        if content.keys() != _CONTENT.keys() or content["format"] != FORMAT:
+            raise ValueError(f"expected {', '.join(_CONTENT)}, of {FORMAT}")
         json.dumps(content, ensure_ascii=False).encode()  # which half a character cannot be
         return dict(content)

@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
-
-from torch import Tensor, nn
 
 from altprop import ConvergenceError
 from altprop.lab.compare.arms import Arm
-from altprop.lab.state import Batch
+from altprop.lab.state import Loss
 from altprop.lab.tasks.task import AbstractTask
 from altprop.lab.train import begin_with, steps
 
 
-def score_of(
-    arm: Arm,
-    task: AbstractTask,
-    seed: int,
-    loss: Callable[[nn.Module, Batch], Tensor] | None = None,
-) -> float:
+def score_of(arm: Arm, task: AbstractTask, seed: int, loss: Loss | None = None) -> float:
     """Return the test score of a task's model, trained by an arm with the task's own recipe.
 
     Model, batches and feedback are those of the seed; `loss` is what is learned, if not the task's.

@@ -6,7 +6,7 @@ error holds it: blocks write ever larger numbers, beside which what the others w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -19,7 +19,7 @@ from altprop.lab.compare.arms import Arm
 from altprop.lab.reproduce.figure import Figure
 from altprop.lab.reproduce.learning import score_of
 from altprop.lab.settings import TrainConfig
-from altprop.lab.state import Batch
+from altprop.lab.state import Batch, Loss
 from altprop.lab.tasks.fashion import Fashion
 from altprop.lab.tasks.task import AbstractTask
 from altprop.lab.tasks.text import Text
@@ -106,9 +106,7 @@ def _inputs(blocks: nn.ModuleList) -> Iterator[list[Tensor]]:
             handle.remove()
 
 
-def held(
-    task: AbstractTask, strength: float, converted: bool
-) -> Callable[[nn.Module, Batch], Tensor]:
+def held(task: AbstractTask, strength: float, converted: bool) -> Loss:
     """Return a task's loss, and beside it the mean squares of what the blocks put out.
 
     Each block feels its own alone, as exactly as one block's gradient is known to it.
