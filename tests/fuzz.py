@@ -28,8 +28,9 @@ import time
 import traceback
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from random import Random
 from types import FrameType
@@ -211,8 +212,14 @@ def judge(status: int, out: str, err: str, before: dict[str, Any], after: dict[s
     return ""
 
 
-def fuzz(cases: int, seed: int, only: str = "", kinds: Sequence[str] = tuple(KINDS)) -> int:
-    """Run cases and print what became of them; return how many failed."""
+def fuzz(
+    cases: int,
+    seed: int,
+    only: str = "",
+    kinds: Sequence[str] = tuple(KINDS),
+    begun: Callable[[str], object] = len,
+) -> int:
+    """Run cases, each told to `begun`, and print what became of them; return how many failed."""
     tallies: dict[str, Tally] = defaultdict(Tally)
     failures: dict[str, list[str]] = defaultdict(list)
     made = Path(tempfile.mkdtemp())
@@ -227,6 +234,7 @@ def fuzz(cases: int, seed: int, only: str = "", kinds: Sequence[str] = tuple(KIN
         todo = [only] if only else todo
         for name in todo:
             kind = name.partition(":")[0]
+            begun(name)
             outcome, seconds, everything = run_case(kind, f"{seed}/{name}", templates[kind])
             tally = tallies[kind]
             if outcome not in ("refused", "succeeded"):
@@ -251,6 +259,20 @@ def fuzz(cases: int, seed: int, only: str = "", kinds: Sequence[str] = tuple(KIN
     return sum(map(len, failures.values()))
 
 
+def survived(run: Callable[[Callable[[str], object]], int]) -> int:
+    """Run in a process of its own; where a case ends that, say which; return how many failed."""
+    with tempfile.TemporaryFile() as note:
+        child = os.fork()
+        if child == 0:
+            number = note.fileno()
+            raise SystemExit(run(lambda name: os.pwrite(number, f"{name:80}".encode(), 0)) > 0)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        if status < 0:
+            what = signal.Signals(-status).name
+            print(f"FAILED: the process died of {what} in --only {note.read().decode().strip()}")
+        return abs(status)
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--cases", type=int, default=20_000)
@@ -261,4 +283,4 @@ if __name__ == "__main__":
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     warnings.simplefilter("ignore")
     kinds = [given.only.partition(":")[0]] if given.only else given.kinds
-    raise SystemExit(fuzz(given.cases, given.seed, given.only, kinds) > 0)
+    raise SystemExit(survived(partial(fuzz, given.cases, given.seed, given.only, kinds)) > 0)

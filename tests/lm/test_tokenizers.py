@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import pickle
@@ -256,6 +257,22 @@ def test_a_damaged_tokenizer_is_refused_in_one_line(
     with pytest.raises(DataError, match=said) as error:
         load_corpus(_text(tmp_path), tokenizer=str(tmp_path / "t.json"))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_table_that_states_more_than_it_has_is_refused_before_it_is_asked_for(
+    nested: bool, tmp_path: Path
+) -> None:
+    """The library would ask for as many bytes, and abort the process where it gets none."""
+    read = json.loads(BPE.text)
+    stated = (1 << 32) - 1
+    table = base64.b64encode(stated.to_bytes(4, "little") + bytes(4)).decode("ascii")
+    read["normalizer"] = {"type": "Precompiled", "precompiled_charsmap": table}
+    if nested:
+        read["normalizer"] = {"type": "Sequence", "normalizers": [read["normalizer"]]}
+    (path := tmp_path / "tokenizer.json").write_text(json.dumps(read), encoding="utf-8")
+    with pytest.raises(DataError, match=f"{path}: .* states {stated} bytes and has 4$"):
+        SubwordTokenizer.from_json(path)
 
 
 def test_a_text_of_half_a_character_is_refused() -> None:

@@ -5,6 +5,7 @@ A tokenizer is the text of its `tokenizer.json`, bit for bit, which is data and 
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import re
 from collections.abc import Iterable, Iterator
@@ -62,12 +63,13 @@ class SubwordTokenizer(AbstractTokenizer):
         try:
             name = path if folder is None else Path(path).name
             text = read_bytes(name, LARGEST, folder).decode("utf-8")
-            parse_json(text)  # which bounds how deeply it nests
+            read = parse_json(text)  # which bounds how deeply it nests
         except OSError as error:
             raise DataError(f"cannot read {path}: {error.strerror or error}") from error
         except ValueError as error:
             raise DataError(f"{path} is damaged or not JSON: expected a tokenizer.json") from error
         try:
+            _check_table(read)
             return cls(text)
         except DataError as error:
             raise DataError(f"{path}: {error}") from error.__cause__
@@ -182,6 +184,34 @@ def library() -> Any:
     except ImportError:
         raise DataError(f"BPE and tokenizer.json need the package tokenizers: {INSTALL}") from None
     return tokenizers
+
+
+def _check_table(read: Any) -> None:
+    """Refuse a table of characters that states more bytes than it has.
+
+    The library asks for as many as are stated before it looks, and where they are not to be had it
+    ends the process.
+    """
+    waiting = [read.get("normalizer") if isinstance(read, dict) else None]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, list):
+            waiting += value
+        elif isinstance(value, dict):
+            waiting += value.values()
+            table = value.get("precompiled_charsmap")
+            if not isinstance(table, str):
+                continue
+            try:
+                content = base64.b64decode(table)
+            except ValueError:  # which the library refuses too
+                continue
+            stated = int.from_bytes(content[:4], "little")
+            if stated > len(content) - 4:
+                raise DataError(
+                    f"the normalizer's precompiled_charsmap states {stated} bytes and has "
+                    f"{max(len(content) - 4, 0)}"
+                )
 
 
 @contextmanager
