@@ -92,6 +92,18 @@ def test_rules_by_pattern_come_from_the_yaml_file(
     assert "exact" in table["head.weight"]
 
 
+def test_the_default_model_is_explained_and_a_gpt_without_a_rule_has_nothing_to_explain(
+    text: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["explain", "--data", str(text), *SMALL[4:]]
+    assert main(words) == 0
+    table = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line}
+    assert "AEP" in table["block.dynamics.attention.W_Q"]
+    assert "exact" in table["head.weight"]
+    assert main([*words, "--model", "gpt"]) == 2
+    assert "nothing to explain: no rule was given" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "part"),
     [

@@ -198,7 +198,8 @@ def explain(model: nn.Module, measured: Mapping[str, object] | None = None) -> T
         )
     kept = [row.parameter for row in rows.values() if row.transports]
     if kept:
-        notes.append(f"{len(kept)} weights are still transported exactly")
+        are = "weight is" if len(kept) == 1 else "weights are"
+        notes.append(f"{len(kept)} {are} still transported exactly")
     beside = {name: str(found) for name, found in (measured or {}).items()}
     told = (replace(row, measured=beside.get(name, "")) for name, row in rows.items())
     return Table(tuple(told), tuple(notes))

@@ -14,9 +14,9 @@ from altprop.terminal import printable
 def explain_run(config: TrainConfig) -> None:
     """Print, for every parameter, the rule and the signal that reaches it, without training.
 
-    **Raises:** `ConfigError` for a model without a rule: everything in it is backprop's.
+    **Raises:** `ConfigError` for a GPT without a rule: everything in it is backprop's.
     """
-    if not (config.rule or config.rules):
+    if config.model == "gpt" and not (config.rule or config.rules):
         raise ConfigError(
             "nothing to explain: no rule was given, for example --model gpt --rule SignSymmetry"
         )

@@ -101,6 +101,7 @@ def compiled(
 ) -> dict[str, Any]:
     """Return what every reader of a comparison needs, as plain data."""
     scores = {arm.name: _scores(final_trials(arm, plan, outcomes), plan, outcomes) for arm in arms}
+    sign = 1.0 if task.better == "higher" else -1.0
     return {
         "format": FORMAT,
         "task": {
@@ -110,7 +111,7 @@ def compiled(
         "steps": plan.steps,
         "seeds": list(plan.seeds),
         "finished": not any(wanted(arm, plan, outcomes) for arm in arms),
-        "arms": [_arm(arm, plan, outcomes, scores) for arm in arms],
+        "arms": [_arm(arm, plan, outcomes, scores, sign) for arm in arms],
     }  # fmt: skip
 
 
@@ -121,7 +122,11 @@ def final_trials(arm: Arm, plan: Plan, outcomes: Outcomes) -> list[Job]:
 
 
 def _arm(
-    arm: Arm, plan: Plan, outcomes: Outcomes, scores: Mapping[str, list[float | None]]
+    arm: Arm,
+    plan: Plan,
+    outcomes: Outcomes,
+    scores: Mapping[str, list[float | None]],
+    sign: float,
 ) -> dict[str, Any]:
     found = search(arm, plan, outcomes)
     trials = [outcomes[job.key] for job in final_trials(arm, plan, outcomes) if job.key in outcomes]
@@ -129,6 +134,12 @@ def _arm(
     values = scores[arm.name]
     mean = mean_of(values)
     backprop, frozen = scores.get("backprop"), scores.get("frozen")
+    share = None
+    if backprop and frozen:
+        signed = (
+            [None if v is None else sign * v for v in row] for row in (values, frozen, backprop)
+        )
+        share = recovery(*signed)
     cost = None
     if found.best is not None:
         cost = outcomes.get(cost_job(arm, plan, found.best).key)
@@ -146,7 +157,7 @@ def _arm(
         "mean": mean.mean if mean else None,
         "interval": mean.interval if mean else None,
         "difference": _plain(difference(values, backprop)) if backprop else None,
-        "recovery": _plain(recovery(values, frozen, backprop)) if backprop and frozen else None,
+        "recovery": _plain(share),
         "cost": {
             **cost["cost"],
             "evaluations": sum(evaluations) / len(evaluations) if evaluations else None,

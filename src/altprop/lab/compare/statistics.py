@@ -40,9 +40,11 @@ def recovery(values: Values, floor: Values, ceiling: Values) -> Estimate | None:
     """Return `(values − floor) / (ceiling − floor)` of the means, and Fieller's interval of it.
 
     The interval holds every ratio `r` for which the mean of the paired `(values − floor) −
-    r (ceiling − floor)` does not differ from 0. It is `None` where the data does not show that
-    ceiling and floor differ, since then no ratio can be excluded; the ratio is missing too where
-    they are equal.
+    r (ceiling − floor)` does not differ from 0. Nothing is returned where the data does not show
+    that the ceiling is above the floor, since then no ratio can be excluded; a single value has a
+    ratio and no interval.
+
+    **Arguments:** scores of which higher is better.
 
     Source: Fieller, "Some Problems in Interval Estimation", J. R. Stat. Soc. B 16 (1954).
     """
@@ -56,7 +58,7 @@ def recovery(values: Values, floor: Values, ceiling: Values) -> Estimate | None:
     above = [u for u, _ in known]
     gaps = [g for _, g in known]
     u, g = math.fsum(above) / len(known), math.fsum(gaps) / len(known)
-    if g == 0:
+    if g <= 0:
         return None
     if len(known) < 2:
         return Estimate(u / g, None)
@@ -66,7 +68,7 @@ def recovery(values: Values, floor: Values, ceiling: Values) -> Estimate | None:
     b = u * g - share * _covariance(above, gaps)
     c = u * u - share * _covariance(above, above)
     if a <= 0:
-        return Estimate(u / g, None)
+        return None
     root = math.sqrt(max(0.0, b * b - a * c))
     return Estimate(u / g, ((b - root) / a, (b + root) / a))
 
