@@ -122,7 +122,8 @@ def damaged(statement: str) -> Callable[[Path], None]:
     def damage(path: Path) -> None:
         with contextlib.closing(sqlite3.connect(path)) as base, base:
             base.execute("PRAGMA foreign_keys = OFF")
-            base.execute(statement)
+            for line in statement.split("; "):
+                base.execute(line)
 
     return damage
 
@@ -133,6 +134,8 @@ def overwritten(path: Path) -> None:
     path.write_bytes(raw)
 
 
+TABLES = [f"trial_{kind}" for kind in ("params", "values", "intermediate_values", "heartbeats")]
+TABLES += ["trial_user_attributes", "trial_system_attributes", "trials"]
 ATTRIBUTE = "INSERT INTO study_user_attributes (study_id, key, value_json) VALUES (1, '{}', '{}')"
 DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "no database": (lambda path: path.write_bytes(b"a" * 9000) and None, "not a database"),
@@ -148,6 +151,15 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "no values": (damaged("DROP TABLE trial_values"), "trial 0: its loss is .*expected a list"),
     "a value": (damaged("UPDATE trial_params SET param_value = -1"), "trial 0: lr is -1.0, which"),
     "a trial": (damaged("UPDATE trials SET number = 5 WHERE number = 0"), "trial 0 is missing"),
+    "options of what was begun": (
+        damaged("UPDATE trials SET state = 'RUNNING'; DELETE FROM trial_params"),
+        "trial 0: it has the options of none",
+    ),
+    "the last trial": (damaged("DELETE FROM trials WHERE number = 1"), "missing|not there"),
+    "every trial": (
+        damaged("; ".join(f"DELETE FROM {t}" for t in TABLES)),
+        "trial 0 is missing",
+    ),
     "ranges": (damaged(ATTRIBUTE.format("ranges", "7")), "ranges is 7, expected a mapping"),
     "a range": (damaged(ATTRIBUTE.format("ranges", '{"lr": [0.5, 0.6]}')), "lr is not searched fr"),
     "of no trial": (
@@ -167,6 +179,8 @@ def test_a_damaged_study_is_refused_in_a_line_and_nothing_is_written(
     made = closed_form(monkeypatch, off)
     words = ["sweep", str(spec({"lr": RATES})), "--widen", "0", "--out", "s"]
     assert main([*words, "--trials", "2"]) == 0
+    for number in range(2):  # as their runs do
+        Path(f"s/trials/{number:04}").mkdir(exist_ok=True)
     harm, told = DAMAGES[damage]
     harm(Path("s/study.db"))
     before = fuzz.tree(Path("s"))

@@ -32,10 +32,11 @@ LARGEST = 1 << 32  # bytes of a study
 PATIENCE = 600  # seconds, while another process writes
 
 
-def check_study(path: Path, name: str, spec: Spec) -> None:
+def check_study(path: Path, name: str, spec: Spec, runs: Path) -> None:
     """Refuse the file of a study that is damaged, or of a sweep of something else.
 
-    **Arguments:** `name`, of the study in it.
+    **Arguments:** `name`, of the study in it; `runs`, the folder of its trials' runs, each of which
+    was begun by values that it must hold.
 
     **Raises:** `CheckpointError`; `OSError` for what is no regular file.
     """
@@ -50,13 +51,17 @@ def check_study(path: Path, name: str, spec: Spec) -> None:
         if study.directions != [StudyDirection.MINIMIZE]:
             raise ValueError("it does not look for the lowest loss")
         _check_attributes(study.user_attrs, spec)
-        for number, trial in enumerate(study.get_trials(deepcopy=False)):
+        begun = {int(run.name) for run in runs.glob("[0-9]" * 4 + "*") if run.name.isdecimal()}
+        trials = study.get_trials(deepcopy=False)
+        for number, trial in enumerate(trials):
             if trial.number != number:
                 raise ValueError(f"trial {number} is missing")
             try:
-                _check_trial(trial, spec)
+                _check_trial(trial, spec, begun=number in begun)
             except ValueError as error:
                 raise ValueError(f"trial {number}: {error}") from None
+        if lost := begun - set(range(len(trials))):
+            raise ValueError(f"trial {min(lost)} is missing")
 
 
 @contextmanager
@@ -108,12 +113,12 @@ def _check_attributes(held: Mapping[str, Any], spec: Spec) -> None:
         raise ValueError("an end of what is no range is closed")
 
 
-def _check_trial(trial: FrozenTrial, spec: Spec) -> None:
+def _check_trial(trial: FrozenTrial, spec: Spec, *, begun: bool) -> None:
     """Refuse a trial that a sweep of this has not made."""
     check_shape(dict(trial.user_attrs), {"failed?": str, "beyond?": str})
-    state, finished = trial.state, trial.state.is_finished()
+    state, whole = trial.state, begun or trial.state.is_finished()
     names = set(spec.searched)
-    if (trial.params.keys() != names) if finished else (trial.params.keys() - names):
+    if (trial.params.keys() != names) if whole else (trial.params.keys() - names):
         raise ValueError(f"it has the options {', '.join(trial.params) or 'of none'}")
     for name, value in trial.params.items():
         _check_value(name, value, trial.distributions[name], spec.searched[name])

@@ -25,7 +25,7 @@ from altprop.lab.lock import Lock
 from altprop.lab.sweep.checked import PATIENCE, check_study
 from altprop.lab.sweep.spec import Choices, Range, Spec
 
-NAME = "sweep"
+NAME, RUNS = "sweep", "trials"
 APART, PAST = 0.1, 0.25  # of a range's width: what lies beyond the best, and how far to look
 SEEDS = 1_000_003  # from a sweep's seed to that of another
 
@@ -57,8 +57,8 @@ class Study:
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         database = str((folder / STUDY).absolute())
         with self._alone():  # two processes may begin at once
-            check_study(folder / STUDY, NAME, spec)
-            (folder / "trials").mkdir(exist_ok=True)
+            check_study(folder / STUDY, NAME, spec, folder / RUNS)
+            (folder / RUNS).mkdir(exist_ok=True)
             self._storage = optuna.storages.RDBStorage(
                 "sqlite://",
                 engine_kwargs={
@@ -101,7 +101,7 @@ class Study:
 
     def run_folder(self, number: int) -> Path:
         """Return the folder of a trial's run."""
-        return self.folder / "trials" / f"{number:04}"
+        return self.folder / RUNS / f"{number:04}"
 
     def take(self) -> Taken | None:
         """Return a trial to be made: one whose process has died, or the next; or none."""
