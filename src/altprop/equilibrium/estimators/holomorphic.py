@@ -32,7 +32,7 @@ from altprop.equilibrium.solvers.solver import (
     sample_norm,
     worst,
 )
-from altprop.errors import ConfigError, RuleError
+from altprop.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -75,8 +75,6 @@ class HolomorphicEP(AbstractAdjointEstimator):
 
     def adjoint(self, problem: Problem, cotangent: Tensor) -> Adjoint:
         analytic = problem.analytic
-        if analytic is None:
-            raise RuleError("HolomorphicEP needs a problem with an analytic force")
         correction = Antisymmetric(problem.linearise())
         linear = solve_adjoint(
             problem, correction.linear, cotangent, self.tol, self.max_steps, self.solver
