@@ -215,3 +215,93 @@ def test_an_equilibriums_phases_evaluate_the_force_with_every_weight(estimator: 
     block = ap.Equilibrium(ap.DampedAttention(8, heads=2), estimator=estimator)
     found = seen(block, backward(block, torch.randn(2, 5, 8)))
     assert set(found.values()) == {Read.MATRIX}
+
+
+class OwnProduct(torch.autograd.Function):
+    """A product that sends its error through another matrix than its weight."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, feedback: Tensor) -> Tensor:
+        ctx.save_for_backward(x, feedback)
+        return x @ weight.mT
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, feedback = ctx.saved_tensors
+        return grads[0] @ feedback, grads[0].mT @ x, None
+
+
+class Rewired(nn.Module):
+    """Two products of one's own, of which a method, and no module, may be checkpointed."""
+
+    def __init__(self, reentrant: bool | None) -> None:
+        super().__init__()
+        self.reentrant = reentrant
+        self.w1, self.w2 = (nn.Parameter(torch.randn(4, 4)) for _ in range(2))
+        self.B = nn.Parameter(torch.randn(4, 4), requires_grad=False)
+
+    def hidden(self, x: Tensor) -> Tensor:
+        return OwnProduct.apply(x, self.w1, self.B).tanh()  # type: ignore[no-untyped-call]
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.reentrant is None:
+            h = self.hidden(x)
+        else:
+            h = checkpoint(self.hidden, x, use_reentrant=self.reentrant)
+        return OwnProduct.apply(h, self.w2, self.B)  # type: ignore[no-untyped-call]
+
+
+@pytest.mark.parametrize("reentrant", [None, True, False])
+def test_a_checkpointed_method_reads_what_it_reads_uncheckpointed(reentrant: bool | None) -> None:
+    model = Rewired(reentrant)
+    given = torch.randn(3, 4, requires_grad=True)
+    found = seen(model, backward(model, given))
+    assert found == {"w1": Read.NOT, "w2": Read.NOT, "B": Read.MATRIX}
+
+
+def fed_by(write: Callable[[Rewired], Any]) -> dict[str, Read]:
+    """Return what a step reads of which the feedback was written first."""
+    model = Rewired(None)
+
+    def step() -> None:
+        with torch.no_grad():
+            write(model)
+        model(torch.randn(3, 4, requires_grad=True)).square().sum().backward()
+
+    return seen(model, step)
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda b, w: b.copy_(w),
+        lambda b, w: b.lerp_(w, 1.0),
+        lambda b, w: b.mul_(0).add_(w),
+        lambda b, w: torch.add(w, 0.0, out=b),
+        lambda b, w: torch._foreach_copy_([b], [w]),
+        lambda b, w: torch._foreach_lerp_([b], [w], 1.0),
+    ],
+)
+def test_a_feedback_that_is_a_parameter_holds_what_was_written_into_it(write: Any) -> None:
+    found = fed_by(lambda model: write(model.B, model.w2))
+    assert found["w2"] is Read.MATRIX and found["w1"] is Read.NOT
+
+
+def test_lists_are_followed_member_by_member() -> None:
+    found = fed_by(lambda m: m.B.copy_(torch._foreach_sign([m.w1, m.w2])[1]))
+    assert found["w2"] is Read.SIGN and found["w1"] is Read.NOT
+
+
+def test_a_parameter_that_was_put_into_other_memory_is_followed_there() -> None:
+    model = nn.Sequential(nn.Linear(8, 4), nn.Tanh(), nn.Linear(4, 3))
+
+    def steps() -> None:
+        for _ in range(4):
+            gradients = torch.autograd.grad(model(x).square().sum(), list(model.parameters()))
+            for p, g in zip(model.parameters(), gradients, strict=True):
+                p.data = p.data - 0.1 * g
+
+    with ap.watch(model) as found:
+        steps()
+    assert {n: r.how for n, r in found.items() if r.how} == {"2.weight": Read.MATRIX}
+    assert found["2.weight"].operations == {"mm": 4}

@@ -110,7 +110,7 @@ def compare_all(
 
 
 def _joined(tensors: Sequence[Tensor]) -> Tensor:
-    return torch.cat([t.detach().cpu().double().flatten() for t in tensors])
+    return torch.cat([t.detach().to_dense().cpu().double().flatten() for t in tensors])
 
 
 @dataclass(frozen=True)

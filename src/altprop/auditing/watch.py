@@ -8,11 +8,13 @@ in a parameter's memory, or was computed from parameters alone, was read.
 from __future__ import annotations
 
 import enum
+import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cache
+from types import FrameType
 from typing import Any, TypeVar, cast
 
 import torch
@@ -108,6 +110,7 @@ def watch(model: nn.Module) -> Iterator[Watched]:
 
 _Source = dict[str, Read]  # what of which parameters a tensor is made of; MATRIX: the numbers
 
+_EACH = "_foreach_"
 _SIGNS = frozenset({"sign", "sgn", "signbit", "gt", "ge", "lt", "le"})
 _SUMS = frozenset(
     {"linalg_vector_norm", "norm", "sum", "mean", "amax", "amin", "max", "min", "var", "std"}
@@ -128,12 +131,21 @@ class _Mode(TorchDispatchMode):
         self._parts: dict[int, list[tuple[int, int, str]]] = {}  # of a storage, in bytes
         self._derived: dict[int, _Source] = {}
         self._held: list[Any] = []  # a storage's address is its name as long as it lives
-        self._task, self._open = -1, False
-        for name, p in parameters.items():
-            if (place := _place(p)) is not None:
+        self._opened: dict[int, bool] = {}  # whether autograd was on where a backward began
+        self._parameters = parameters
+        self._find()
+
+    def _find(self) -> None:
+        """Note where the parameters lie, besides where they lay before."""
+        for name, p in self._parameters.items():
+            place = _place(p)
+            if place is not None and (*place[1:], name) not in self._parts.get(place[0], ()):
                 self._parts.setdefault(place[0], []).append((*place[1:], name))
+                self._held.append(p.untyped_storage())
 
     def enter(self) -> None:
+        if self._depth == 0:
+            self._find()
         self._depth += 1
 
     def leave(self) -> None:
@@ -143,16 +155,26 @@ class _Mode(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        self._opened.setdefault(torch._C._current_graph_task_id(), torch.is_grad_enabled())
         out = func(*args, **kwargs)
         name = func.overloadpacket.__name__
         if func.is_view or name in _SHAPES:  # nothing of the numbers is read
             return out
+        if name.startswith(_EACH):
+            for one, made in _one_by_one(args, out):
+                self._look(func, name.removeprefix(_EACH), one, kwargs, made)
+        else:
+            self._look(func, name, args, kwargs, out)
+        return out
+
+    def _look(
+        self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
+    ) -> None:
         unread = _unread(name, args)
         operands = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         given = [(t, {} if any(t is u for u in unread) else self._source(t)) for t in operands]
         if any(source for _, source in given):
             self._see(func, name.rstrip("_"), args, given, out)
-        return out
 
     def _see(
         self,
@@ -165,7 +187,7 @@ class _Mode(TorchDispatchMode):
         outs = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
         written = args[0] if _writes_first(func) and isinstance(args[0], Tensor) else None
         alone = all(source for t, source in given if t is not written)
-        pointwise = torch.Tag.pointwise in func.tags
+        pointwise = torch.Tag.pointwise in func.tags or func.__name__.startswith(_EACH)
         if alone:
             for made in outs:
                 self._derive(made, given, name)
@@ -194,7 +216,10 @@ class _Mode(TorchDispatchMode):
 
     def _derive(self, made: Tensor, given: list[tuple[Tensor, _Source]], name: str) -> None:
         place = _place(made)
-        if place is None or (place[0] in self._parts and name != "copy"):
+        if place is None:
+            return
+        own = {parameter for *_, parameter in self._parts.get(place[0], ())}
+        if own and name != "copy" and all(source.keys() <= own for _, source in given):
             return
         most = Read.SIGN if name in _SIGNS else Read.NORM if name in _SUMS else Read.MATRIX
         sources: _Source = {}
@@ -218,10 +243,31 @@ class _Mode(TorchDispatchMode):
         task = torch._C._current_graph_task_id()
         if task == -1:
             return product and self._depth == 0
-        if task != self._task:
-            # gradients of gradients run with autograd on, and so does what is computed anew
-            self._task, self._open = task, torch.is_grad_enabled()
-        return not torch.is_grad_enabled() or (self._open and self._depth == 0)
+        if _computed_anew():
+            return False
+        # gradients of gradients run with autograd on, and so does what a rule computes anew
+        return not torch.is_grad_enabled() or (self._opened[task] and self._depth == 0)
+
+
+def _computed_anew() -> bool:
+    """Tell whether activation checkpointing runs a forward pass within the innermost backward.
+
+    Neither the grad mode nor a module's hooks say so: a function of somebody's own switches
+    autograd off while it runs forward, and what is checkpointed may be no module.
+    """
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and frame.f_code.co_name != "_engine_run_backward":
+        if frame.f_globals.get("__name__") == "torch.utils.checkpoint":
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _one_by_one(args: tuple[Any, ...], out: Any) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    """Yield what an operation on lists does to each of their members, and what it makes of it."""
+    made = args[0] if out is None else out  # None: it wrote into the first list
+    for index, one in enumerate(made):
+        yield tuple(a[index] if isinstance(a, list | tuple) else a for a in args), one
 
 
 def _place(t: Tensor) -> tuple[int, int, int] | None:
