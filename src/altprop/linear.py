@@ -246,6 +246,9 @@ def initialize_dfa_targets(model: nn.Module, target_dim: int) -> None:
     """Draw the feedback of every `LocalLinear(method="dfa")`, for errors of width `target_dim`.
 
     Call it once, after construction and device placement.
+    **Arguments:** `model`, which holds them; `target_dim`, the features of the output's error.
+    **Raises:** `RuleError` if there is no such layer, or one is on the meta device; `ConfigError`
+    for a width below 1.
     """
     for layer in _layers(model, "dfa"):
         layer.set_dfa_target_dim(target_dim)
@@ -254,15 +257,20 @@ def initialize_dfa_targets(model: nn.Module, target_dim: int) -> None:
 def apply_dfa_update(model: nn.Module, e_L: Tensor) -> None:
     """Overwrite, after `loss.backward()`, the gradients of every `dfa` layer by the error's.
 
-    Every other parameter keeps backprop's. **Arguments:** `e_L` (..., target_dim), the gradient of
-    the loss at the output. **Raises:** `RuleError` if a call is missing, saying which.
+    Every other parameter keeps backprop's. **Arguments:** `model`, which holds them; `e_L`
+    (..., target_dim), the gradient of the loss at the output. **Raises:** `RuleError` if a call is
+    missing, saying which.
     """
     for layer in _layers(model, "dfa"):
         layer.dfa_compute_grad(e_L)
 
 
 def initialize_dfa_block_targets(model: nn.Module, d_block: int, init_std: float = 0.02) -> None:
-    """Draw the feedback of every `dfa_block` layer, for blocks of output width `d_block`."""
+    """Draw the feedback of every `dfa_block` layer, for blocks of output width `d_block`.
+
+    **Arguments:** `model`, which holds them; `d_block`, the features of a block's output;
+    `init_std`, of the drawing. **Raises:** as `initialize_dfa_targets`.
+    """
     for layer in _layers(model, "dfa_block"):
         layer._target("B_dfa_block", d_block, init_std)
 
@@ -271,6 +279,8 @@ def apply_dfa_block_update(block: nn.Module, block_output_error: Tensor) -> None
     """Set the gradients of one block's `dfa_block` layers from the error at its output.
 
     The products are those of `apply_dfa_update` *divided by the number of tokens*.
+    **Arguments:** `block`, which holds the layers; `block_output_error` (..., d_block), the
+    gradient of the loss at the block's output.
     **Raises:** `RuleError` if a call is missing, saying which.
     """
     missing = "initialize_dfa_block_targets(model, d_block)"

@@ -25,7 +25,9 @@ Seam = Literal["transport", "broadcast", "adjoint"]
 class Site:
     """A place that needs a feedback matrix: its module path and the matrix's shape.
 
-    For a transport the shape is (out, in), as the weight's; for a broadcast (features, k).
+    **Fields:** `path`, of the module in the model, from which with the seed the matrix is drawn;
+    `rows`, `columns`, its shape: of a transport (out, in), as the weight's; of a broadcast
+    (features, k), `k` being the error's width.
     """
 
     path: str

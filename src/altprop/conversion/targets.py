@@ -60,6 +60,8 @@ def targets(
     Parameters that are no matrices (biases alone, norms, embeddings) are nobody's targets; what
     reaches them says `explain`, of a converted model.
 
+    **Arguments:** `model`; `rule`, a rule or rules by name pattern; `output`, the path of the
+    module that makes the logits, for a broadcast rule: all as for `convert`.
     **Raises:** `ConfigError` for a rule that is none.
     """
     problems: Problems = []

@@ -111,7 +111,9 @@ def numerical_abscissa(
     It bounds how fast a disturbance may grow at first. Below 0, none ever grows; a positive value
     beside a negative abscissa is transient growth, of a Jacobian far from normal.
 
-    **Arguments:** as of `spectrum`; each vector costs a JVP and a VJP.
+    **Arguments:** `of`, a call's certificate, or a dynamics with `z`, the state, `(B, ...)`, and
+    `x`, the input; `dimension`, the most Krylov vectors to keep, each a JVP and a VJP; `tol`, at
+    which it stops, relative to the largest; `seed`, of the first vector.
     """
     system, z = _system(of, z, x)
     products = system.linearise(z)

@@ -1,6 +1,6 @@
 """Layer-parallel direct feedback: a stage of blocks on each process, and no waiting for gradients.
 
-Under block-wise direct feedback a block learns from its input and the error at the output alone. So
+Under direct feedback to blocks, a block learns from its input and the output's error alone. So
 activations go forward from neighbour to neighbour, the last stage broadcasts the error, and every
 stage makes its gradients by itself: nothing travels back.
 

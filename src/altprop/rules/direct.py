@@ -24,11 +24,13 @@ class DirectFeedback(AbstractBroadcast):
     """Replace the cotangent of every tap by `e Bᵀ` (Nøkland 2016; Launay et al. 2020, section 3).
 
     **Arguments:** `granularity`, where the taps are: `"matmul"`, each linear map's own output;
-    `"sublayer"`, after attention and after the feed-forward part, the residual path cut there too
-    (Launay's micro); `"block"`, each block's output, with ordinary autograd inside (macro).
+    before the activation, whose derivative does not enter (Nøkland's rule multiplies by it: take
+    `"block"` where each block is a map and its activation); `"sublayer"`, after attention and after
+    the feed-forward part, the residual path cut there too (Launay's micro); `"block"`, each block's
+    output, with ordinary autograd inside (macro).
     `error`: the gradient at the `"logits"`, or at the `"head_input"`, which still transports the
     head's transpose. `feedback`: one matrix `"shared"` by slicing, so that the error is multiplied
-    once for all taps of one width, or `"independent"` ones.
+    once for all taps of one width, which all hear the same signal, or `"independent"` ones.
     `pass_through`, for `"matmul"` only (inert otherwise): `"hybrid"` maps send the exact `g W` on,
     `"pure"` ones nothing. `features`, the width of a tapped block where it is not that of its last
     linear map. `calibrate_every=n` makes every n-th recorded forward pass one of exact backprop.

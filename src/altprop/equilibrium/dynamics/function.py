@@ -35,8 +35,8 @@ def from_function(
     is the natural fixed-point map; `start`, from the input to the first state (default: the input
     itself, which then has the state's shape); `draws`, what random numbers in the force mean:
     `"replayed"`, the same ones in every evaluation of a call, as dropout's are without being asked,
-    or `"fresh"`, noise that is new in each, which needs a solver that bears it (`Euler`);
-    `parameters`, passed to every call by name.
+    or `"fresh"`, noise that is new in each, which needs a solver of plain steps (`Euler`,
+    `FixedPoint`); `parameters`, passed to every call by name.
 
     **Raises:** `ConfigError` if the force closes over trainable parameters that were not given.
     When it is called, `RuleError` for one in which samples interact or buffers change.

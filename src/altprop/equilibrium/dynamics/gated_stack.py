@@ -56,8 +56,10 @@ class GatedStack(AbstractDynamics):
     with one layer): the residual stream is the input's, and only what the first attention reads is
     fed back. At its initialisation `α = 0` it is exactly `L` ordinary feed-forward blocks.
 
-    **Arguments:** `layers`, `L`; the others are those of `GatedBlock`. **Input and state:** `(B, T,
-    C)`.
+    **Arguments:** `d_model`, the width `C`; `heads`, of attention, which must divide it; `layers`,
+    `L`; `expansion`, the width of the feed-forward parts over `C`; `init_std`, of the weights'
+    normal initialisation. **Input and state:** `(B, T, C)`.
+    **Raises:** `ConfigError` for fewer layers than one, or heads that do not divide the width.
     """
 
     def __init__(

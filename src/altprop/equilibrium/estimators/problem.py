@@ -30,10 +30,11 @@ class Certificate:
 
     `free_residual`: `‖F‖/‖z‖` per sample at the state that is recorded, `(B,)`. `free_evaluations`:
     force evaluations of the free phase, the recorded one included. `result`: its outcome. `state`,
-    `input`: `z*` and `x`, detached, `(B, ...)`. `adjoint_residual`: of the linear problem, or of
-    the nudged phases (AEP: of their contrast; the others: the worst of them), relative to the
-    nudge, `(B,)`; in a layered system the worst level's, relative to what the unknown holds at
-    that level. `adjoint_remainder`: the adjoint equation's residual as a vector, `(B, ...)`.
+    `input`: `z*` and `x`, detached, `(B, ...)`. `adjoint_result`: how the backward
+    pass's solve ended, None before it. `adjoint_residual`: of the linear problem, or of the nudged
+    phases (AEP: of their contrast; the others: the worst of them), relative to the nudge, `(B,)`;
+    in a layered system the worst level's, relative to what the unknown holds at that level.
+    `adjoint_remainder`: the adjoint equation's residual as a vector, `(B, ...)`.
     `nudged_residuals`: each nudged phase's own, `(phases, B)`; None for an estimator without any.
     `antisymmetry`: `‖Jv − Jᵀv‖/‖Jv‖`, `(B,)`, along the adjoint, where the estimator has both
     products anyway: how wrong naive EP would be here. `adjoint_floor`: the round-off below which a

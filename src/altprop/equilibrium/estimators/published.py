@@ -60,8 +60,11 @@ class PublishedEP(AbstractAdjointEstimator):
 class PublishedAEP(AbstractAdjointEstimator):
     """Asymmetric equilibrium propagation as published (Scurria et al., arXiv 2602.03670).
 
-    **Arguments:** as `PublishedEP`; `clip`, whether the correction `(J − Jᵀ)(z − z*)` is scaled
-    down, over the whole tensor, to at most the norm of the nudged force.
+    **Arguments:** `step`, the Euler step `ε`; `steps`, the length `T2` of a nudged phase; `beta`,
+    the nudge, in units of the caller's own cost; `nudge`, `"cost"` (`∇C` at the nudged state: call
+    the module with `cost=`) or `"linear"` (the constant cotangent); `clip`, whether the
+    correction `(J − Jᵀ)(z − z*)` is scaled down, over the whole tensor, to at most the norm of the
+    nudged force.
     """
 
     scaled: ClassVar[bool] = False

@@ -84,7 +84,7 @@ def _list(there: Mapping[str, Measured]) -> Table:
 
 
 def _show(console: Console, figure: Figure, found: Measured) -> None:
-    table = Table(figure.unit, "published", "measured", title=figure.title)
+    table = Table(figure.unit, figure.column, "measured", title=figure.title)
     for row in lines(figure, found):
         table.add_row(*map(Text, row))
     console.print(table)

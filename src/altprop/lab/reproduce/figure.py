@@ -26,7 +26,8 @@ class Figure:
     **Arguments:** `setting`, the experiment in a sentence; `source`, who published what stands in
     `published`, which has an entry for every line of the figure, None for a line of ours alone;
     `unit` of all of them; `measure`, from a seed to what it found for every line; `seeds`, how many
-    by default, from 0 on; `differs`, why ours need not be theirs.
+    by default, from 0 on; `differs`, why ours need not be theirs; `column`, what `published` is
+    headed by, where the figures are not those of a publication.
     """
 
     title: str
@@ -37,6 +38,7 @@ class Figure:
     measure: Measure
     differs: str
     seeds: int = 3
+    column: str = "published"
 
 
 @dataclass

@@ -32,10 +32,10 @@ def page(name: str, figure: Figure, found: Measured) -> str:
         [
             f"### {figure.title}",
             "",
-            f"`altprop reproduce {name}`. {figure.setting}. Published: {figure.source}. "
-            f"Measured: {brief(found)}. {figure.differs}.",
+            f"`altprop reproduce {name}`. {figure.setting}. {figure.column.capitalize()}: "
+            f"{figure.source}. Measured: {brief(found)}. {figure.differs}.",
             "",
-            f"| {figure.unit} | published | measured |",
+            f"| {figure.unit} | {figure.column} | measured |",
             "|---|---|---|",
             *rows,
             "",
