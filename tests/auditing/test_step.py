@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as nnf
+from scipy import stats
 from torch import Tensor, nn
 
 import altprop as ap
@@ -94,6 +96,48 @@ def sgd(m: nn.Module, batch: Any) -> None:
     optimiser.zero_grad()
 
 
+def adamw(m: nn.Module, batch: Any) -> None:
+    optimiser = torch.optim.AdamW(m.parameters(), lr=1e-3)
+    backprop(m, batch)
+    optimiser.step()
+    optimiser.zero_grad(set_to_none=True)
+
+
+def clipped(m: nn.Module, batch: Any) -> None:
+    optimiser = torch.optim.SGD(m.parameters(), lr=1e-6)
+    backprop(m, batch)
+    nn.utils.clip_grad_norm_(m.parameters(), 1e-3)
+    optimiser.step()
+    optimiser.zero_grad()
+
+
+def lbfgs(m: nn.Module, batch: Any) -> None:
+    optimiser = torch.optim.LBFGS(m.parameters(), max_iter=3)
+
+    def closure() -> Tensor:
+        optimiser.zero_grad()
+        value = loss(m, batch)
+        value.backward()
+        return value
+
+    optimiser.step(closure)  # type: ignore[no-untyped-call]
+
+
+def by_change(m: nn.Module, batch: Any, rate: float = 0.25) -> None:
+    gradients = torch.autograd.grad(loss(m, batch), list(m.parameters()))
+    for p, g in zip(m.parameters(), gradients, strict=True):
+        p.data = p.data - rate * g
+
+
+def slightly(m: nn.Module, batch: Any) -> None:
+    """A change of the weight that keeps few digits of the gradient."""
+    by_change(m, batch, 1e-5)
+
+
+def lost(m: nn.Module, batch: Any) -> None:
+    (loss(m, batch) * math.nan).backward()
+
+
 @pytest.mark.parametrize(
     ("step", "hidden", "last"),
     [
@@ -103,7 +147,13 @@ def sgd(m: nn.Module, batch: Any) -> None:
         (detached_below, V.UNTOUCHED, V.EXACT),
         (by_hand, V.EXACT, V.EXACT),
         (random_direction, V.UNCORRELATED, V.UNCORRELATED),
-        (sgd, V.SCALED, V.SCALED),
+        (sgd, V.EXACT, V.EXACT),
+        (adamw, V.EXACT, V.EXACT),
+        (clipped, V.SCALED, V.SCALED),
+        (lbfgs, V.EXACT, V.EXACT),
+        (by_change, V.SCALED, V.SCALED),
+        (slightly, V.SCALED, V.SCALED),
+        (lost, V.LOST, V.LOST),
     ],
 )
 def test_a_step_is_what_it_does(step: Any, hidden: Verdict, last: Verdict) -> None:
@@ -111,11 +161,12 @@ def test_a_step_is_what_it_does(step: Any, hidden: Verdict, last: Verdict) -> No
 
 
 def test_a_length_is_told() -> None:
-    for step, scale in ((error_optimised, 0.05), (sgd, 0.25)):
+    for step, scale in ((error_optimised, 0.05), (by_change, 0.25)):
         row = audited(step)["0.weight"]
         assert row.agreement is not None
         assert row.agreement.norm_ratio == pytest.approx(scale, rel=1e-3)
         assert f"exact but for its length, times {scale}" in str(row)
+    assert "judged by its change of the weight" in str(audited(by_change)["0.weight"])
     assert audited(sgd)["0.weight"].moved is not None
     assert audited(backprop)["0.weight"].moved is None
 
@@ -164,7 +215,64 @@ def test_nothing_of_the_callers_changes_and_random_draws_are_alike() -> None:
     found = ap.audit_step(sgd, m, loss, BATCH)
     assert torch.equal(state, torch.get_rng_state())
     assert all(torch.equal(p, before[n]) and p.grad is None for n, p in m.named_parameters())
-    assert {row.verdict for row in found.values()} == {V.SCALED}
+    assert {row.verdict for row in found.values()} == {V.EXACT}
+
+
+def test_a_batch_that_is_changed_serves_both_runs_and_stays_the_callers() -> None:
+    given = {"x": BATCH[0].clone(), "labels": BATCH[1]}
+
+    def popping(m: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        labels = batch.pop("labels")
+        return nnf.cross_entropy(m(batch["x"].sub_(20.0).div_(50.0)), labels)
+
+    found = ap.audit_step(lambda m, b: popping(m, b).backward(), model(), popping, given)
+    assert {row.verdict for row in found.values()} == {V.EXACT}
+    assert torch.equal(given["x"], BATCH[0]) and "labels" in given
+
+
+def test_a_step_that_trains_the_model_it_holds_is_refused() -> None:
+    held = model()
+
+    def bound(m: nn.Module, batch: Any) -> None:
+        backprop(held, batch)
+
+    with pytest.raises(ap.ConfigError, match="trained the model that it holds"):
+        ap.audit_step(bound, held, loss, BATCH)
+
+
+def test_sparse_gradients_are_judged() -> None:
+    bag = nn.Sequential(nn.Embedding(9, 4, sparse=True), nn.Flatten(), nn.Linear(8, 10))
+    batch = torch.randint(9, (6, 2)), torch.randint(10, (6,))
+    found = ap.audit_step(backprop, bag, loss, batch)
+    assert {row.verdict for row in found.values()} == {V.EXACT}
+
+
+def turned(cosine: float, count: int) -> Verdict:
+    """Return the verdict on a gradient of so many numbers at a cosine to the exact one."""
+    exact = torch.zeros(count, dtype=torch.float64)
+    exact[0] = 1.0
+    other = torch.zeros_like(exact)
+    other[-1] = math.sqrt(1 - cosine**2) if count > 1 else 0.0
+    one = nn.Module()
+    one.w = nn.Parameter(torch.ones(count, dtype=torch.float64))
+
+    def step(m: Any, _: Any) -> None:
+        m.w.grad = (cosine * exact + other) * 0.5
+
+    return ap.audit_step(step, one, lambda m, _: (m.w * exact).sum(), ())["w"].verdict  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("count", [3, 9, 10, 40])
+def test_what_a_random_direction_hardly_reaches_is_no_random_direction(count: int) -> None:
+    t = stats.t.ppf(1 - 0.0027 / 2, count - 1)
+    bound = float(t / math.sqrt(count - 1 + t * t))
+    for sign in (1, -1):
+        assert turned(sign * bound * 0.999, count) is V.UNCORRELATED
+        assert turned(sign * (bound + 0.001 * (1 - bound)), count) is V.BIASED
+
+
+def test_a_single_number_is_judged_by_its_sign() -> None:
+    assert (turned(1.0, 1), turned(-1.0, 1)) == (V.SCALED, V.BIASED)
 
 
 @pytest.mark.parametrize(("estimator", "verdict"), [(ap.AEP(), V.EXACT), (ap.EP(), V.BIASED)])

@@ -8,24 +8,30 @@ from __future__ import annotations
 import copy
 import enum
 import math
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_map
 
-from altprop.auditing.agreement import Agreement, compare_all
+from altprop.auditing.agreement import Agreement, Flag, compare_all
 from altprop.auditing.watch import PerParameter, Reading, watch
 from altprop.conversion.convert import rules_off
 from altprop.conversion.record import record_of
 from altprop.equilibrium.module import Equilibrium
 from altprop.errors import ConfigError
+from altprop.statistics import t_quantile
 
 # How exact is exact: rounding in float32, over a deep model, stays below either.
 _SAME, _PARALLEL = 1e-3, 1e-5
-_SPREAD = 3.0  # standard deviations of a random direction's cosine
+# A random direction's cosine is below three standard deviations with this probability.
+_SPREAD, _SURE = 3.0, 0.9973
+_MANY = 200  # numbers from which on the normal law serves
 
 
 class Verdict(enum.Enum):
@@ -36,16 +42,18 @@ class Verdict(enum.Enum):
     BIASED = "biased"
     UNCORRELATED = "no nearer than a random direction"
     UNTOUCHED = "untouched"
-    UNKNOWN = "the exact gradient is zero or none"
+    LOST = "not finite"
+    UNKNOWN = "the exact gradient is zero, not finite or none"
 
 
 @dataclass(frozen=True)
 class StepRow:
     """What a step did to one parameter.
 
-    `verdict`; `agreement`, of what the step wrote into `.grad`, or else of minus its change of the
-    weight, beside the exact gradient; `moved`, of minus the change in either case (`None`: it did
-    not change); `spread`, the standard deviation of a random direction's cosine; `reading`.
+    `verdict`; `agreement`, of what the step wrote into `.grad` before it first changed the weight,
+    or else of minus its change of the weight, beside the exact gradient; `moved`, of minus the
+    change in either case (`None`: it did not change); `spread`, the standard deviation of a random
+    direction's cosine; `reading`; `by_change`, whether the change of the weight was judged.
     """
 
     verdict: Verdict
@@ -53,6 +61,7 @@ class StepRow:
     moved: Agreement | None
     spread: float
     reading: Reading
+    by_change: bool = False
 
     def __str__(self) -> str:
         out = self.verdict.value
@@ -62,7 +71,9 @@ class StepRow:
                 out += f", times {found.norm_ratio:.3g}"
             elif self.verdict in (Verdict.BIASED, Verdict.UNCORRELATED):
                 out += f": cosine {found.cosine:.3f} (random ± {self.spread:.3f})"
-        if self.moved is not None and self.moved.cosine is not None:
+        if self.by_change:
+            out += "; judged by its change of the weight"
+        elif self.moved is not None and self.moved.cosine is not None:
             out += f"; moved along it by cosine {self.moved.cosine:.3f}"
         return f"{out}; {self.reading}"
 
@@ -80,34 +91,93 @@ def audit_step(
     """Run a training step on a copy of `model`, and say of every parameter what it did to it.
 
     Rules of this library are switched off for the exact gradient. Both runs draw the same random
-    numbers (dropout's masks, say). What the step writes into `.grad` is judged, and where it
-    writes nothing there, its change of the weight, whose direction an optimiser may have bent.
+    numbers (dropout's masks, say) and have a copy of the batch's tensors. What the step writes into
+    `.grad` before its first update is judged, whatever it does with it then, and where it writes
+    nothing there, its change of the weight, whose direction an optimiser may have bent.
 
     **Arguments:** `step`, called as `step(model, batch)` with the copy: anything from a `backward`
     to whole updates, with an optimiser that it makes of `model.parameters()` itself; `loss_fn`,
     `loss_fn(model, batch)` returns the loss, a scalar, whose gradient is the exact one; `batch`,
     handed on to both.
 
-    **Raises:** `ConfigError` for a loss that is no scalar with a gradient.
+    **Raises:** `ConfigError` for a loss that is no scalar with a gradient, and for a step that
+    trains the model that it holds and not the one that it is given.
     """
     theirs, ours = copy.deepcopy(model), copy.deepcopy(model)
     for copied in (theirs, ours):
         copied.zero_grad(set_to_none=True)
-    exact = _exact(ours, loss_fn, batch)
+    exact = _exact(ours, loss_fn, _own(batch))
     before = {name: p.detach().clone() for name, p in theirs.named_parameters()}
-    with torch.random.fork_rng(), watch(theirs) as seen:
-        step(theirs, batch)
-    after = dict(theirs.named_parameters())
-    wrote = {n: p.grad for n, p in after.items() if p.grad is not None and bool(p.grad.any())}
-    moved = {n: before[n] - p.detach() for n, p in after.items() if n in before}
+    held = _versions(model)
+    with torch.random.fork_rng(), watch(theirs) as seen, _written(theirs, before) as wrote:
+        step(theirs, _own(batch))
+    if _versions(model) != held:
+        raise ConfigError(
+            "the step trained the model that it holds, not the one that it is given: write it as "
+            "step(model, batch) and use that model, with an optimiser made of its parameters"
+        )
+    moved = {n: before[n] - p.detach() for n, p in theirs.named_parameters() if n in before}
     moved = {name: delta for name, delta in moved.items() if bool(delta.any())}
     told, changes = _compare({**moved, **wrote}, exact), _compare(moved, exact)
     rows = {}
     for name, p in before.items():
-        spread = 1 / math.sqrt(p.numel())
-        verdict = _verdict(told.get(name), name in {**moved, **wrote}, spread)
-        rows[name] = StepRow(verdict, told.get(name), changes.get(name), spread, seen[name])
+        spread, by_change = 1 / math.sqrt(p.numel()), name in moved and name not in wrote
+        # what a change of the weight has lost of the gradient by rounding, relative to it
+        lost = float(p.norm() * torch.finfo(p.dtype).eps / moved[name].norm()) if by_change else 0.0
+        verdict = _verdict(told.get(name), name in {**moved, **wrote}, p.numel(), lost)
+        found, change = told.get(name), changes.get(name)
+        rows[name] = StepRow(verdict, found, change, spread, seen[name], by_change)
     return StepAudit(rows)
+
+
+def _own(batch: Any) -> Any:
+    """Return a batch whose tensors and containers a step may change as it likes."""
+
+    def copied(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.detach().clone().requires_grad_(value.requires_grad)
+        try:
+            return copy.deepcopy(value)
+        except Exception:  # of what is no data, as a file that is open
+            return value
+
+    return tree_map(copied, batch)
+
+
+def _versions(model: nn.Module) -> list[tuple[int, int | None]]:
+    """Return what tells that a model's weights or gradients were changed in place or replaced."""
+    return [(p._version, None if p.grad is None else p.grad._version) for p in model.parameters()]
+
+
+@contextmanager
+def _written(model: nn.Module, before: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+    """Collect what is in each `.grad` when the weight is first changed, or at the end."""
+    wrote: dict[str, Tensor] = {}
+    names = {id(p): name for name, p in model.named_parameters()}
+
+    def note(p: Tensor) -> None:
+        name = names.get(id(p))
+        with _disable_current_modes():  # what is looked at here is no reading of the step's
+            if name is None or p.grad is None or not torch.equal(p, before[name]):
+                return
+            if bool((gradient := p.grad.detach().to_dense()).any()):
+                wrote[name] = gradient.clone()
+
+    def stepping(optimiser: torch.optim.Optimizer, *_: Any) -> None:
+        for group in optimiser.param_groups:
+            for p in group["params"]:
+                note(p)
+
+    with ExitStack() as stack:
+        stack.callback(register_optimizer_step_pre_hook(stepping).remove)
+        for p in model.parameters():
+            if p.requires_grad:
+                stack.callback(p.register_post_accumulate_grad_hook(note).remove)
+        yield wrote
+    for name, p in model.named_parameters():
+        note(p)  # what was not changed, and by hand whatever was
+        if name not in wrote and p.grad is not None and bool(p.grad.to_dense().any()):
+            wrote[name] = p.grad.detach().to_dense().clone()
 
 
 def _exact(
@@ -138,15 +208,28 @@ def _compare(given: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> dict[s
     return compare_all({n: given[n] for n in both}, {n: exact[n] for n in both})[0]
 
 
-def _verdict(found: Agreement | None, touched: bool, spread: float) -> Verdict:
+def _verdict(found: Agreement | None, touched: bool, count: int, lost: float) -> Verdict:
     if not touched:
         return Verdict.UNTOUCHED
+    if found is not None and found.flag is Flag.NON_FINITE:
+        return Verdict.LOST
     if found is None or found.cosine is None or found.relative_error is None:
         return Verdict.UNKNOWN
     if found.relative_error <= _SAME:
         return Verdict.EXACT
-    if found.cosine >= 1 - _PARALLEL and spread < 1:
+    if found.cosine >= 1 - max(_PARALLEL, lost**2):
         return Verdict.SCALED
-    if abs(found.cosine) <= _SPREAD * spread:
+    if abs(found.cosine) <= _random(count):
         return Verdict.UNCORRELATED
     return Verdict.BIASED
+
+
+def _random(count: int) -> float:
+    """Return what a random direction's cosine hardly exceeds; 0 where there is but one direction.
+
+    Of `n` numbers, `c √(n − 1) / √(1 − c²)` has Student's law with `n − 1` degrees of freedom.
+    """
+    if count < 2:
+        return 0.0
+    t = _SPREAD if count > _MANY else t_quantile(count - 1, _SURE)
+    return t / math.sqrt(count - 1 + t * t)
