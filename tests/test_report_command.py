@@ -87,13 +87,24 @@ def test_the_first_sentence_says_which_rule_came_how_close() -> None:
              "difference": {"mean": -0.2, "interval": [-0.5, 0.1]}}  # fmt: skip
     said = verdict(results, results["arms"])
     assert markup(tag("strong", best["name"]), " recovers the most of backprop") in said
-    assert "98 % [95, 101]" in said and "1 of 3 rules cannot be told from backprop" in said
+    assert "98 % [95, 101]" in said and "Of 3 rules: 1 not told from, 2 worse than backprop" in said
     best["difference"]["interval"] = [-0.5, -0.1]
-    assert "None of 3 rules reaches backprop" in verdict(results, results["arms"])
+    assert "Of 3 rules: 3 worse than backprop" in verdict(results, results["arms"])
+    best["difference"]["interval"] = [0.1, 0.5]
+    assert "1 better than, 2 worse than backprop" in verdict(results, results["arms"])
+    results["task"]["better"] = "lower"
+    assert "2 better than, 1 worse than backprop" in verdict(results, results["arms"])
+    results["task"]["better"] = "higher"
+    best["scores"][0] = None
+    said = verdict(results, results["arms"])
+    assert "Of 2 rules: 2 worse" in said and "Left out, for seeds that failed: 1." in said
+    assert "recovers the most" in said
     frozen = results["arms"][1]["difference"]
     frozen["interval"] = [-3.0, 1.0]  # without a gain of backprop there is nothing to recover
     said = verdict(results, results["arms"])
-    assert "recovers the most" not in said and "cannot be told from frozen hidden layers" in said
+    assert "recovers the most" not in said and "not shown to beat frozen hidden layers" in said
+    frozen["interval"] = [1.0, 3.0]  # frozen layers are better
+    assert "not shown to beat frozen" in verdict(results, results["arms"])
     assert verdict(results, []) == "No rule has a score yet."
 
 

@@ -65,7 +65,7 @@ _COMPARISON = {
     "command": str,
     "versions?": ({str: str}, None),
     "threads?": (int, None),
-    **dict.fromkeys(("machine?", "started?"), (str, None)),
+    **dict.fromkeys(("machine?", "started?", "digest?"), (str, None)),
 }
 _SESSION = {
     **dict.fromkeys(("command", "device", "device_name?"), str),

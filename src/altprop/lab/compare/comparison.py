@@ -6,6 +6,7 @@ stand beside the rules: backprop, frozen hidden layers, and calibration alone.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import math
 import shlex
@@ -16,14 +17,17 @@ from json import dumps
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
-from altprop import AbstractRule, ConfigError, RuleError
+from altprop import AbstractRule, CheckpointError, ConfigError, RuleError
 from altprop.lab.compare.arms import CONTROLS, Arm, arms_of
 from altprop.lab.compare.folder import open_folder, write_results
 from altprop.lab.compare.plan import Plan, wanted
 from altprop.lab.compare.results import Comparison, compiled
-from altprop.lab.compare.trial import Job
+from altprop.lab.compare.trial import Job, Key
 from altprop.lab.compare.workers import run_jobs
 from altprop.lab.display import Trials
 from altprop.lab.folder import check_ways
@@ -87,7 +91,11 @@ def compare(
     refused = _rehearse(task, arms)
     folder = out or _new_folder(task)
     held = {name: _held(value) for name, value in options.items()}
-    outcomes = open_folder(folder, held, _command(held), resume=resume, overwrite=overwrite)
+    digest = _digest(task, plan)
+    command = _command(task, held)
+    outcomes = open_folder(folder, held, command, digest, resume=resume, overwrite=overwrite)
+    for arm in arms:
+        _check_same(folder, arm, outcomes)
     for arm in arms:
         if arm.name in refused:
             job = Job(arm, "search", plan.rates[0], plan.seeds[0], plan.search_steps)
@@ -174,22 +182,61 @@ def _rehearse(task: AbstractTask, arms: Sequence[Arm]) -> dict[str, str]:
 
 
 def _refusal(job: Job, why: str) -> dict[str, Any]:
-    return {"arm": job.arm.name, "phase": job.phase, "lr": job.rate, "seed": job.seed,
-            "steps": job.steps, "refused": why, "failed": None, "score": None}  # fmt: skip
+    return {"arm": job.arm.name, "rule": job.arm.text, "phase": job.phase, "lr": job.rate,
+            "seed": job.seed, "steps": job.steps, "refused": why, "failed": None,
+            "score": None}  # fmt: skip
 
 
 def _held(value: Any) -> Any:
     """Return an option as a file holds it; a task of one's own that no text says, by its name."""
+    return value.name if isinstance(value, AbstractTask) and not _is_said(value) else plain(value)
+
+
+def _is_said(task: AbstractTask) -> bool:
+    """Tell whether the text of a task says all of it, as of those of the library."""
     try:
-        return plain(value)
+        plain(task)
     except ConfigError:
-        if isinstance(value, AbstractTask):
-            return value.name
-        raise
+        return False
+    return True
 
 
-def _command(held: Mapping[str, Any]) -> str:
-    """Return the words that compute the same again."""
+def _digest(task: AbstractTask, plan: Plan) -> str:
+    """Return what is another where trials of a task would be others, besides its options.
+
+    Of a task of one's own that is its recipe and what it holds, its weights at the first seed, the
+    first batch, and what those weights score.
+    """
+    found = hashlib.sha256(repr((task.recipe, plan.steps, plan.search_steps, plan.rates)).encode())
+    if not _is_said(task):
+        model = task.model(plan.seeds[0])
+        parts = (vars(task), task.batches(plan.seeds[0]).draw(), model.state_dict())
+        for leaf in tree_leaves(parts):
+            if isinstance(leaf, Tensor):
+                found.update(repr((leaf.dtype, leaf.shape)).encode())
+                found.update(
+                    leaf.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+                )
+        found.update(repr([*model.state_dict(), task.score(model, "validation")]).encode())
+        found.update(repr(task.score(model, "test")).encode())
+    return found.hexdigest()
+
+
+def _check_same(folder: Path, arm: Arm, outcomes: Mapping[Key, Mapping[str, Any]]) -> None:
+    """Refuse an arm whose name belongs to another rule in the folder."""
+    other = next((o["rule"] for o in outcomes.values() if o["arm"] == arm.name), arm.text)
+    if other != arm.text:
+        raise CheckpointError(
+            f"{folder}: the arm {arm.name} was {other} there and is {arm.text} now: give it "
+            "another name, or start a new comparison"
+        )
+
+
+def _command(task: AbstractTask, held: Mapping[str, Any]) -> str:
+    """Return what computes the same again: words, or for a task of one's own that it is Python."""
+    if not _is_said(task):
+        given = ", ".join(f"{k}={v!r}" for k, v in held.items() if k != "task" and v is not None)
+        return f"in Python: compare({task.name}, {given})"
     words = ["altprop", "compare", str(held["task"])]
     for name, value in held.items():
         if name != "task" and value is not None:

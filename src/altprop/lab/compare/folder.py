@@ -23,7 +23,7 @@ from altprop.shape import check_shape
 
 _NUMBER = (float, None)
 _OUTCOME = {
-    "arm": str, "phase": str, "lr": float, "seed": int, "steps": int,
+    "arm": str, "rule": str, "phase": str, "lr": float, "seed": int, "steps": int,
     "refused": (str, None), "failed": (str, None), "score": _NUMBER, "evaluations?": _NUMBER,
     "cost?": {
         "seconds_per_step": float, "relative": float, "quartiles": [float, float],
@@ -37,12 +37,18 @@ FREE = {"workers", "rules", "seeds", "controls", "equal_cost"}  # what a resumed
 
 
 def open_folder(
-    folder: Path, options: Mapping[str, Any], command: str, *, resume: bool, overwrite: bool
+    folder: Path,
+    options: Mapping[str, Any],
+    command: str,
+    digest: str,
+    *,
+    resume: bool,
+    overwrite: bool,
 ) -> dict[Key, dict[str, Any]]:
     """Make a comparison's folder, or find the one to go on in; return the outcomes in it.
 
     **Arguments:** `options`, plain data, as `comparison.yaml` holds it; `command`, what computes
-    the same again.
+    the same again; `digest`, of what no option says of the task.
 
     **Raises:** `CheckpointError` for a comparison that is in the way or is another one.
     """
@@ -58,7 +64,13 @@ def open_folder(
                 f"{folder} was started with other values of {', '.join(changed)}: give those of "
                 f"{folder / OPTIONS}, or start a new comparison"
             )
-        started = read_record(folder).get("started")
+        record = read_record(folder)
+        if record.get("digest") != digest:
+            raise CheckpointError(
+                f"{folder} was started with another network, recipe or data of {options['task']}, "
+                "or by a version that did not note them: start a new comparison"
+            )
+        started = record.get("started")
         outcomes_in(folder)
     elif there:
         for file in (*folder.glob("trials/*/*/*"), folder / RESULTS):
@@ -68,7 +80,7 @@ def open_folder(
         folder.mkdir(parents=True, exist_ok=True)
         text = yaml.safe_dump(dict(options), sort_keys=False, allow_unicode=True, width=10**6)
         write_whole(folder / OPTIONS, text)
-        record = _record(command)
+        record = {**_record(command), "digest": digest}
         if resume:
             record |= {"started": started, "resumed": record["started"]}
         write_whole(folder / RECORD, json.dumps(record, indent=1) + "\n")

@@ -25,6 +25,7 @@ from altprop.lab.compare.plan import (
 from altprop.lab.compare.statistics import Estimate, Values, difference, mean_of, recovery
 from altprop.lab.compare.trial import Job
 from altprop.lab.folder import FORMAT
+from altprop.lab.reporting.numbers import few_seeds
 from altprop.lab.tasks.task import AbstractTask
 from altprop.terminal import printable
 
@@ -77,7 +78,7 @@ def _cells(arm: Mapping[str, Any]) -> list[str]:
     cost, equal = arm["cost"], arm["equal_cost"]
     return [
         arm["name"],
-        _estimate(arm, "{:z.2f}"),
+        _estimate(arm, "{:z.2f}") + few_seeds(arm["scores"]),
         _estimate(arm["difference"], "{:+z.2f}"),
         _estimate(arm["recovery"], "{:z.2f}"),
         f"{arm['lr']:g}" + (" (edge)" if arm["edge"] else ""),

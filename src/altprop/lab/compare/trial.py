@@ -24,7 +24,7 @@ from altprop.lab.compare.cost import measure_cost
 from altprop.lab.settings import TrainConfig
 from altprop.lab.state import Batch, State
 from altprop.lab.tasks.task import AbstractTask
-from altprop.lab.train import begin_with, steps
+from altprop.lab.train import begin_with, seeded, steps
 
 Phase = Literal["search", "final", "equal", "cost"]
 Key = tuple[str, str, float, int]
@@ -69,8 +69,8 @@ def run_job(task: AbstractTask, job: Job, comparison: Path) -> dict[str, Any]:
     folder = job.folder(comparison)
     folder.mkdir(parents=True, exist_ok=True)
     outcome: dict[str, Any] = {
-        "arm": job.arm.name, "phase": job.phase, "lr": job.rate, "seed": job.seed,
-        "steps": job.steps, "refused": None, "failed": None, "score": None,
+        "arm": job.arm.name, "rule": job.arm.text, "phase": job.phase, "lr": job.rate,
+        "seed": job.seed, "steps": job.steps, "refused": None, "failed": None, "score": None,
     }  # fmt: skip
     started = time.process_time()
     try:
@@ -107,7 +107,7 @@ def _train(task: AbstractTask, job: Job, folder: Path) -> dict[str, Any]:
     if 0 in audits:
         audit.append(_audited(state, probe))
     with (folder / "metrics.jsonl").open("w", encoding="utf-8") as metrics:
-        for record in steps(recipe, state, guard):
+        for record in seeded(steps(recipe, state, guard), job.seed):
             since.append(record["loss"])
             if "free_evaluations" in record:
                 evaluations.append(record["free_evaluations"] + record["adjoint_evaluations"])
@@ -164,7 +164,8 @@ def _gradients(state: State, model: nn.Module, batch: Batch) -> dict[str, Tensor
     learning = {
         name: p for name, p in model.named_parameters() if p.requires_grad and id(p) not in feedback
     }
-    with torch.random.fork_rng():  # both draw the same
+    with torch.random.fork_rng(devices=()):  # both draw the same, whoever drew before
+        torch.manual_seed(state.progress.step)
         loss = state.loss(model, batch)
         found = torch.autograd.grad(
             loss, list(learning.values()), allow_unused=True, materialize_grads=True

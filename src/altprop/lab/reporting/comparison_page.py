@@ -7,7 +7,7 @@ from typing import Any
 
 from altprop.lab.reporting.comparison import Comparison
 from altprop.lab.reporting.markup import Markup, chart, finite, markup, name, section, table, tag
-from altprop.lab.reporting.numbers import duration, interval, large, number
+from altprop.lab.reporting.numbers import duration, few_seeds, interval, large, number
 from altprop.lab.reporting.page import again, page
 from altprop.lab.reporting.thin import average, most_points, thin
 
@@ -44,7 +44,7 @@ def chart_data(comparison: Comparison) -> dict[str, Any]:
         "score": {**{k: task[k] for k in ("unit", "better")}, "name": task["score"]},
         "chance": finite(task["chance"]),
         "steps": steps,
-        "start": "recovery" if _gains(comparison.arms) else "score",
+        "start": "recovery" if _gains(comparison.results, comparison.arms) else "score",
         "arms": [_drawn(arm, task["unit"], most) for arm in comparison.arms],
     }
 
@@ -126,11 +126,14 @@ def _head(title: str, results: Mapping[str, Any], arms: Sequence[Arm]) -> Markup
 def verdict(results: Mapping[str, Any], arms: Sequence[Arm]) -> Markup:
     """Return in a sentence or two which rule came how close to backprop."""
     unit = results["task"]["unit"]
-    rules = [arm for arm in arms if not arm["control"] and arm["mean"] is not None]
-    if not rules:
+    scored = [arm for arm in arms if not arm["control"] and arm["mean"] is not None]
+    if not scored:
         return markup("No rule has a score yet.")
+    rules = [arm for arm in scored if not few_seeds(arm["scores"])]
+    if not rules:
+        return markup("No rule has a score at every seed.")
     judged = [arm for arm in rules if arm["recovery"] and arm["recovery"]["mean"] is not None]
-    if judged and _gains(arms):
+    if judged and _gains(results, arms):
         best = max(judged, key=lambda arm: arm["recovery"]["mean"])
         recovery = _value(best["recovery"], "%", 100)
         assert recovery is not None
@@ -142,27 +145,35 @@ def verdict(results: Mapping[str, Any], arms: Sequence[Arm]) -> Markup:
         best = rules[0]
         score = interval(best["mean"], best["interval"], unit)
         said = markup(tag("strong", best["name"]), " scores best, with ", tag("strong", score), ".")
-    paired = [arm["difference"] for arm in rules if _has_interval(arm["difference"])]
-    same = [d for d in paired if d["interval"][0] <= 0 <= d["interval"][1]]
-    if paired:
-        count = f"{len(same) or 'None'} of {len(paired)} {_plural('rule', paired)}"
-        why = " cannot be told from backprop: the paired difference's 95 % interval holds 0."
-        if not same:
-            why = " reaches backprop: no paired difference's 95 % interval holds 0."
-        said = markup(said, " ", count, why)
-    if judged and not _gains(arms):
-        why = " Backprop itself cannot be told from frozen hidden layers: no recovery is known."
+    signs = [_sign(arm["difference"], results) for arm in rules]
+    signs = [sign for sign in signs if sign is not None]
+    if signs:
+        counts = ((signs.count(1), "better than"), (signs.count(0), "not told from"),
+                  (signs.count(-1), "worse than"))  # fmt: skip
+        told = ", ".join(f"{count} {what}" for count, what in counts if count)
+        rest = " backprop, by the paired differences' 95 % intervals."
+        said = markup(said, f" Of {len(signs)} {_plural('rule', signs)}: {told}{rest}")
+    if left := len(scored) - len(rules):
+        said = markup(said, f" Left out, for seeds that failed: {left}.")
+    if any(arm["rule"] == "frozen" for arm in arms) and not _gains(results, arms):
+        why = " Backprop itself is not shown to beat frozen hidden layers: no recovery is known."
         said = markup(said, why)
     return said
 
 
-def _gains(arms: Sequence[Arm]) -> bool:
+def _gains(results: Mapping[str, Any], arms: Sequence[Arm]) -> bool:
     """Tell whether backprop is better than frozen hidden layers, by the seeds' pairs."""
     frozen = next((arm["difference"] for arm in arms if arm["rule"] == "frozen"), None)
-    if frozen is None or not _has_interval(frozen):
-        return False
-    low, high = frozen["interval"]
-    return not low <= 0 <= high
+    return _sign(frozen, results) == -1
+
+
+def _sign(found: Mapping[str, Any] | None, results: Mapping[str, Any]) -> int | None:
+    """Return 1 for better than backprop, −1 for worse, 0 where an interval tells neither."""
+    if found is None or not _has_interval(found):
+        return None
+    low, high = found["interval"]
+    sign = 1 if results["task"]["better"] == "higher" else -1
+    return 0 if low <= 0 <= high else sign if low > 0 else -sign
 
 
 def _has_interval(found: Mapping[str, Any] | None) -> bool:
@@ -173,7 +184,7 @@ def _closeness(results: Mapping[str, Any]) -> Markup:
     seeds = len(results["seeds"])
     caption = (
         "Recovery: (rule − frozen) / (backprop − frozen), from the seeds' pairs. The lines are "
-        f"95 % intervals over {seeds} {_plural('seed', results['seeds'])}."
+        f"95 % intervals over {seeds} {_plural('seed', results['seeds'])}, without failed ones."
     )
     return section("How close to backprop", chart("closeness", caption), id="closeness")
 
@@ -204,7 +215,7 @@ def _figures(results: Mapping[str, Any], arms: Sequence[Arm]) -> Markup:
     for arm in arms:
         cost = arm["cost"] or {}
         values = [
-            interval(arm["mean"], arm["interval"], unit),
+            interval(arm["mean"], arm["interval"], unit) + few_seeds(arm["scores"]),
             _label(arm["difference"], _points(unit), signed=True),
             _label(arm["recovery"], "%", 100),
             _label(arm["equal_cost"], unit),
