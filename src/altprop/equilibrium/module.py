@@ -71,8 +71,9 @@ class Equilibrium(nn.Module):
         """Return the equilibrium `z*` under input `x`, both `(B, ...)`.
 
         **Arguments:** `cost`, `z ↦ C(z)` (a scalar), for estimators that nudge with the cost's own
-        gradient; it must be the loss that is differentiated afterwards. What else is given goes to
-        the dynamics as it is (a mask, say).
+        gradient; it must be the loss that is differentiated afterwards, with the same draws where
+        it draws (dropout behind the block): what it draws is taken to be drawn right after this
+        call. What else is given goes to the dynamics as it is (a mask, say).
 
         **Raises:** `ConvergenceError` as `on_failure` says; `ConfigError` for an input in half
         precision outside autocast; `RuleError` for a force in which samples interact, and others
@@ -98,7 +99,9 @@ class Equilibrium(nn.Module):
         if system.fresh:
             refuse_unrepeatable(self.solver, getattr(self.estimator, "solver", None))
         call = Call(self.dynamics, system, self.solver, self.on_failure, cost, self._keep)
-        return system.read(self.estimator.attach(call))
+        z = system.read(self.estimator.attach(call))
+        call.leave()
+        return z
 
     @torch.no_grad()
     def extend(self, x: Tensor, cache: Any = None) -> tuple[Tensor, Any]:
