@@ -34,8 +34,9 @@ class Equilibrium(nn.Module):
 
     `block(x)` solves `F(z; x) = 0` and returns `z*`; `.backward()` through it is the estimator's.
     Training, evaluation and generation use this same definition of the state. Everything inside
-    runs in float32 or float64 whatever the autocast state, further arguments included, for bf16's
-    round-off is as large as a nudge. Memory does not depend on the number of relaxation steps (except under `BPTT`).
+    runs in float32 or float64 whatever the autocast state, with further arguments widened as the
+    input is, for bf16's round-off is as large as a nudge. Memory does not depend on the number of
+    relaxation steps (except under `BPTT`).
 
     **Arguments:** `dynamics`; `solver`, of the free phase, whose kind also solves the estimator's
     phases; `estimator`; `on_failure`, what to do when a solve misses its tolerance:

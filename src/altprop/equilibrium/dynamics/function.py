@@ -26,9 +26,10 @@ def from_function(
 
     The force may be an `nn.Module`, close over modules, which are then given too so that their
     parameters are found, or take parameters by name. Its Jacobian's products come from automatic
-    differentiation, so any torch code with a forward-mode derivative will do; where a closed form
-    is cheaper, derive from `AbstractDynamics` and override `linearise`. Samples lie on axis 0 and
-    must not interact, and an evaluation must not change a buffer (batch norm does both).
+    differentiation, so any torch code with a forward-mode derivative or a second one will do (an
+    energy's gradient by `torch.autograd.grad` has the second); where a closed form is cheaper,
+    derive from `AbstractDynamics` and override `linearise`. Samples lie on axis 0 and must not
+    interact, and an evaluation must not change a buffer (batch norm does both).
 
     **Arguments:** `force`, from the state and the input, `(B, ...)` both, to the force, in the
     state's shape; `modules`, those that `force` closes over; `step`, the `ε` for which `z + εF(z)`
