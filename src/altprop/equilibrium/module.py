@@ -89,9 +89,9 @@ class Equilibrium(nn.Module):
         self, x: Tensor, cost: Cost | None, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Tensor:
         refuse_vmap(x, "an Equilibrium cannot be solved")
+        x = _exact_enough(x)
         if torch.is_autocast_enabled(x.device.type):
             args, kwargs = _widened((args, kwargs))
-        x = _exact_enough(x)
         with torch.autocast(x.device.type, enabled=False):
             return self.relax(self.dynamics.under(x, *args, **kwargs), cost)
 
