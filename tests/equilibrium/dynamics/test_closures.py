@@ -77,7 +77,7 @@ def through(part: Callable[[Tensor], Tensor]) -> Force:
 
 def method() -> tuple[Force, str, list[nn.Module]]:
     net = Net()
-    return net.force, "force.__self__.norm", [net.norm, net.head]
+    return net.force, "force.__self__.norm, force.__self__.head", [net.norm, net.head]
 
 
 def of_an_object() -> tuple[Force, str, list[nn.Module]]:
@@ -158,13 +158,15 @@ def through_one(own: nn.Module) -> Callable[[Tensor], Tensor]:
 
 
 def in_a_function_made_inside() -> tuple[Force, str, list[nn.Module]]:
+    net = Net()
+
     def force(z: Tensor, x: Tensor) -> Tensor:
         def inner(y: Tensor) -> Tensor:
-            return lin(y)
+            return lin(net.head(y))
 
         return x - z + 0.1 * inner(z)
 
-    return force, "lin", [lin]
+    return force, "lin, net.head", [lin, net.head]
 
 
 def beside_a_module() -> tuple[Force, str, list[nn.Module]]:

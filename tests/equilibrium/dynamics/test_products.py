@@ -56,6 +56,19 @@ def test_a_second_backward_pass_gives_the_product_of_forward_mode(
         assert torch.allclose(products.jvp(v), exact, rtol=1e-12, atol=1e-14)
 
 
+def test_fused_kernels_give_way_to_plain_ones_in_which_forward_mode_works(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    torch.manual_seed(0)
+    layer, z = nn.LSTM(3, 3, batch_first=True), torch.randn(2, 4, 3)  # fused in float32 alone
+    force = lambda z: layer(z)[0] - z  # noqa: E731
+    v = torch.randn_like(z)
+    J = torch.autograd.functional.jacobian(force, z).reshape(24, 24)
+    monkeypatch.delattr(AutogradLinearisation, "_turn")  # it is asked for no second backward pass
+    pushed = AutogradLinearisation(force, z).jvp(v)
+    assert torch.allclose(pushed.flatten(), J @ v.flatten(), rtol=1e-5, atol=1e-6)
+
+
 def energy(z: Tensor, x: Tensor, W: Tensor) -> Tensor:
     return (z - x).square().sum() / 2 + 0.3 * nnf.softplus(z @ W).sum()
 
