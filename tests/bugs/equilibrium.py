@@ -8,6 +8,8 @@ _EQ = "equilibrium/"
 _HINGE = _EQ + "test_hinge.py"
 _NOISE = _EQ + "dynamics/test_noise.py"
 _APART = _EQ + "dynamics/test_interaction.py"
+_PRODUCTS = _EQ + "dynamics/test_products.py"
+_CLOSURES = _EQ + "dynamics/test_closures.py"
 _MODULE = _EQ + "test_module.py"
 _DYNAMICS = _EQ + "dynamics/test_dynamics.py"
 
@@ -139,6 +141,43 @@ BUGS = [
         "gradients[slot] = weight if weight is None else weight.mul_(self._roots[slot])",
         "gradients[slot] = weight",
         _DYNAMICS,
+    ),
+    Bug(
+        _EQ + "dynamics/surroundings.py",
+        "            known[code.co_varnames[0]] = owner, first\n",
+        "            pass\n",
+        _CLOSURES,
+    ),
+    Bug(
+        _EQ + "dynamics/surroundings.py",
+        "                yield from self.code(made, handed, around)\n",
+        "                yield from self.code(made, {}, around)\n",
+        _CLOSURES,
+    ),
+    Bug(
+        _EQ + "dynamics/surroundings.py",
+        '"LOAD_ATTR", "LOAD_METHOD"):\n            now[2].append(given)\n',
+        '"LOAD_ATTR", "LOAD_METHOD"):\n',
+        _CLOSURES,
+    ),
+    Bug(
+        _EQ + "dynamics/products.py",
+        'raise RuntimeError("what it computes from its cotangent is not recorded")',
+        "pass",
+        _PRODUCTS,
+    ),
+    Bug(_EQ + "dynamics/products.py", "                turned.pull()\n", "", _PRODUCTS),
+    Bug(
+        _EQ + "call.py",
+        "            with draws.again():\n                return cost(read(z))\n",
+        "            return cost(read(z))\n",
+        _NOISE,
+    ),
+    Bug(
+        _EQ + "module.py",
+        "args, kwargs = _widened((args, kwargs))",
+        "pass",
+        _MODULE,
     ),
     Bug(
         _EQ + "dynamics/products.py",

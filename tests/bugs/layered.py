@@ -72,6 +72,6 @@ BUGS = [
         _EQ + "dynamics/products.py",
         "library.enabled = False",
         "library.enabled = True",
-        _STACK,
+        "equilibrium/dynamics/test_products.py",
     ),
 ]

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import altprop as ap
@@ -185,6 +185,54 @@ def test_everything_inside_is_float32_under_bf16_autocast_but_for_float64(
         assert z.dtype == torch.float32 and float(block.certificate.free_residual.max()) <= 1e-5
         z.sum().backward()  # against torch's advice, and yet the adjoint is in float32
     assert x.grad.dtype == given
+
+
+class Conditioned(nn.Module):
+    """A block, or the moving part of a force, with a condition of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.own, self.other = nn.Linear(6, 6), nn.Linear(3, 6)
+
+    def forward(self, h: Tensor, given: dict[str, Tensor], also: Tensor | None = None) -> Tensor:
+        moved = self.own(h) + self.other(given["c"])
+        return 0.3 * torch.tanh(moved if also is None else moved + self.other(also))
+
+
+@pytest.mark.parametrize("kind", ["force", "stack"])
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+def test_under_autocast_further_arguments_are_widened_as_the_input_is(
+    kind: str, half: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    part = Conditioned()
+    force = lambda z, x, given, also=None: x - z + part(z, given, also)  # noqa: E731
+    made = ap.from_function(force, part) if kind == "force" else ap.Layered([part, Conditioned()])
+    block = ap.Equilibrium(made, ap.Anderson(tol=1e-6), ap.Implicit(tol=1e-5))
+    x, c, also = torch.randn(2, 6), torch.randn(2, 3).to(half), torch.randn(2, 3).to(half)
+    found = []
+    for autocast in (True, False):
+        leaves = [t.clone().requires_grad_() for t in (c, also)]
+        given, more = leaves if autocast else [t.float() for t in leaves]
+        block.zero_grad()
+        with torch.autocast("cpu", half, enabled=autocast):
+            z = block(x, {"c": given}, also=more)
+        z.square().sum().backward()
+        assert [t.grad.dtype for t in leaves] == [half, half] and z.dtype == torch.float32
+        found.append([z, *(t.grad for t in leaves), *(p.grad for p in block.parameters())])
+    assert all(torch.equal(*both) and both[0].any() for both in zip(*found, strict=True))
+
+
+def test_under_autocast_an_argument_without_tensors_in_half_precision_stays_itself() -> None:
+    seen: list[Tensor] = []
+
+    def force(z: Tensor, x: Tensor, states: list[Tensor]) -> Tensor:
+        states.append(z.detach())
+        return x - z
+
+    with torch.autocast("cpu", torch.bfloat16):
+        ap.Equilibrium(ap.from_function(force))(torch.ones(2, 3), seen)
+    assert seen
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.int64])

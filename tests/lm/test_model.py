@@ -97,6 +97,21 @@ def gradients(model: nn.Module, ids: Tensor, targets: Tensor) -> dict[str, Tenso
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
+@pytest.mark.parametrize(
+    "estimator",
+    [ap.AEP(), ap.EP(), ap.DyadicEP(), ap.PublishedEP(), ap.PublishedAEP()],
+    ids=lambda estimator: type(estimator).__name__,
+)
+def test_the_cost_that_nudges_has_the_mask_of_the_loss(estimator: Any) -> None:
+    """So it gives what the loss's own cotangent gives, which depends on the mask, up to `O(β²)`."""
+    ids, targets = torch.randint(13, (2, 2, 9), generator=torch.Generator().manual_seed(1))
+    by_cost, by_cotangent = (
+        gradients(stacked("joint", replace(estimator, nudge=kind), dropout=0.4), ids, targets)
+        for kind in ("cost", "linear")
+    )
+    assert worst(by_cost, by_cotangent) <= 1e-2
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 @pytest.mark.parametrize("stacking", STACKS)
 def test_its_gradient_is_that_of_a_long_unroll(stacking: str, dropout: float) -> None:

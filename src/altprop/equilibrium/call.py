@@ -9,7 +9,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from altprop.equilibrium.dynamics.conduct import refuse_sharded
+from altprop.equilibrium.dynamics.conduct import Draws, refuse_sharded
 from altprop.equilibrium.dynamics.dynamics import AbstractDynamics
 from altprop.equilibrium.dynamics.products import AbstractLinearisation
 from altprop.equilibrium.dynamics.system import System
@@ -54,6 +54,7 @@ class Call:
         self._dynamics, self._held = dynamics, tuple(dynamics.parameters())
         self._policy, self._cost, self._keep = policy, cost, keep
         self._linearised: Callable[[], AbstractLinearisation] | None = None
+        self._loss_draws: Draws | None = None
 
     def free(self) -> Landing:
         """Return the free state and the force there, recorded wherever autograd is on."""
@@ -95,10 +96,26 @@ class Call:
             still = quietly(self.system.force, z)
         return Problem(self.system, self.solver, z, still, self._linearised, self._read_cost())
 
+    def leave(self) -> None:
+        """Remember what the loss will draw, which follows the module's call: dropout's masks, say.
+
+        A cost that drew others in the backward pass would be another loss in every evaluation.
+        """
+        if self._cost is not None:
+            self._loss_draws = Draws(self.system.x.device)
+
     def _read_cost(self) -> Cost | None:
         """Turn the cost of what the module gives out into one of the whole state."""
-        cost, read = self._cost, self.system.read
-        return None if cost is None else lambda z: cost(read(z))
+        cost, read, draws = self._cost, self.system.read, self._loss_draws
+        if cost is None:
+            return None
+        assert draws is not None
+
+        def drawn(z: Tensor) -> Tensor:
+            with draws.again():
+                return cost(read(z))
+
+        return drawn
 
     def report(self, certificate: Certificate) -> None:
         """Hand over what the free phase measured."""

@@ -12,6 +12,7 @@ from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from altprop.equilibrium.call import Call, OnFailure, settle
 from altprop.equilibrium.dynamics.conduct import refuse_unrepeatable
@@ -33,8 +34,9 @@ class Equilibrium(nn.Module):
 
     `block(x)` solves `F(z; x) = 0` and returns `z*`; `.backward()` through it is the estimator's.
     Training, evaluation and generation use this same definition of the state. Everything inside
-    runs in float32 or float64 whatever the autocast state, for bf16's round-off is as large as a
-    nudge. Memory does not depend on the number of relaxation steps (except under `BPTT`).
+    runs in float32 or float64 whatever the autocast state, with further arguments widened as the
+    input is, for bf16's round-off is as large as a nudge. Memory does not depend on the number of
+    relaxation steps (except under `BPTT`).
 
     **Arguments:** `dynamics`; `solver`, of the free phase, whose kind also solves the estimator's
     phases; `estimator`; `on_failure`, what to do when a solve misses its tolerance:
@@ -71,8 +73,9 @@ class Equilibrium(nn.Module):
         """Return the equilibrium `z*` under input `x`, both `(B, ...)`.
 
         **Arguments:** `cost`, `z ↦ C(z)` (a scalar), for estimators that nudge with the cost's own
-        gradient; it must be the loss that is differentiated afterwards. What else is given goes to
-        the dynamics as it is (a mask, say).
+        gradient; it must be the loss that is differentiated afterwards, with the same draws where
+        it draws (dropout behind the block): what it draws is taken to be drawn right after this
+        call. What else is given goes to the dynamics as it is (a mask, say).
 
         **Raises:** `ConvergenceError` as `on_failure` says; `ConfigError` for an input in half
         precision outside autocast; `RuleError` for a force in which samples interact, and others
@@ -87,6 +90,8 @@ class Equilibrium(nn.Module):
     ) -> Tensor:
         refuse_vmap(x, "an Equilibrium cannot be solved")
         x = _exact_enough(x)
+        if torch.is_autocast_enabled(x.device.type):
+            args, kwargs = _widened((args, kwargs))
         with torch.autocast(x.device.type, enabled=False):
             return self.relax(self.dynamics.under(x, *args, **kwargs), cost)
 
@@ -98,7 +103,9 @@ class Equilibrium(nn.Module):
         if system.fresh:
             refuse_unrepeatable(self.solver, getattr(self.estimator, "solver", None))
         call = Call(self.dynamics, system, self.solver, self.on_failure, cost, self._keep)
-        return system.read(self.estimator.attach(call))
+        z = system.read(self.estimator.attach(call))
+        call.leave()
+        return z
 
     @torch.no_grad()
     def extend(self, x: Tensor, cache: Any = None) -> tuple[Tensor, Any]:
@@ -145,14 +152,28 @@ def _exact_enough(x: Tensor) -> Tensor:
             "Equilibrium was given a tensor on the meta device, which has no numbers to relax: "
             "build it there if you like, but call it after to_empty(...) and load_state_dict(...)"
         )
-    if torch.is_autocast_enabled(x.device.type) and x.is_floating_point() and x.itemsize < 4:
-        x = x.float()
+    if torch.is_autocast_enabled(x.device.type):
+        x = _widened(x)
     if not x.is_floating_point() or torch.finfo(x.dtype).bits < 32:
         raise ConfigError(
             f"Equilibrium was given {x.dtype}: its nudges are smaller than that precision's "
             "round-off; keep the block in float32 and use torch.autocast around the model"
         )
     return x
+
+
+def _widened(given: Any) -> Any:
+    """Return what holds tensors with those in half precision, which autocast made, in float32.
+
+    What holds none is returned itself, for a force may write into what it is given.
+    """
+    if not any(isinstance(leaf, Tensor) and _is_half(leaf) for leaf in tree_leaves(given)):
+        return given
+    return tree_map_only(Tensor, lambda t: t.float() if _is_half(t) else t, given)
+
+
+def _is_half(x: Tensor) -> bool:
+    return x.is_floating_point() and x.itemsize < 4
 
 
 def _outside_graph(

@@ -223,3 +223,43 @@ def test_a_stack_replays_what_its_blocks_draw_in_any_mode(training: bool) -> Non
         forward(X).square().sum().backward()
         found.append(torch.cat([p.grad.flatten() for p in blocks.parameters()]))
     assert torch.allclose(*found, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "estimator",
+    [
+        ap.AEP(nudge="cost", tol=1e-9),
+        ap.EP(nudge="cost", tol=1e-9),
+        ap.DyadicEP(nudge="cost", tol=1e-9),
+        ap.PublishedEP(),
+        ap.PublishedAEP(),
+    ],
+    ids=repr,
+)
+def test_a_cost_draws_in_every_phase_what_the_loss_drew(estimator: ap.AbstractEstimator) -> None:
+    """Its gradient is that of the mask which the loss had, and no other draw is touched."""
+    inner = nn.Linear(4, 4).double()
+    dynamics = ap.from_function(lambda z, x: x - z + torch.tanh(inner(z)) / 3, inner)
+    block, drop = ap.Equilibrium(dynamics, TIGHT, estimator), nn.Dropout(0.4)
+    mask = torch.empty(0)
+
+    def dropped(z: Tensor) -> Tensor:
+        return (drop(torch.ones_like(z)) * z).square().sum()
+
+    def masked(z: Tensor) -> Tensor:
+        return (mask * z).square().sum()
+
+    torch.manual_seed(7)
+    block(X)
+    mask = drop(torch.ones_like(X))
+    found = []
+    for cost in (dropped, masked):
+        leaf = X.clone().requires_grad_()
+        inner.zero_grad()
+        torch.manual_seed(7)
+        loss = cost(block(leaf, cost=cost))
+        drawn = torch.get_rng_state()
+        loss.backward()
+        assert torch.equal(torch.get_rng_state(), drawn)
+        found.append(flat([leaf.grad, *(p.grad for p in inner.parameters())]))
+    assert torch.equal(*found) and bool(mask.eq(0).any())

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
 from altprop.equilibrium.dynamics.conduct import check_draws
 from altprop.equilibrium.dynamics.dynamics import AbstractDynamics
+from altprop.equilibrium.dynamics.surroundings import surroundings
 from altprop.errors import ConfigError
 
 
@@ -26,9 +25,10 @@ def from_function(
 
     The force may be an `nn.Module`, close over modules, which are then given too so that their
     parameters are found, or take parameters by name. Its Jacobian's products come from automatic
-    differentiation, so any torch code with a forward-mode derivative will do; where a closed form
-    is cheaper, derive from `AbstractDynamics` and override `linearise`. Samples lie on axis 0 and
-    must not interact, and an evaluation must not change a buffer (batch norm does both).
+    differentiation, so any torch code with a forward-mode derivative or a second one will do (an
+    energy's gradient by `torch.autograd.grad` has the second); where a closed form is cheaper,
+    derive from `AbstractDynamics` and override `linearise`. Samples lie on axis 0 and must not
+    interact, and an evaluation must not change a buffer (batch norm does both).
 
     **Arguments:** `force`, from the state and the input, `(B, ...)` both, to the force, in the
     state's shape; `modules`, those that `force` closes over; `step`, the `ε` for which `z + εF(z)`
@@ -38,7 +38,8 @@ def from_function(
     or `"fresh"`, noise that is new in each, which needs a solver of plain steps (`Euler`,
     `FixedPoint`); `parameters`, passed to every call by name.
 
-    **Raises:** `ConfigError` if the force closes over trainable parameters that were not given.
+    **Raises:** `ConfigError` if the force closes over trainable parameters that were not given:
+    by name, through a helper, a method's object, a partial function or a container.
     When it is called, `RuleError` for one in which samples interact or buffers change.
 
     ```python
@@ -75,20 +76,14 @@ class _FunctionDynamics(AbstractDynamics):
         self._force, self._start = force, start  # a module among them is registered by this
         self._held = nn.ModuleList(modules)
         self._passed = nn.ParameterDict(parameters)
-        missing = _trainable_closures(force, {id(p) for p in self.parameters()})
-        if missing:
-            names = ", ".join(missing)
-            raise ConfigError(
-                f"the force closes over {names}, whose parameters no optimiser would find: write "
-                f"from_function(force, {names})"
-            )
+        _refuse_forgetting(force, {id(p) for p in self.parameters()})
 
     def forward(self, z: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return self._force(z, x, *args, **self._passed, **kwargs)
 
     def uses(self) -> Iterable[nn.Module]:
         yield from self.modules()
-        for value in _surroundings(self._force).values():
+        for _, value in surroundings(self._force):
             if isinstance(value, nn.Module):
                 yield from value.modules()
 
@@ -99,22 +94,23 @@ class _FunctionDynamics(AbstractDynamics):
         return f"{getattr(self._force, '__name__', type(self._force).__name__)}, step={self.step}"
 
 
-def _trainable_closures(force: Callable[..., Tensor], known: set[int]) -> list[str]:
-    """Return the names in a function's surroundings that hold trainable parameters not known."""
-    found = []
-    for name, value in _surroundings(force).items():
-        if isinstance(value, nn.Module):
-            held = list(value.parameters())
-        else:
-            held = [value] if isinstance(value, torch.nn.Parameter) else []
+def _refuse_forgetting(force: Callable[..., Tensor], known: set[int]) -> None:
+    """Refuse a function whose surroundings hold trainable parameters that are not known."""
+    modules: list[str] = []
+    parameters: list[str] = []
+    for name, value in surroundings(force):
+        held = list(value.parameters()) if isinstance(value, nn.Module) else [value]
         if any(p.requires_grad and id(p) not in known for p in held):
-            found.append(name)
-    return found
-
-
-def _surroundings(force: Callable[..., Tensor]) -> dict[str, Any]:
-    """Return what a function uses of its surroundings, by name."""
-    if not inspect.isfunction(force):
-        return {}
-    around = inspect.getclosurevars(force)
-    return {**around.globals, **around.nonlocals}
+            (modules if isinstance(value, nn.Module) else parameters).append(name)
+    if not modules and not parameters:
+        return
+    ways = [f"from_function(force, {', '.join(modules)})"] if modules else []
+    if parameters:
+        ways.append(
+            f"from_function(force, W={parameters[0]}) for a force that takes W by name, or give "
+            "the module that holds it"
+        )
+    raise ConfigError(
+        f"the force closes over {', '.join(modules + parameters)}, whose parameters no optimiser "
+        f"would find: write {', and '.join(ways)}"
+    )

@@ -11,7 +11,7 @@ import warnings
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from typing import Any, ClassVar
 
@@ -124,11 +124,15 @@ _KEPT = "_altprop_evaluation"
 class AutogradLinearisation(AbstractLinearisation):
     """The products of any force, by automatic differentiation.
 
+    `Jv` is forward mode's. Where that refuses, as it does an energy's gradient that the force takes
+    by autograd, it is the derivative of `Jᵀw` by `w`: as exact, from a second graph that is kept.
+
     **Arguments:** `force`, from a state `(B, ...)` to the force of that shape; `state`, where.
     """
 
     def __init__(self, force: Callable[[Tensor], Tensor], state: Tensor) -> None:
         self._force, self._state = force, state.detach()
+        self._turned: _Turned | None = None
         with torch.enable_grad():
             self._leaf = self._state.clone().requires_grad_()
             self._out = force(self._leaf)
@@ -136,30 +140,118 @@ class AutogradLinearisation(AbstractLinearisation):
     def vjp(self, a: Tensor) -> Tensor:
         if not self._out.requires_grad:
             return torch.zeros_like(self._state)
-        (out,) = torch.autograd.grad(
-            self._out, self._leaf, a, retain_graph=True, allow_unused=True, materialize_grads=True
-        )
-        return out
+        return _gradient(self._out, self._leaf, a)
 
     def jvp(self, v: Tensor) -> Tensor:
+        if self._turned is not None:
+            return self._turned(v)
         load_forward_mode()
-        try:
-            return self._jvp(v)
-        except NotImplementedError:  # fused kernels, of recurrent layers for one, have none
+        refusal = RuntimeError()
+        for inside in (nullcontext, _plain_kernels):  # of fused kernels some have no derivative
             try:
-                with _plain_kernels():
+                with inside():
                     return self._jvp(v)
-            except NotImplementedError as error:
-                raise RuleError(
-                    f"an operation of the force has no forward-mode derivative ({error}): write "
-                    "estimator=Implicit(), which needs none"
-                ) from error
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                refusal = error
+            if not isinstance(refusal, NotImplementedError):
+                break
+        try:
+            return self._turn(v, refusal)
+        finally:
+            del refusal  # its traceback holds this frame
 
     def _jvp(self, v: Tensor) -> Tensor:
         # neither the fused attention kernels nor a fused layer has a forward-mode derivative
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), _no_fast_path():
             pair: tuple[Tensor, ...] = torch.func.jvp(self._force, (self._state,), (v,))
         return pair[1]
+
+    def _turn(self, v: Tensor, refusal: RuntimeError) -> Tensor:
+        """Return `Jv` where forward mode has refused, and keep what gives the next ones.
+
+        An error that is no refusal of forward mode's is raised as it is: the force and its backward
+        pass are evaluated again without it.
+
+        **Raises:** `RuleError` from the refusal where the backward pass has no derivative either.
+        """
+        with sdpa_kernel(SDPBackend.MATH), _no_fast_path(), _plain_kernels():
+            turned = _Turned(self._force, self._state)
+            try:
+                pushed = turned.begin(v)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                turned.pull()
+                first, second = (str(e).partition("\n")[0] for e in (refusal, error))
+                raise RuleError(
+                    f"an operation of the force has no forward-mode derivative ({first}), nor has "
+                    f"its backward pass one ({second}): write estimator=Implicit(), which needs "
+                    "none"
+                ) from refusal
+        self._turned = turned
+        return pushed
+
+
+class _Turned:
+    """`v ↦ Jv` as the derivative by `w` of `Jᵀw`, a linear map that autograd has a record of.
+
+    **Arguments:** those of an `AutogradLinearisation`.
+    """
+
+    def __init__(self, force: Callable[[Tensor], Tensor], state: Tensor) -> None:
+        generator = torch.Generator("cpu").manual_seed(0)
+        w = torch.randn(state.shape, generator=generator, device="cpu")
+        self._w = w.to(state).requires_grad_()
+        with torch.enable_grad():
+            self._leaf = state.clone().requires_grad_()
+            self._out = force(self._leaf)
+
+    def pull(self, *, recorded: bool = False) -> Tensor:
+        """Return `Jᵀw`."""
+        if not self._out.requires_grad:
+            return torch.zeros_like(self._w)
+        with torch.enable_grad():
+            return _gradient(self._out, self._leaf, self._w, create_graph=recorded)
+
+    def begin(self, v: Tensor) -> Tensor:
+        """Return the first product, and see that it is one.
+
+        A backward pass that is not recorded as it is computed, which detaches its cotangent say,
+        shows here, for `⟨w, Jv⟩` must be `⟨Jᵀw, v⟩`.
+
+        **Raises:** `RuntimeError` where there is no record of the backward pass, or a wrong one.
+        """
+        self._pulled = self.pull(recorded=True)
+        pushed, w, pulled = self(v), self._w.detach(), self._pulled.detach()
+        size = w.norm() * pushed.norm() + pulled.norm() * v.norm()
+        near = _AGREE * torch.finfo(v.dtype).eps ** 0.5 * size / max(v.numel(), 1) ** 0.5
+        if bool(((w * pushed).sum() - (pulled * v).sum()).abs() > near):
+            raise RuntimeError("what it computes from its cotangent is not recorded")
+        return pushed
+
+    def __call__(self, v: Tensor) -> Tensor:
+        if not self._pulled.requires_grad:
+            return torch.zeros_like(v)
+        return _gradient(self._pulled, self._w, v)
+
+
+_AGREE = 100.0  # square roots of eps, in what a random direction meets of another one
+
+
+def _gradient(of: Tensor, by: Tensor, a: Tensor, create_graph: bool = False) -> Tensor:
+    """Return the product of `a` with the Jacobian of one tensor by another; keep the graph."""
+    (out,) = torch.autograd.grad(
+        of,
+        by,
+        a,
+        retain_graph=True,
+        create_graph=create_graph,
+        allow_unused=True,
+        materialize_grads=True,
+    )
+    return out
 
 
 @contextmanager

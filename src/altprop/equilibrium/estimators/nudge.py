@@ -62,6 +62,7 @@ def cost_gradient(name: str, problem: Problem, cotangent: Tensor) -> tuple[Map, 
     if float((cotangent - per_sample(scale, own) * own).norm()) > 0.05 * float(cotangent.norm()):
         raise RuleError(
             "the cost given to the module is not the loss that was differentiated (their "
-            "gradients at the free state differ): pass that same loss as cost="
+            "gradients at the free state differ): pass that same loss as cost=, and where it draws "
+            "random numbers, as dropout does, let nothing else draw between the call and the loss"
         )
     return gradient, scale
