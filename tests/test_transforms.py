@@ -129,7 +129,9 @@ def test_the_gradient_of_a_vmapped_loss_is_that_of_each_network_and_sample_by_it
     def loss(p: Params, b: Params, x: Tensor, y: Tensor) -> Tensor:
         return (functional_call(models[0], (p, b), (x,)) - y).square().sum()
 
-    got = gradient(lambda p: vmap(loss, in_dims=(0, 0, None, None))(p, buffers, x, y).sum(), stacked)
+    got = gradient(
+        lambda p: vmap(loss, in_dims=(0, 0, None, None))(p, buffers, x, y).sum(), stacked
+    )
     for i, model in enumerate(models):
         close({n: g[i] for n, g in got.items()}, backward(model, x, y), 1e-8)
     first, own = parameters(models[0]), dict(models[0].named_buffers())

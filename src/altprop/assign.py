@@ -94,7 +94,7 @@ def _matrix(t: Tensor) -> Tensor:
 
     (Three views less are a per cent of the time of a map from 128 to 512 features, 1024 tokens.)
     """
-    return t if t.dim() == 2 else t.reshape(-1, t.shape[-1])
+    return t if t.dim() == 2 else t.reshape(t.shape[:-1].numel(), t.shape[-1])
 
 
 @in_halves
@@ -201,8 +201,8 @@ class _AssignMap(torch.autograd.Function):
             to_W = like.new_zeros(ctx.shape) if needs_W else None
             to_b = like.new_zeros(ctx.shape[0]) if needs_b else None
         else:
-            flat = signal.reshape(-1, signal.shape[-1])
-            to_W = flat.t() @ x.reshape(-1, x.shape[-1]) if needs_W else None
+            flat = _matrix(signal)
+            to_W = flat.t() @ _matrix(x) if needs_W else None
             to_b = flat.sum(0) if needs_b else None
         return to_x, to_W, to_b, None, None
 

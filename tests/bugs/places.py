@@ -54,7 +54,7 @@ BUGS = [
     ),
     Bug(
         "conversion/passes.py",
-        "if any(weight.requires_grad for weight in weights):",
+        "if any(map(wants_gradient, weights)):",
         "if False:",
         "test_attention_arguments.py test_transformers.py",
     ),
@@ -109,11 +109,13 @@ BUGS = [
         "            )\n        return int(step)\n",
         "test_surgery.py test_rules_broadcast.py test_rules.py",
     ),
-    Bug("conversion/sites.py", "return B.detach() if wants_gradient(B) else B", "return B", _LEARNED),
+    Bug(
+        "conversion/sites.py", "return B.detach() if wants_gradient(B) else B", "return B", _LEARNED
+    ),
     Bug(
         "assign.py",
-        "(0, 0, rows.start, len(W) - rows.stop)",
-        "(0, 0, len(W) - rows.stop, rows.start)",
+        "(0, 0, rows.start, ctx.shape[0] - rows.stop)",
+        "(0, 0, ctx.shape[0] - rows.stop, rows.start)",
         _ATTENTION + " test_convert.py test_surgery.py",
     ),
     Bug(
