@@ -19,7 +19,12 @@ BUGS = [
         _FORMULAS,
     ),
     Bug("feedback.py", "(math.sqrt(columns) * std)", "(math.sqrt(rows) * std)", _DRAWS),
-    Bug("feedback.py", "math.sqrt(columns / max(count, 1))", "math.sqrt(rows / max(count, 1))", _DRAWS),
+    Bug(
+        "feedback.py",
+        "math.sqrt(columns / max(count, 1))",
+        "math.sqrt(rows / max(count, 1))",
+        _DRAWS,
+    ),
     Bug("feedback.py", "B.shape[dim] ** 0.5", "B.shape[1 - dim] ** 0.5", _FORMULAS),
     Bug(
         "feedback.py",

@@ -1,4 +1,4 @@
-"""Feedback of a weight that is computed, by hooks or a parametrisation: it follows what makes it."""
+"""Feedback of a weight that is computed, by hooks or a parametrisation, follows what makes it."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from conversions import gradients, mlp
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
 import altprop as ap
+from conversions import gradients, mlp
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm`:FutureWarning")
 X = torch.linspace(-1, 1, 18, dtype=torch.float64).view(3, 6)
