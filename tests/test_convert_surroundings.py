@@ -209,6 +209,20 @@ def test_an_empty_batch_has_zero_gradients(rule: ap.AbstractRule, shape: tuple[i
             assert mirrored or not p.grad.any(), name
 
 
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors:UserWarning")
+@pytest.mark.parametrize("shape", [(2,), (2, 3)], ids=str)
+@pytest.mark.parametrize("rule", [r for r in RULES if "sublayer" not in str(r)], ids=str)
+def test_a_map_of_no_features_passes_nothing_on(
+    rule: ap.AbstractRule, shape: tuple[int, ...]
+) -> None:
+    block = nn.Sequential(nn.Linear(4, 0), nn.Tanh(), nn.Linear(0, 5))
+    model = ap.convert(nn.Sequential(block, nn.Linear(5, 3)), rule, output="1")
+    x = torch.randn(*shape, 4, requires_grad=True)
+    model(x).sum().backward()
+    assert not x.grad.any() and model[1].weight.grad.isfinite().all()
+    assert block[0].weight.grad.shape == (0, 4) and block[2].weight.grad.shape == (5, 0)
+
+
 @pytest.mark.parametrize("method", ["bp", "fa", "sign_sym", "dfa", "dfa_block"])
 @pytest.mark.parametrize("shape", [(0,), (0, 7), (4, 0)], ids=str)
 def test_a_local_linear_takes_an_empty_batch(method: str, shape: tuple[int, ...]) -> None:

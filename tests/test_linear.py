@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import altprop as ap
 
@@ -119,6 +121,62 @@ def test_grape_steps_turn_the_feedback_towards_the_weight() -> None:
     old = plain.B.clone()
     plain.grape_align_step()
     assert torch.equal(plain.B, old)
+
+
+def test_a_fixed_feedback_that_is_a_parameter_is_used_and_gets_no_gradient() -> None:
+    m, (x, g) = layer("fa", fa_grape=True), data()
+    m.requires_grad_()  # as for a whole model, whatever is in it
+    m(x).backward(g)
+    close(x.grad, g @ m.B.detach())
+    assert m.B.grad is None and m.weight.grad is not None
+    W, B = (nn.Parameter(torch.randn(5, 6, dtype=torch.float64)) for _ in range(2))
+    x.grad = None
+    ap.LinearFA.apply(x, W, B).backward(g)
+    close(x.grad, g @ B.detach())
+    assert B.grad is None and W.grad is not None
+
+
+def once(m: nn.Module, x: Tensor) -> Tensor:
+    return checkpoint(m, x, use_reentrant=False)
+
+
+@pytest.mark.parametrize("method", ["dfa", "dfa_block"])
+def test_one_error_for_several_calls_is_refused_and_a_recomputation_is_no_call(method: str) -> None:
+    m, (x, g) = layer(method), data()
+    ap.initialize_dfa_targets(m, 5) if method == "dfa" else m._target("B_dfa_block", 5, 0.1)
+    update = ap.apply_dfa_update if method == "dfa" else ap.apply_dfa_block_update
+    (m(x) + m(2 * x)).backward(g)
+    exact = m.weight.grad.clone()
+    with pytest.raises(ap.RuleError, match="called more than once since the last update") as caught:
+        update(m, g)
+    assert "\n" not in str(caught.value) and torch.equal(m.weight.grad, exact)
+    found = []
+    for run in (m, partial(once, m)):  # and the refusal is over
+        with torch.no_grad():
+            m(2 * x)
+        run(x).backward(g)
+        update(m, g)
+        found.append(m.weight.grad.clone())
+    assert torch.equal(*found) and not torch.allclose(found[0], exact)
+
+
+@pytest.mark.parametrize("method", ["dfa", "dfa_block"])
+def test_an_update_in_one_of_several_processes_is_refused(
+    method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    m, (x, g) = layer(method), data()
+    ap.initialize_dfa_targets(m, 5) if method == "dfa" else m._target("B_dfa_block", 5, 0.1)
+    update = ap.apply_dfa_update if method == "dfa" else ap.apply_dfa_block_update
+    m(x).backward(g)
+    exact = m.weight.grad.clone()
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
+    with pytest.raises(ap.RuleError, match=r"group of 2.*use convert\(model, Direct") as caught:
+        update(m, g)
+    assert "\n" not in str(caught.value) and torch.equal(m.weight.grad, exact)
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 1)
+    update(m, g)
+    assert not torch.allclose(m.weight.grad, exact)
 
 
 def test_feedback_follows_its_seed_and_survives_a_state_dict() -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad, jacrev, jvp, vmap
+from torch.func import functional_call, grad, jacrev, jvp, stack_module_state, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import altprop as ap
@@ -101,6 +101,73 @@ def test_vmap_over_stacked_parameters_trains_several_networks_at_once(
     for i in range(2):
         model.load_state_dict({n: p[i] for n, p in stacked.items()}, strict=False)
         close({n: g[i] for n, g in both.items()}, backward(model, x, y))
+
+
+def summed(run: Callable[[Params], Tensor], given: Params) -> Params:
+    return grad(run)(given)
+
+
+def written(run: Callable[[Params], Tensor], given: Params) -> Params:
+    """Return what an ordinary backward pass, outside all transforms, writes."""
+    leaves = {name: t.clone().requires_grad_() for name, t in given.items()}
+    run(leaves).backward()
+    assert all(leaf.grad is not None for leaf in leaves.values())
+    return {name: leaf.grad for name, leaf in leaves.items()}
+
+
+@pytest.mark.parametrize("gradient", [summed, written])
+@pytest.mark.parametrize("rule", FREE, ids=str)
+def test_the_gradient_of_a_vmapped_loss_is_that_of_each_network_and_sample_by_itself(
+    rule: ap.AbstractRule, gradient: Callable[..., Params]
+) -> None:
+    models, (x, y) = [converted(rule) for _ in range(3)], data()
+    for i, model in enumerate(models):
+        model.load_state_dict({n: (1 + i / 2) * t + i / 9 for n, t in model.state_dict().items()})
+    stacked, buffers = stack_module_state(models)
+    stacked = {name: p.detach() for name, p in stacked.items()}
+
+    def loss(p: Params, b: Params, x: Tensor, y: Tensor) -> Tensor:
+        return (functional_call(models[0], (p, b), (x,)) - y).square().sum()
+
+    got = gradient(
+        lambda p: vmap(loss, in_dims=(0, 0, None, None))(p, buffers, x, y).sum(), stacked
+    )
+    for i, model in enumerate(models):
+        close({n: g[i] for n, g in got.items()}, backward(model, x, y), 1e-8)
+    first, own = parameters(models[0]), dict(models[0].named_buffers())
+    got = gradient(lambda p: vmap(loss, in_dims=(None, None, 0, 0))(p, own, x, y).sum(), first)
+    close(got, backward(models[0], x, y), 1e-8)
+
+
+@pytest.mark.parametrize("rule", [ap.KolenPollack(), ap.DirectFeedback()], ids=str)
+def test_what_is_frozen_gets_no_gradient_from_a_vmapped_loss(rule: ap.AbstractRule) -> None:
+    model, (x, y) = converted(rule), data()
+    given = {n: torch.stack([p, 1.5 * p]) for n, p in parameters(model).items()}
+    for name, t in given.items():
+        t.requires_grad_(name != "blocks.0.up.weight")
+    vmap(loss_of(model), in_dims=(0, None, None))(given, x, y).sum().backward()
+    frozen = {name for name, t in given.items() if t.grad is None or not t.grad.any()}
+    assert frozen == given.keys() & {"blocks.0.up.weight", "blocks.0.up.B"}
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's compiler warns of what it does itself
+@pytest.mark.parametrize(
+    "rule", [ap.FeedbackAlignment(), ap.KolenPollack(), ap.DirectFeedback()], ids=str
+)
+def test_compiled_transforms_give_the_gradients_of_uncompiled_ones(rule: ap.AbstractRule) -> None:
+    model, (x, y) = converted(rule), data()
+    given = {n: torch.stack([p, 1.5 * p]) for n, p in parameters(model).items()}
+
+    def inside(p: Params) -> Params:
+        return vmap(grad(loss_of(model)), in_dims=(0, None, None))(p, x, y)
+
+    def outside(p: Params) -> Params:
+        return grad(lambda p: vmap(loss_of(model), in_dims=(0, None, None))(p, x, y).sum())(p)
+
+    for transform in (inside, outside):
+        torch._dynamo.reset()
+        close(torch.compile(transform, backend="aot_eager")(given), inside(given), 1e-8)
+    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("rule", FREE, ids=str)

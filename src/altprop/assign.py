@@ -18,9 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from altprop.errors import RuleError
-from altprop.transforms import applied, in_halves, refuse_transforms
-
-Grads = tuple[Tensor | None, ...]
+from altprop.once import Grads, OnceOnly, once_only
+from altprop.transforms import applied, in_halves, refuse_transforms, wants_gradient
 
 
 class Transports(Protocol):
@@ -60,7 +59,7 @@ class _AssignAdjoint(torch.autograd.Function):
         with torch.no_grad(), torch.autocast(cotangent.device.type, enabled=False):
             a = ctx.adjoint(cotangent)
         if torch.is_grad_enabled():  # the caller said create_graph=True
-            a = applied(_OnceOnly, a, cotangent, force)
+            a = applied(OnceOnly, a, cotangent, force)
         return a, None, None
 
 
@@ -86,40 +85,8 @@ class _AssignPull(torch.autograd.Function):
         with torch.no_grad(), torch.autocast(a.device.type, enabled=False):
             grads = ctx.pull(keeper, a)
         if torch.is_grad_enabled():  # the caller said create_graph=True
-            grads = _once_only(grads, a, *sources)
+            grads = once_only(grads, a, *sources)
         return None, None, None, *grads
-
-
-@in_halves
-class _OnceOnly(torch.autograd.Function):
-    """`(a, *sources) ↦ a`, where differentiating `a` with respect to any source is an error.
-
-    The adjoint depends on the cotangent and on all that the force depends on, and none of that is
-    recorded. (`once_differentiable` refuses only where the cotangent itself requires a gradient,
-    and not for `torch.autograd.grad`, which prunes the node that would raise.)
-    """
-
-    @staticmethod
-    def value(a: Tensor, *sources: Tensor) -> Tensor:
-        return a.clone()
-
-    @staticmethod
-    def keep(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, cotangent: Tensor) -> tuple[None, ...]:
-        raise RuntimeError(
-            "a learning rule's gradient cannot be differentiated again: how it depends on "
-            "parameters and input is not recorded. Drop create_graph=True, or use a rule that "
-            "records its computation, such as Equilibrium(..., solver=Euler(), estimator=BPTT())"
-        )
-
-
-def _once_only(grads: Grads, *sources: Tensor | None) -> Grads:
-    """Make it an error to differentiate any of these gradients with respect to any source."""
-    known = [source for source in sources if source is not None]
-    return tuple(None if g is None else applied(_OnceOnly, g, *known) for g in grads)
 
 
 def _matrix(t: Tensor) -> Tensor:
@@ -127,7 +94,7 @@ def _matrix(t: Tensor) -> Tensor:
 
     (Three views less are a per cent of the time of a map from 128 to 512 features, 1024 tokens.)
     """
-    return t if t.dim() == 2 else t.reshape(-1, t.shape[-1])
+    return t if t.dim() == 2 else t.reshape(t.shape[:-1].numel(), t.shape[-1])
 
 
 @in_halves
@@ -149,9 +116,12 @@ class _AssignTransport(torch.autograd.Function):
     @staticmethod
     def keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         x, W, _, B, noise, ctx.rule, ctx.rows = inputs
-        # As nn.Linear does, keep the input only for what learns.
-        learns = W.requires_grad or (B is not None and B.requires_grad)
-        ctx.save_for_backward(x if learns else None, W, B, noise)
+        ctx.shape = W.shape
+        # As nn.Linear does, keep the input only for what learns, and the weight only for an input
+        # that has a gradient: a first layer's may change in place before the backward pass.
+        follows = B is not None and wants_gradient(B)
+        asked = (W, B, noise) if follows or wants_gradient(x) else (None, None, None)
+        ctx.save_for_backward(x if follows or wants_gradient(W) else None, *asked)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Grads:
@@ -159,18 +129,18 @@ class _AssignTransport(torch.autograd.Function):
         if torch.is_grad_enabled():  # the caller said create_graph=True
             with torch.no_grad():
                 grads = _AssignTransport.backward(ctx, g)
-            return _once_only(grads, g, x, W, B)
+            return once_only(grads, g, x, W, B)
         needs_x, needs_W, needs_b, needs_B, *_ = ctx.needs_input_grad
         rule: Transports = ctx.rule
         rows: slice | None = ctx.rows
-        others = None if rows is None else (0, 0, rows.start, len(W) - rows.stop)
+        others = None if rows is None else (0, 0, rows.start, ctx.shape[0] - rows.stop)
         flat = _matrix(g)
         to_x = to_W = to_b = to_B = None
         if needs_x:
             M = rule.matrix(W, B, noise)
             to_x = flat.mm(M if rows is None else M[rows])
             if flat is not g:
-                to_x = to_x.reshape(*g.shape[:-1], W.shape[1])
+                to_x = to_x.reshape(*g.shape[:-1], ctx.shape[1])
         if x is not None:
             to_W = flat.t().mm(_matrix(x))
             to_W = to_W if others is None else F.pad(to_W, others)
@@ -201,8 +171,12 @@ class _AssignMap(torch.autograd.Function):
     @staticmethod
     def keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         x, W, _, ctx.send, ctx.exact = inputs
-        ctx.in_shape = x.shape
-        ctx.save_for_backward(x if W.requires_grad else None, W)
+        ctx.in_shape, ctx.shape = x.shape, W.shape
+        # The weight as above, but not where its input has a gradient only in a calibration, of
+        # which a checkpoint's recomputation does not know: what is kept must be the same.
+        learns = wants_gradient(W)
+        kept = not (learns and ctx.send) or wants_gradient(x)
+        ctx.save_for_backward(x if learns else None, W if kept else None)
         ctx.set_materialize_grads(False)
         if not (ctx.send or ctx.exact):
             ctx.mark_non_differentiable(output[0])
@@ -213,21 +187,22 @@ class _AssignMap(torch.autograd.Function):
         if torch.is_grad_enabled():
             with torch.no_grad():
                 grads = _AssignMap.backward(ctx, g, tap)
-            return _once_only(grads, g, tap, x, W)
+            return once_only(grads, g, tap, x, W)
         needs_x, needs_W, needs_b = ctx.needs_input_grad[:3]
+        like = x if W is None else W
         to_x = to_W = to_b = None
         if needs_x:
             if g is None or not (ctx.send or ctx.exact):
-                to_x = W.new_zeros(ctx.in_shape)
+                to_x = like.new_zeros(ctx.in_shape)
             else:
                 to_x = g.matmul(W)
         signal = g if ctx.exact else tap
         if signal is None:
-            to_W = torch.zeros_like(W) if needs_W else None
-            to_b = W.new_zeros(W.shape[0]) if needs_b else None
+            to_W = like.new_zeros(ctx.shape) if needs_W else None
+            to_b = like.new_zeros(ctx.shape[0]) if needs_b else None
         else:
-            flat = signal.reshape(-1, signal.shape[-1])
-            to_W = flat.t() @ x.reshape(-1, x.shape[-1]) if needs_W else None
+            flat = _matrix(signal)
+            to_W = flat.t() @ _matrix(x) if needs_W else None
             to_b = flat.sum(0) if needs_b else None
         return to_x, to_W, to_b, None, None
 
@@ -254,7 +229,7 @@ class _AssignTaps(torch.autograd.Function):
         if torch.is_grad_enabled():
             with torch.no_grad():
                 grads = _AssignTaps.backward(ctx, e)
-            return (e, *_once_only(grads[1:], e, *saved))
+            return (e, *once_only(grads[1:], e, *saved))
         feedback, estimates = saved[: len(saved) // 2], saved[len(saved) // 2 :]
         rule: Broadcasts = ctx.rule
         count = len(ctx.shapes)

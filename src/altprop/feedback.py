@@ -54,7 +54,7 @@ def _sparse(rows: int, columns: int, std: float, k: int | None, g: torch.Generat
     scores = torch.empty(rows, columns, dtype=torch.float32, device="cpu").uniform_(generator=g)
     where = scores.topk(count, dim=1).indices
     signs = torch.randint(0, 2, (rows, count), generator=g, device="cpu").float() * 2 - 1
-    values = signs * (std * math.sqrt(columns / count))
+    values = signs * (std * math.sqrt(columns / max(count, 1)))
     return torch.zeros_like(scores).scatter_(1, where, values)
 
 

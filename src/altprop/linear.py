@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from altprop.assign import assign_transport
+from altprop.conversion.channel import in_backward
 from altprop.conversion.sites import LinearMap, TransportSite
 from altprop.errors import ConfigError, RuleError, unknown
 from altprop.feedback import cosine_gradient, draw, generator_for, randn
@@ -35,7 +36,7 @@ class LinearFA(torch.autograd.Function):
             raise ConfigError(
                 f"B has shape {tuple(B.shape)}; it must be the weight's, {tuple(W.shape)}"
             )
-        return assign_transport(x, W, bias, FeedbackAlignment(), B)
+        return assign_transport(x, W, bias, FeedbackAlignment(), B.detach())
 
 
 class LinearSignSym(torch.autograd.Function):
@@ -105,6 +106,7 @@ class LocalLinear(nn.Linear):
             )
         self._site: TransportSite | None = None
         self._input: Tensor | None = None
+        self._again = False  # whether the remembered input is not the first since the last update
         self._probes = 0
         for name in _FEEDBACK:
             self.register_buffer(name, None)
@@ -153,6 +155,8 @@ class LocalLinear(nn.Linear):
         if not torch.is_grad_enabled():
             return F.linear(input, self.weight, self.bias)
         if self.method in ("dfa", "dfa_block"):
+            if not in_backward():  # else it is a checkpoint's recomputation
+                self._again = self._input is not None
             self._input = input.detach()
         elif self._site is not None:
             return self._site(self, input, self.weight, self.bias)
@@ -193,8 +197,9 @@ class LocalLinear(nn.Linear):
         **Arguments:** `e_L` (..., target_dim), the error at the output, detached here; its axes are
         those of the layer's input; where it lacks the last, or has one of size 1, it is repeated.
         Forgets the remembered input.
-        **Raises:** `RuleError` before `set_dfa_target_dim` or before a recorded forward pass, and
-        for an error that does not fit, or may lack one axis or another.
+        **Raises:** `RuleError` before `set_dfa_target_dim` or before a recorded forward pass, after
+        several of them, in one of several processes, and for an error that does not fit, or may
+        lack one axis or another.
         """
         self._compute("B_dfa", e_L, "initialize_dfa_targets(model, target_dim)", per_token=False)
 
@@ -210,16 +215,35 @@ class LocalLinear(nn.Linear):
                 f"the error has {e.shape[-1]} features but the feedback was drawn for "
                 f"{B.shape[1]}: pass an error of that width or call {missing} again"
             )
+        self._refuse_doubt()
         x, self._input = self._input, None
         shape = torch.Size((*x.shape[:-1], self.out_features))
         signal = (spread_given(e.detach().to(B.dtype), shape) @ B.t()).expand(shape)
-        signal = signal.reshape(-1, self.out_features)
+        rows = shape[:-1].numel()
+        signal = signal.reshape(rows, self.out_features)
         if per_token:
             signal = signal / len(signal)
         if self.weight.requires_grad:
-            self.weight.grad = signal.t() @ x.reshape(-1, self.in_features).to(signal.dtype)
+            self.weight.grad = signal.t() @ x.reshape(rows, self.in_features).to(signal.dtype)
         if self.bias is not None and self.bias.requires_grad:
             self.bias.grad = signal.sum(0)
+
+    def _refuse_doubt(self) -> None:
+        """Refuse to overwrite a gradient that is not of one call, in one process."""
+        if self._again:
+            self._input, self._again = None, False
+            raise RuleError(
+                "this layer was called more than once since the last update, and one error cannot "
+                "be that of several calls: update after each, call it within torch.no_grad() where "
+                "no update follows, or use convert(model, DirectFeedback(), output=...)"
+            )
+        group = torch.distributed
+        if group.is_available() and group.is_initialized() and group.get_world_size() > 1:
+            raise RuleError(
+                f"an update of one process alone, in a group of {group.get_world_size()}, would "
+                "let replicas drift apart, since it overwrites what they have averaged: use "
+                "convert(model, DirectFeedback(), output=...), which data parallelism averages"
+            )
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         for name in ("B_dfa", "B_dfa_block"):  # a fresh layer has none yet: make room

@@ -16,9 +16,23 @@ from altprop.errors import RuleError
 
 def transforming() -> bool:
     """Say whether a transform of `torch.func` (grad, vjp, vmap, ...) is running."""
-    if torch.compiler.is_compiling():
-        return False
     return bool(torch._C._are_functorch_transforms_active())
+
+
+def wants_gradient(t: torch.Tensor) -> bool:
+    """Say whether a gradient may reach a tensor, from any of the transforms around it.
+
+    What `vmap` batches says itself that it requires none, whatever it wraps.
+    """
+    return t.requires_grad or (transforming() and _wraps_gradient(t))
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _wraps_gradient(t: torch.Tensor) -> bool:
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(t) and not t.requires_grad:
+        t = functorch.get_unwrapped(t)
+    return t.requires_grad
 
 
 def refuse_transforms(what: str) -> None:
@@ -67,4 +81,10 @@ def in_halves(kind: type[Any]) -> type[Any]:
 
 def applied(kind: type[Any], *inputs: Any) -> Any:
     """Apply a function of two halves, or its twin where a transform is running."""
-    return (kind.twin if transforming() else kind).apply(*inputs)
+    return _transformed(kind, *inputs) if transforming() else kind.apply(*inputs)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _transformed(kind: type[Any], *inputs: Any) -> Any:
+    """Apply a twin, uncompiled: the compiler has no `vmap` of it, nor a gradient through one."""
+    return kind.twin.apply(*inputs)

@@ -54,7 +54,7 @@ BUGS = [
     ),
     Bug(
         "conversion/passes.py",
-        "if any(weight.requires_grad for weight in weights):",
+        "if any(map(wants_gradient, weights)):",
         "if False:",
         "test_attention_arguments.py test_transformers.py",
     ),
@@ -109,11 +109,13 @@ BUGS = [
         "            )\n        return int(step)\n",
         "test_surgery.py test_rules_broadcast.py test_rules.py",
     ),
-    Bug("conversion/sites.py", "        return B.detach()\n", "        return B\n", _LEARNED),
+    Bug(
+        "conversion/sites.py", "return B.detach() if wants_gradient(B) else B", "return B", _LEARNED
+    ),
     Bug(
         "assign.py",
-        "(0, 0, rows.start, len(W) - rows.stop)",
-        "(0, 0, len(W) - rows.stop, rows.start)",
+        "(0, 0, rows.start, ctx.shape[0] - rows.stop)",
+        "(0, 0, ctx.shape[0] - rows.stop, rows.start)",
         _ATTENTION + " test_convert.py test_surgery.py",
     ),
     Bug(
@@ -213,7 +215,7 @@ BUGS = [
     # assign.py, transforms.py
     Bug(
         "assign.py",
-        "a = applied(_OnceOnly, a, cotangent, force)",
+        "a = applied(OnceOnly, a, cotangent, force)",
         "pass",
         "equilibrium/test_module.py",
     ),
@@ -225,14 +227,14 @@ BUGS = [
     ),
     Bug(
         "assign.py",
-        "learns = W.requires_grad or (B is not None and B.requires_grad)",
-        "learns = W.requires_grad",
+        "follows = B is not None and wants_gradient(B)",
+        "follows = False",
         _LEARNED,
     ),
     Bug("assign.py", "signal = g if ctx.exact else tap", "signal = tap", _BROADCAST),
     Bug(
         "assign.py",
-        "            return (e, *_once_only(grads[1:], e, *saved))\n",
+        "            return (e, *once_only(grads[1:], e, *saved))\n",
         "            return grads\n",
         "test_rules_broadcast.py",
     ),

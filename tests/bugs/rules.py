@@ -19,7 +19,12 @@ BUGS = [
         _FORMULAS,
     ),
     Bug("feedback.py", "(math.sqrt(columns) * std)", "(math.sqrt(rows) * std)", _DRAWS),
-    Bug("feedback.py", "math.sqrt(columns / count)", "math.sqrt(rows / count)", _DRAWS),
+    Bug(
+        "feedback.py",
+        "math.sqrt(columns / max(count, 1))",
+        "math.sqrt(rows / max(count, 1))",
+        _DRAWS,
+    ),
     Bug("feedback.py", "B.shape[dim] ** 0.5", "B.shape[1 - dim] ** 0.5", _FORMULAS),
     Bug(
         "feedback.py",
@@ -94,8 +99,8 @@ BUGS = [
     ),
     Bug("rules/grape.py", "if step % self.every:", "if False:", _GRAPE + " " + _BROADCAST),
     Bug("rules/kolen_pollack.py", "grad_W.clone()", "-grad_W.clone()", _FORMULAS),
-    Bug("rules/sign_symmetry.py", "W.numel() ** -0.5", "W.shape[1] ** -0.5", _FORMULAS),
-    Bug("rules/sign_symmetry.py", "2 / W.shape[1]", "2 / W.shape[0]", _FORMULAS),
+    Bug("rules/sign_symmetry.py", "max(W.numel(), 1)", "max(W.shape[1], 1)", _FORMULAS),
+    Bug("rules/sign_symmetry.py", "2 / max(W.shape[1], 1)", "2 / max(W.shape[0], 1)", _FORMULAS),
     Bug(
         "rules/weight_mirror.py",
         "return p - p.mean(0)",

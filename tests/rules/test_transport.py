@@ -115,6 +115,36 @@ def test_a_map_sends_the_papers_matrix_and_learns_by_its_own_gradient(
     close(again.to_x, again.g @ matrix(done.W, done.B))
 
 
+@pytest.mark.parametrize(
+    "rule",
+    [
+        ap.FeedbackAlignment(),
+        ap.SignSymmetry(),
+        ap.SignSymmetry(variant="brsf"),
+        ap.DirectFeedback(),
+        ap.BlockDirectFeedback(),
+    ],
+    ids=str,
+)
+def test_a_weight_whose_input_has_no_gradient_may_change_before_the_backward_pass(
+    rule: ap.AbstractRule,
+) -> None:
+    def gradient(change: str) -> Tensor:
+        torch.manual_seed(0)
+        block = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 4))
+        model = ap.convert(nn.Sequential(block, nn.Linear(4, 2)), rule, output="1")
+        out = model(torch.ones(5, 3)).square().sum()
+        with torch.no_grad():
+            for path in change.split():
+                model.get_submodule(path).weight.mul_(0.5)  # as a bound on its norm would
+        out.backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+    assert torch.equal(gradient("0.0"), gradient(""))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        gradient("0.2")  # that of an input with a gradient may not, as in nn.Linear
+
+
 def test_what_is_kept_on_backprop_sends_its_weight_and_is_named_so() -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 5), nn.Linear(5, 2)).double()
     ap.convert(model, {"1": ap.Backprop(), "*": ap.FeedbackAlignment(std=0.5)})

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from altprop.conversion.roles import Role
 from altprop.conversion.sites import refuse_unrecorded
+from altprop.transforms import wants_gradient
 
 _torch: Any = F  # its stubs leave out what nn.MultiheadAttention calls
 
@@ -179,7 +180,7 @@ class AttentionRole(Role):
 
 def _records(module: nn.Module, inputs: tuple[Tensor, ...]) -> bool:
     """Say whether autograd records what a module makes of `inputs`."""
-    return torch.is_grad_enabled() and any(t.requires_grad for t in (*inputs, *module.parameters()))
+    return torch.is_grad_enabled() and any(map(wants_gradient, (*inputs, *module.parameters())))
 
 
 def _merged(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from altprop.conversion.attention import swaps
 from altprop.conversion.channel import Channel
 from altprop.conversion.places import Place, Places, Planner, TapRequest
-from altprop.conversion.record import STEP, Converted
+from altprop.conversion.record import STEP, Converted, parts_of
 from altprop.conversion.roles import LocalRole, OutputRole, Role, RootRole, TapRole, add_roles
 from altprop.conversion.sites import MapTap, OutputTap, TransportSite
 from altprop.conversion.stack import Level, LevelRole, Stack
@@ -180,5 +180,6 @@ class _Changes:
 
 def _frozen(place: Place) -> bool:
     """Say whether no weight of a place learns, so that its feedback must not either."""
-    weights = [place.weight] if place.is_map else place.module.parameters()
+    stored, module = place.stored, place.module
+    weights = module.parameters() if stored is None else parts_of(module, stored.weight)
     return not any(weight.requires_grad for weight in weights)

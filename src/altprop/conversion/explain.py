@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -13,7 +13,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from altprop.conversion.layers import NO_MATRICES
 from altprop.conversion.learned import learned_feedback
-from altprop.conversion.record import Description, record_of, sites_of
+from altprop.conversion.record import Description, parts_of, record_of, sites_of
 from altprop.equilibrium.module import Equilibrium
 from altprop.errors import RuleError
 
@@ -242,12 +242,4 @@ def _is_carried(module: nn.Module, weight: str, parameter: nn.Parameter) -> bool
     if "weight" not in weight and parameter.shape[0] == 1:
         return False
     # of several that make up one weight, the largest stands for it
-    return parameter is max(_parts(module, weight), key=Tensor.numel)
-
-
-def _parts(module: nn.Module, weight: str) -> list[nn.Parameter]:
-    """Return the parameters that a weight is made of: itself, or those of its parametrisation."""
-    if is_parametrized(module, weight):
-        return list(cast(nn.ModuleDict, module.parametrizations)[weight].parameters())
-    own = dict(module.named_parameters(recurse=False))
-    return [own[weight]] if weight in own else [own[n] for n in own if n.startswith(f"{weight}_")]
+    return parameter is parts_of(module, weight)[0]

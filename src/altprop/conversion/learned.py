@@ -8,19 +8,20 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from altprop.conversion.record import record_of, weights_of
+from altprop.conversion.record import parts_of, record_of, weights_of
 from altprop.errors import RuleError, listed
 
-Feedback = tuple[str, nn.Parameter, list[nn.Parameter]]
+Feedback = tuple[str, nn.Parameter, list[Tensor]]
 
 
 def all_feedback(model: nn.Module) -> Iterator[Feedback]:
     """Yield name, parameter and weights of every feedback that a learned rule owns.
 
     The first weight is the one whose optimiser shall move the feedback: of a linear map its own,
-    of a tapped block the first matrix, those that learn before those that do not.
+    or of what it is computed from the largest part, of a tapped block the first matrix, those that
+    learn before those that do not.
     """
     for path, module in model.named_modules():
         if (record := record_of(module)) is None:
@@ -30,7 +31,8 @@ def all_feedback(model: nn.Module) -> Iterator[Feedback]:
             if not isinstance(parameter, nn.Parameter):
                 continue
             own = [s.stored.weight for key, s in record.sites.items() if key and s.name == name]
-            weights = [getattr(module, weight) for weight in own] or list(weights_of(module))
+            weights = [part for weight in own for part in parts_of(module, weight)]
+            weights = weights or list(weights_of(module))
             weights.sort(key=lambda p: (not p.requires_grad, p.dim() < 2))
             yield f"{path}.{name}".lstrip("."), parameter, weights
 

@@ -18,6 +18,7 @@ from altprop.conversion.record import weights_of
 from altprop.conversion.sites import redrawn
 from altprop.errors import RuleError
 from altprop.layouts import Fit
+from altprop.transforms import wants_gradient
 
 
 class Pass(Run):
@@ -163,7 +164,7 @@ class Pass(Run):
 
         Reentrant activation checkpointing does so, and its recomputation would come too late.
         """
-        if any(weight.requires_grad for weight in weights):
+        if any(map(wants_gradient, weights)):
             raise RuleError(
                 f"{path} ran without recording inside a recorded forward: reentrant activation "
                 "checkpointing hides it from the error; write use_reentrant=False"

@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from altprop.conversion.channel import Channel, in_backward
 from altprop.equilibrium.module import CONVERTED
@@ -97,6 +98,22 @@ def weights_of(module: nn.Module) -> Iterator[nn.Parameter]:
         for name, parameter in part.named_parameters(recurse=False):
             if record is None or name not in record.names:
                 yield parameter
+
+
+def parts_of(module: nn.Module, weight: str) -> list[Tensor]:
+    """Return the parameters that a module's weight is, or is computed from, the largest first.
+
+    Of a computed one, by a parametrisation or by hooks, each reading is another tensor, which
+    learns only if it was computed while gradients were recorded.
+    """
+    parts: list[Tensor]
+    if is_parametrized(module, weight):
+        parts = list(cast(nn.ModuleDict, module.parametrizations)[weight].parameters())
+    else:
+        own = dict(module.named_parameters(recurse=False))
+        names = [weight] if weight in own else [n for n in own if n.startswith(f"{weight}_")]
+        parts = [own[name] for name in names]
+    return sorted(parts, key=Tensor.numel, reverse=True) or [getattr(module, weight)]
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]

@@ -21,6 +21,7 @@ from altprop.errors import RuleError
 from altprop.feedback import generator_for
 from altprop.parts import now
 from altprop.rule import AbstractBroadcast, AbstractTransport, Site
+from altprop.transforms import wants_gradient
 
 
 @dataclass(frozen=True)
@@ -67,10 +68,10 @@ class _Held:
         What the user froze stays frozen; what `convert` froze learns again when the weight does.
         """
         B: Tensor | None = getattr(module, self.name) if self.name else None
-        if B is None or not learned:
-            return B
-        if not any(weight.requires_grad for weight in weights):
-            return B.detach()
+        if B is None:
+            return None
+        if not (learned and any(map(wants_gradient, weights))):
+            return B.detach() if wants_gradient(B) else B
         if self.held:
             self._release(B)
         return B

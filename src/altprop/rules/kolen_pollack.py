@@ -18,7 +18,9 @@ class KolenPollack(AbstractTransport):
 
     With the same optimiser and decoupled weight decay `λ` at rate `η` the difference `W − B`
     shrinks by `1 − ηλ` a step. Without weight decay it stays; Adam's coupled decay contracts it
-    only roughly. Call `add_feedback(optimizer, model)` if the optimiser was built before.
+    only roughly. Call `add_feedback(optimizer, model)` if the optimiser was built before. Where
+    `W` is used elsewhere too (one parameter in two maps), `B` gets this map's share of its gradient
+    alone, and the difference need not shrink.
 
     **Arguments:** `init`, `std`, `k`: as in `FeedbackAlignment`.
     """

@@ -53,8 +53,8 @@ class SignSymmetry(AbstractTransport):
     def matrix(self, W: Tensor, B: Tensor | None, noise: Tensor | None) -> Tensor:
         M = W.sign()  # a fresh tensor, so that the rest may work in place
         if self.scale == "frobenius":
-            M.mul_(torch.linalg.vector_norm(W).mul_(W.numel() ** -0.5))
+            M.mul_(torch.linalg.vector_norm(W).mul_(max(W.numel(), 1) ** -0.5))
         elif self.scale == "fan_in":
-            M.mul_(math.sqrt(2 / W.shape[1]))
+            M.mul_(math.sqrt(2 / max(W.shape[1], 1)))
         size = B if noise is None else noise
         return M if size is None else M.mul_(size)
