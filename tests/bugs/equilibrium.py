@@ -27,7 +27,7 @@ BUGS = [
     ),
     Bug(
         _EQ + "dynamics/dynamics.py",
-        "(self._once() if self.fresh else self).force",
+        "self.once().force",
         "self.force",
         _NOISE,
     ),

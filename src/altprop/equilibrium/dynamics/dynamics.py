@@ -199,10 +199,12 @@ class Driven(System):
     def linearise(self, z: Tensor) -> AbstractLinearisation:
         if self._by_input_alone():
             return self._dynamics.linearise(z, self.x)
-        return AutogradLinearisation((self._once() if self.fresh else self).force, z)
+        return AutogradLinearisation(self.once().force, z)
 
-    def _once(self) -> Driven:
-        """Return the same with the draws of its first evaluation: one linearisation has one."""
+    def once(self) -> Driven:
+        """Return the same with the draws of its first evaluation in all of them."""
+        if not self.fresh:
+            return self
         once = Driven(self._dynamics, self.x, self._args, self._kwargs)
         once.fresh = False
         return once
@@ -210,7 +212,7 @@ class Driven(System):
     def kept(self) -> Driven:
         args, kwargs = detached((self._args, self._kwargs))
         kept = Driven(self._dynamics, self.x.detach(), args, kwargs)
-        kept._begun, kept._draws = self._begun, self._draws
+        kept.fresh, kept._begun, kept._draws = self.fresh, self._begun, self._draws
         return kept
 
     def samples(self, rows: Tensor) -> Driven | None:
@@ -235,5 +237,6 @@ class Driven(System):
     def _by_input_alone(self) -> bool:
         """Tell whether a part of the input drives that part of the state, and nothing else does."""
         said = self._dynamics.draws and self._dynamics.training
-        random = self.fresh or said or self._draws is not None
+        noisy = self._dynamics.draws == "fresh"  # of one realisation too
+        random = noisy or said or self._draws is not None
         return not (self._args or self._kwargs or random)
