@@ -13,9 +13,21 @@ _DYNAMICS = _EQ + "dynamics/test_dynamics.py"
 
 BUGS = [
     Bug(
-        _EQ + "dynamics/dynamics.py",
-        "changed = is_overridden(self, FORCE) or is_hooked(self)",
-        "changed = is_overridden(self, FORCE)",
+        _EQ + "dynamics/plain.py",
+        "return is_overridden(root, FORCE) or is_hooked(root)",
+        "return is_overridden(root, FORCE)",
+        _EQ + "dynamics/test_record.py",
+    ),
+    Bug(
+        _EQ + "dynamics/plain.py",
+        "return is_overridden(root, FORCE) or is_hooked(root)",
+        "return is_hooked(root)",
+        _EQ + "dynamics/test_record.py",
+    ),
+    Bug(
+        _EQ + "dynamics/plain.py",
+        'len(getattr(m, "normalized_shape", "1")) == 1',
+        'len(getattr(m, "normalized_shape", "1")) >= 1',
         _EQ + "dynamics/test_record.py",
     ),
     Bug(_EQ + "dynamics/dynamics.py", "        self._draws = draws\n", "        pass\n", _NOISE),

@@ -15,7 +15,7 @@ X = randn(3, 4, seed=3)
 
 
 class Noisy(ap.AbstractDynamics):
-    """`F = x − z + α ⊙ tanh(W(z + σε))/3`, with `ε` drawn anew by every evaluation; it keeps them."""
+    """`F = x − z + α ⊙ tanh(W(z + σε))/3`, with `ε` drawn anew each time; it keeps them."""
 
     draws = "fresh"
 
@@ -79,16 +79,14 @@ def test_one_token_of_a_long_window_is_pushed_as_exactly_as_one_of_a_short_one(t
     nn.init.constant_(single.alpha, 1.2)
     double = ap.GatedBlock(16, 2).double()
     double.load_state_dict(single.state_dict())
-    x = torch.randn(1, tokens, 16)
+    x, states, pushes = torch.randn(1, tokens, 16), list[Tensor](), list[Tensor]()
     hinge = ap.JacobianHinge(target=1e9, token_target=0.05, power=6)
-    pushes = []
     for dynamics in (single, double):
         own = x.to(dynamics.alpha.dtype)
         block = ap.Equilibrium(dynamics, ap.Anderson(max_steps=300), on_failure="accept")
         with torch.no_grad():
-            z = block(own)
-        at = z if not pushes else at.double()
-        block.certificate = replace(block.certificate, state=at)
+            states.append(block(own))
+        block.certificate = replace(block.certificate, state=states[0].to(own))
         said = hinge.apply(block, hinge.init(torch.Generator().manual_seed(1)), 0)
         assert said["jacobian_gain"] > 1
         pushes.append(flat(p.grad for p in dynamics.parameters() if p.grad is not None).double())

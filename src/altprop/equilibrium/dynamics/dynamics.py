@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from altprop.equilibrium.dynamics.conduct import Conduct, Draws, check_draws
-from altprop.equilibrium.dynamics.plain import FORCE, is_hooked, is_overridden, is_watched
+from altprop.equilibrium.dynamics.plain import FORCE, is_changed, is_overridden, is_watched
 from altprop.equilibrium.dynamics.products import (
     AbstractEvaluation,
     AbstractLinearisation,
@@ -102,8 +102,7 @@ class AbstractDynamics(nn.Module, ABC):
     def linearise(self, z: Tensor, x: Tensor) -> AbstractLinearisation:
         """Return the Jacobian's products at `z`; override it for closed forms of these alone."""
         x = x.detach()
-        changed = is_overridden(self, FORCE) or is_hooked(self)
-        made = None if changed else self.evaluate(z.detach(), x)
+        made = None if is_changed(self) else self.evaluate(z.detach(), x)
         return AutogradLinearisation(lambda state: self(state, x), z) if made is None else made
 
     def record(self, z: Tensor, x: Tensor) -> tuple[Tensor, Callable[[], AbstractLinearisation]]:
