@@ -24,6 +24,7 @@ from altprop.equilibrium.module import Equilibrium, equilibria
 from altprop.equilibrium.solvers.solver import (
     check_counts,
     check_fields,
+    in_rows,
     is_count,
     is_positive,
     per_sample,
@@ -299,7 +300,7 @@ class _Blocks:
     def norm(self, v: Tensor) -> Tensor:
         """Return the norm of each block, shaped to multiply it."""
         inside = tuple(range(self._first, v.dim()))
-        return torch.linalg.vector_norm(v, dim=inside, keepdim=True)
+        return torch.linalg.vector_norm(v, dim=inside, keepdim=True) if inside else v.abs()
 
     def unit(self, v: Tensor) -> Tensor:
         return v / (self.norm(v) + 1e-12)
@@ -324,7 +325,7 @@ def _directional(
     At a step of the cube root of epsilon, relative to what moves of the state, truncation and
     rounding are alike; relative to a whole window it would be too long for one token of many.
     """
-    rows = along.flatten(1).any(1)
+    rows = in_rows(along).any(1)
     part = None if bool(rows.all()) else system.samples(rows)
     if part is not None:
         system, z, along, v = part, z[rows], along[rows], v[rows]

@@ -6,6 +6,7 @@ transformers here, and `(B, ...)` in general. Samples never interact.
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
@@ -72,7 +73,7 @@ class AbstractDynamics(nn.Module, ABC):
 
     def under(self, x: Tensor, *args: Any, **kwargs: Any) -> System:
         """Return this dynamics under one input; what else is given goes to every force."""
-        return Driven(self, x, args, kwargs)
+        return Driven(self, x, *_told(self.forward, args, kwargs))
 
     def extend(self, cache: Any, x: Tensor) -> Extension:
         """Return what solves new tokens alone, where earlier ones do not depend on them.
@@ -239,3 +240,18 @@ class Driven(System):
         noisy = self._dynamics.draws == "fresh"  # of one realisation too
         random = noisy or said or self._draws is not None
         return not (self._args or self._kwargs or random)
+
+
+def _told(
+    force: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return further arguments without each `None` that is there by default: that tells nothing."""
+    if all(value is not None for value in (*args, *kwargs.values())):
+        return args, kwargs
+    known = inspect.signature(force).parameters
+    idle = {name for name, p in known.items() if p.default is None}
+    named = {name: v for name, v in kwargs.items() if v is not None or name not in idle}
+    places = list(known)[2:]  # after the state and the input
+    while args and args[-1] is None and len(args) <= len(places) and places[len(args) - 1] in idle:
+        args = args[:-1]
+    return args, named

@@ -154,9 +154,14 @@ def check_solver_fields(solver: AbstractSolver) -> None:
         )
 
 
+def in_rows(z: Tensor) -> Tensor:
+    """Return each sample as a row, `(B, ...) → (B, n)`; one number is a row too."""
+    return z.flatten(1) if z.dim() > 1 else z.unsqueeze(1)
+
+
 def sample_norm(z: Tensor) -> Tensor:
     """Return the Euclidean norm of each sample, `(B, ...) → (B,)`."""
-    return torch.linalg.vector_norm(z.flatten(1), dim=1)
+    return torch.linalg.vector_norm(in_rows(z), dim=1)
 
 
 def per_sample(s: Tensor, z: Tensor) -> Tensor:
