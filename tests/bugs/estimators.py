@@ -215,6 +215,12 @@ BUGS = [
     ),
     Bug(
         _AEP + "estimator.py",
+        "size = scaled_norm(cotangent)",
+        "size = sample_norm(cotangent)",
+        _AEP + "test_scales.py",
+    ),
+    Bug(
+        _AEP + "estimator.py",
         "undo = torch.where(usable, size, size - size)",
         "undo = torch.ones_like(size)",
         _EXACT,
