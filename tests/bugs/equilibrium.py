@@ -15,9 +15,21 @@ _DYNAMICS = _EQ + "dynamics/test_dynamics.py"
 
 BUGS = [
     Bug(
-        _EQ + "dynamics/dynamics.py",
-        "changed = is_overridden(self, FORCE) or is_hooked(self)",
-        "changed = is_overridden(self, FORCE)",
+        _EQ + "dynamics/plain.py",
+        "return is_overridden(root, FORCE) or is_hooked(root)",
+        "return is_overridden(root, FORCE)",
+        _EQ + "dynamics/test_record.py",
+    ),
+    Bug(
+        _EQ + "dynamics/plain.py",
+        "return is_overridden(root, FORCE) or is_hooked(root)",
+        "return is_hooked(root)",
+        _EQ + "dynamics/test_record.py",
+    ),
+    Bug(
+        _EQ + "dynamics/plain.py",
+        'len(getattr(m, "normalized_shape", "1")) == 1',
+        'len(getattr(m, "normalized_shape", "1")) >= 1',
         _EQ + "dynamics/test_record.py",
     ),
     Bug(_EQ + "dynamics/dynamics.py", "        self._draws = draws\n", "        pass\n", _NOISE),
@@ -29,7 +41,7 @@ BUGS = [
     ),
     Bug(
         _EQ + "dynamics/dynamics.py",
-        "(self._once() if self.fresh else self).force",
+        "self.once().force",
         "self.force",
         _NOISE,
     ),
@@ -236,6 +248,24 @@ BUGS = [
         "per_sample(system.step * size / (2 * h), z) * v",
         "per_sample(size / (2 * h), z) * v",
         _HINGE,
+    ),
+    Bug(
+        _EQ + "hinge.py",
+        "h = torch.finfo(z.dtype).eps ** (1 / 3) * moved",
+        "h = torch.finfo(z.dtype).eps ** (1 / 3) * sample_norm(z)",
+        _EQ + "test_push.py",
+    ),
+    Bug(
+        _EQ + "hinge.py",
+        "z, system = seen.state, seen.system.once()",
+        "z, system = seen.state, seen.system",
+        _EQ + "test_push.py",
+    ),
+    Bug(
+        _EQ + "gate_hinge.py",
+        "z, system = seen.state, seen.system.once()",
+        "z, system = seen.state, seen.system",
+        _EQ + "test_push.py",
     ),
     Bug(
         _EQ + "hinge.py",

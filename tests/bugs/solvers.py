@@ -39,8 +39,8 @@ BUGS = [
     ),
     Bug(
         _SOLVERS + "solver.py",
-        "z.flatten(1), dim=1)",
-        "z.flatten(1), dim=1, ord=float('inf'))",
+        "in_rows(z), dim=1)",
+        "in_rows(z), dim=1, ord=float('inf'))",
         _ANY,
     ),
     Bug(

@@ -85,8 +85,8 @@ class GateHinge(AbstractStabiliser):
 
 def _contraction(seen: Certificate) -> Tensor:
     """Return what part of its residual one more step leaves of each sample, `(B,)`."""
-    z, system = seen.state, seen.system
-    assert system is not None
+    assert seen.system is not None
+    z, system = seen.state, seen.system.once()
     with torch.autocast(z.device.type, enabled=False):
         force = system.force(z)
         left = system.force(z + system.step * force)

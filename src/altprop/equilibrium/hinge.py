@@ -24,6 +24,7 @@ from altprop.equilibrium.module import Equilibrium, equilibria
 from altprop.equilibrium.solvers.solver import (
     check_counts,
     check_fields,
+    in_rows,
     is_count,
     is_positive,
     per_sample,
@@ -225,8 +226,8 @@ class JacobianHinge(AbstractStabiliser):
         step: int,
         group: Any,
     ) -> float | None:
-        z, system = seen.state, seen.system
-        assert system is not None
+        assert seen.system is not None
+        z, system = seen.state, seen.system.once()
         parameters = [p for p in dynamics.parameters() if p.requires_grad]
         if z.numel() == 0:  # nothing to measure, but other ranks may have samples
             accumulate([None] * len(parameters), parameters, group)
@@ -299,7 +300,7 @@ class _Blocks:
     def norm(self, v: Tensor) -> Tensor:
         """Return the norm of each block, shaped to multiply it."""
         inside = tuple(range(self._first, v.dim()))
-        return torch.linalg.vector_norm(v, dim=inside, keepdim=True)
+        return torch.linalg.vector_norm(v, dim=inside, keepdim=True) if inside else v.abs()
 
     def unit(self, v: Tensor) -> Tensor:
         return v / (self.norm(v) + 1e-12)
@@ -320,15 +321,18 @@ def _directional(
 ) -> Gradients:
     """Return the gradients of `⟨v, J_g u⟩` by some parameters, with `u = along`, `(B, ...)`.
 
-    They are central differences of `⟨v, g⟩`'s along `u`, over the samples where that is not zero;
-    at a step of the cube root of epsilon, relative to the state, truncation and rounding are alike.
+    They are central differences of `⟨v, g⟩`'s along `u`, over the samples where that is not zero.
+    At a step of the cube root of epsilon, relative to what moves of the state, truncation and
+    rounding are alike; relative to a whole window it would be too long for one token of many.
     """
-    rows = along.flatten(1).any(1)
+    rows = in_rows(along).any(1)
     part = None if bool(rows.all()) else system.samples(rows)
     if part is not None:
         system, z, along, v = part, z[rows], along[rows], v[rows]
     size = sample_norm(along)
-    h = torch.finfo(z.dtype).eps ** (1 / 3) * sample_norm(z).clamp_min(1e-12)
+    moved = sample_norm(z * (along.abs().amax(-1, keepdim=True) > 0))
+    moved = torch.where(moved > 0, moved, sample_norm(z))
+    h = torch.finfo(z.dtype).eps ** (1 / 3) * moved.clamp_min(1e-12)
     move = per_sample(h / size.clamp_min(1e-30), z) * along
     weight = per_sample(system.step * size / (2 * h), z) * v
     total: list[Tensor | None] = [None] * len(parameters)

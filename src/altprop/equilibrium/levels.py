@@ -23,6 +23,7 @@ from altprop.equilibrium.solvers.solver import (
     Solution,
     conclude,
     per_sample,
+    power_below,
     sample_norm,
 )
 
@@ -145,5 +146,4 @@ def _powers(size: Tensor) -> Tensor:
     for own in reversed(size.unbind(1)):
         above = torch.where((own > 0) & torch.isfinite(own), own, above)
         known.append(above)
-    filled = torch.stack(known[::-1], 1)
-    return filled / (2 * torch.frexp(filled).mantissa)
+    return power_below(torch.stack(known[::-1], 1))

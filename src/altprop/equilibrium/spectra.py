@@ -21,7 +21,7 @@ from altprop.equilibrium.dynamics.dynamics import AbstractDynamics
 from altprop.equilibrium.dynamics.products import load_forward_mode
 from altprop.equilibrium.dynamics.system import System
 from altprop.equilibrium.estimators.problem import Certificate
-from altprop.equilibrium.solvers.solver import per_sample, sample_norm
+from altprop.equilibrium.solvers.solver import in_rows, per_sample, sample_norm
 from altprop.errors import ConfigError
 
 
@@ -202,7 +202,7 @@ def _arnoldi(
     if dimension < 1 or not tol > 0:
         raise ConfigError(f"dimension is {dimension} and tol {tol}: both must be positive")
     generator = torch.Generator("cpu").manual_seed(seed)
-    B, n = like.flatten(1).shape
+    B, n = in_rows(like).shape
     most = min(n, dimension)
 
     def fresh() -> Tensor:
@@ -212,7 +212,7 @@ def _arnoldi(
     basis = (v / per_sample(sample_norm(v), v)).unsqueeze(1)  # (B, m, n)
     H = torch.zeros(B, most + 1, most, dtype=torch.float64, device=like.device)
     for m in range(1, most + 1):
-        w = apply(basis[:, -1].reshape(like.shape)).flatten(1)
+        w = in_rows(apply(basis[:, -1].reshape(like.shape)))
         size = sample_norm(w)
         w, along = _orthogonal(w, basis)
         rest = sample_norm(w)

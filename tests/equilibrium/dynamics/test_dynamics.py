@@ -191,6 +191,28 @@ def test_a_force_may_be_a_module_close_over_one_or_take_parameters() -> None:
     assert torch.allclose(seen[0], seen[1]) and torch.allclose(seen[0], seen[2])
 
 
+@pytest.mark.parametrize(
+    "names",
+    [("keys", "values"), ("forward", "training"), ("keys", "keys_"), ("up.weight", "up_weight")],
+)
+def test_parameters_may_have_any_names(names: tuple[str, str]) -> None:
+    k, v = (nn.Parameter(0.3 * torch.randn(6, 4, dtype=torch.float64)) for _ in names)
+
+    def force(z: Tensor, x: Tensor, **given: Tensor) -> Tensor:
+        return x - z + torch.tanh(z @ given[names[0]].T) @ given[names[1]]
+
+    dynamics = ap.from_function(force, **dict(zip(names, (k, v), strict=True)))
+    assert [id(p) for p in dynamics.parameters()] == [id(k), id(v)]
+    plain = ap.from_function(lambda z, x, K, V: x - z + torch.tanh(z @ K.T) @ V, K=k, V=v)
+    x, found = torch.randn(2, 4, dtype=torch.float64), []
+    for each in (dynamics, plain):
+        each.zero_grad()
+        ap.Equilibrium(each, TIGHT)(x).sum().backward()
+        found.append(torch.cat([k.grad, v.grad]))
+    assert torch.equal(*found)
+    assert list(plain.state_dict()) == ["_passed.K", "_passed.V"]
+
+
 def test_a_force_over_parameters_that_were_not_given_is_refused() -> None:
     hidden = nn.Linear(4, 4)
     with pytest.raises(ap.ConfigError, match=r"write from_function\(force, hidden\)"):

@@ -14,6 +14,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from altprop.errors import RuleError
+
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return `x Wᵀ + b` for a complex `x`, `(..., in) → (..., out)`."""
@@ -59,18 +61,39 @@ def feed_forward(x: Tensor, up: nn.Linear, down: nn.Linear) -> Tensor:
 
 
 def apply_norm(module: nn.LayerNorm | nn.RMSNorm, x: Tensor) -> Tensor:
-    """Return what a norm over the last axis gives at a complex `x`."""
+    """Return what a norm over its last axes gives at a complex `x`.
+
+    **Raises:** `RuleError` for any other module.
+    """
+    if not isinstance(module, nn.LayerNorm | nn.RMSNorm):
+        raise RuleError(
+            f"{type(module).__name__} stands in the place of a norm, and only LayerNorm and "
+            "RMSNorm have an analytic form here: write estimator=AEP()"
+        )
+    axes = tuple(range(-len(module.normalized_shape), 0))
     if isinstance(module, nn.RMSNorm):
         eps = torch.finfo(x.dtype).eps if module.eps is None else module.eps
-        return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * module.weight
-    return layer_norm(x, module.weight, module.bias, module.eps)
+        return _normed(x, module.weight, None, eps, axes)
+    return layer_norm(x, module.weight, module.bias, module.eps, axes)
 
 
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """Return the layer norm over the last axis of a complex `x`, with variance `mean((x − x̄)²)`."""
-    centred = x - x.mean(-1, keepdim=True)
-    variance = centred.square().mean(-1, keepdim=True)
-    return centred / (variance + eps).sqrt() * weight + bias
+def layer_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    axes: tuple[int, ...] = (-1,),
+) -> Tensor:
+    """Return the layer norm over some axes of a complex `x`, with variance `mean((x − x̄)²)`."""
+    return _normed(x - x.mean(axes, keepdim=True), weight, bias, eps, axes)
+
+
+def _normed(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, axes: tuple[int, ...]
+) -> Tensor:
+    y = x / (x.square().mean(axes, keepdim=True) + eps).sqrt()
+    y = y if weight is None else y * weight
+    return y if bias is None else y + bias
 
 
 def gelu(x: Tensor) -> Tensor:

@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from altprop.equilibrium.dynamics import analytic
 from altprop.equilibrium.dynamics.dynamics import AbstractDynamics
 from altprop.equilibrium.dynamics.linearised import LinearisedAttention
-from altprop.equilibrium.dynamics.plain import is_hooked, is_watched
-from altprop.equilibrium.dynamics.products import AbstractLinearisation
+from altprop.equilibrium.dynamics.plain import FORCE, Kinds, is_overridden, is_watched
 from altprop.equilibrium.dynamics.system import Extension
 from altprop.errors import ConfigError
 
@@ -112,11 +111,18 @@ class CausalAttention(nn.Module):
 def feed_forward(x: Tensor, up: nn.Module, down: nn.Module) -> Tensor:
     """Return `down(gelu(up(x)))`, `(..., C) → (..., C)`; in place where nobody sees it."""
     h = up(x)
-    own = not torch.is_grad_enabled() and type(up) is nn.Linear and not is_watched(up)
+    plain = type(up) is nn.Linear and not (is_overridden(up, FORCE) or is_watched(up))
+    own = plain and not torch.is_grad_enabled()
     return down(torch.ops.aten.gelu_(h) if own else nnf.gelu(h))
 
 
-PARTS = (CausalAttention, nn.Linear, nn.LayerNorm, nn.RMSNorm)  # what has closed forms
+_NORMS = (nn.LayerNorm, nn.RMSNorm)
+PARTS: Kinds = {  # what has closed forms, by its name in a block
+    "attention": (CausalAttention,),
+    **dict.fromkeys(("norm1", "norm2"), _NORMS),
+    **dict.fromkeys(("norm_q", "norm_k"), (nn.RMSNorm,)),
+    **dict.fromkeys(("up", "down"), (nn.Linear,)),
+}
 
 
 class AbstractAttentive(AbstractDynamics):
@@ -127,12 +133,6 @@ class AbstractAttentive(AbstractDynamics):
     """
 
     attention: CausalAttention
-
-    def linearise(self, z: Tensor, x: Tensor) -> AbstractLinearisation:
-        # an override that calls this one asks for the products of the force it overrides
-        asked = type(self).linearise is not AbstractAttentive.linearise
-        made = self.evaluate(z.detach(), x.detach()) if asked and not is_hooked(self) else None
-        return super().linearise(z, x) if made is None else made
 
     @abstractmethod
     def attended(self, z: Tensor, x: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from altprop.equilibrium.dynamics.products import AbstractLinearisation, ClosedForm
-from altprop.equilibrium.solvers.solver import AbstractSolver
+from altprop.equilibrium.solvers.solver import AbstractSolver, in_rows
 from altprop.errors import ConfigError, RuleError
 
 DRAWS = ("replayed", "fresh")
@@ -285,7 +285,7 @@ def seeing(products: AbstractLinearisation, z: Tensor) -> tuple[int, int] | None
         cotangent = torch.zeros_like(z)
         cotangent[one] = torch.randn(z.shape[1:], generator=generator, device="cpu").to(z)
         # (NaN, of a sample that is lost, is no sign of interaction)
-        touched = (products.vjp(cotangent).flatten(1).abs() > 0).any(1)
+        touched = (in_rows(products.vjp(cotangent)).abs() > 0).any(1)
         touched[one] = False
         if bool(touched.any()):
             return one, int(touched.nonzero()[0])

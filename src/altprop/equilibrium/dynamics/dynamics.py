@@ -6,6 +6,7 @@ transformers here, and `(B, ...)` in general. Samples never interact.
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from altprop.equilibrium.dynamics.conduct import Conduct, Draws, check_draws
-from altprop.equilibrium.dynamics.plain import FORCE, is_hooked, is_overridden, is_watched
+from altprop.equilibrium.dynamics.plain import FORCE, is_changed, is_overridden, is_watched
 from altprop.equilibrium.dynamics.products import (
     AbstractEvaluation,
     AbstractLinearisation,
@@ -72,7 +73,7 @@ class AbstractDynamics(nn.Module, ABC):
 
     def under(self, x: Tensor, *args: Any, **kwargs: Any) -> System:
         """Return this dynamics under one input; what else is given goes to every force."""
-        return Driven(self, x, args, kwargs)
+        return Driven(self, x, *_told(self.forward, args, kwargs))
 
     def extend(self, cache: Any, x: Tensor) -> Extension:
         """Return what solves new tokens alone, where earlier ones do not depend on them.
@@ -102,8 +103,7 @@ class AbstractDynamics(nn.Module, ABC):
     def linearise(self, z: Tensor, x: Tensor) -> AbstractLinearisation:
         """Return the Jacobian's products at `z`; override it for closed forms of these alone."""
         x = x.detach()
-        changed = is_overridden(self, FORCE) or is_hooked(self)
-        made = None if changed else self.evaluate(z.detach(), x)
+        made = None if is_changed(self) else self.evaluate(z.detach(), x)
         return AutogradLinearisation(lambda state: self(state, x), z) if made is None else made
 
     def record(self, z: Tensor, x: Tensor) -> tuple[Tensor, Callable[[], AbstractLinearisation]]:
@@ -199,10 +199,12 @@ class Driven(System):
     def linearise(self, z: Tensor) -> AbstractLinearisation:
         if self._by_input_alone():
             return self._dynamics.linearise(z, self.x)
-        return AutogradLinearisation((self._once() if self.fresh else self).force, z)
+        return AutogradLinearisation(self.once().force, z)
 
-    def _once(self) -> Driven:
-        """Return the same with the draws of its first evaluation: one linearisation has one."""
+    def once(self) -> Driven:
+        """Return the same with the draws of its first evaluation in all of them."""
+        if not self.fresh:
+            return self
         once = Driven(self._dynamics, self.x, self._args, self._kwargs)
         once.fresh = False
         return once
@@ -210,7 +212,7 @@ class Driven(System):
     def kept(self) -> Driven:
         args, kwargs = detached((self._args, self._kwargs))
         kept = Driven(self._dynamics, self.x.detach(), args, kwargs)
-        kept._begun, kept._draws = self._begun, self._draws
+        kept.fresh, kept._begun, kept._draws = self.fresh, self._begun, self._draws
         return kept
 
     def samples(self, rows: Tensor) -> Driven | None:
@@ -235,5 +237,21 @@ class Driven(System):
     def _by_input_alone(self) -> bool:
         """Tell whether a part of the input drives that part of the state, and nothing else does."""
         said = self._dynamics.draws and self._dynamics.training
-        random = self.fresh or said or self._draws is not None
+        noisy = self._dynamics.draws == "fresh"  # of one realisation too
+        random = noisy or said or self._draws is not None
         return not (self._args or self._kwargs or random)
+
+
+def _told(
+    force: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return further arguments without each `None` that is there by default: that tells nothing."""
+    if all(value is not None for value in (*args, *kwargs.values())):
+        return args, kwargs
+    known = inspect.signature(force).parameters
+    idle = {name for name, p in known.items() if p.default is None}
+    named = {name: v for name, v in kwargs.items() if v is not None or name not in idle}
+    places = list(known)[2:]  # after the state and the input
+    while args and args[-1] is None and len(args) <= len(places) and places[len(args) - 1] in idle:
+        args = args[:-1]
+    return args, named

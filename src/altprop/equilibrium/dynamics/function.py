@@ -75,11 +75,16 @@ class _FunctionDynamics(AbstractDynamics):
         self.step, self.draws = step, draws
         self._force, self._start = force, start  # a module among them is registered by this
         self._held = nn.ModuleList(modules)
-        self._passed = nn.ParameterDict(parameters)
+        self._passed = nn.ParameterDict()
+        self._places = {}  # the names that `force` has for them, and those that they have here
+        for name, p in parameters.items():
+            self._places[name] = place = _free(name, self._passed)
+            self._passed[place] = p
         _refuse_forgetting(force, {id(p) for p in self.parameters()})
 
     def forward(self, z: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return self._force(z, x, *args, **self._passed, **kwargs)
+        passed = {name: self._passed[place] for name, place in self._places.items()}
+        return self._force(z, x, *args, **passed, **kwargs)
 
     def uses(self) -> Iterable[nn.Module]:
         yield from self.modules()
@@ -92,6 +97,14 @@ class _FunctionDynamics(AbstractDynamics):
 
     def extra_repr(self) -> str:
         return f"{getattr(self._force, '__name__', type(self._force).__name__)}, step={self.step}"
+
+
+def _free(name: str, holder: nn.Module) -> str:
+    """Return a name that a module can have a parameter by: not a path, nor one that it has."""
+    place = name.replace(".", "_")
+    while hasattr(holder, place):
+        place += "_"
+    return place
 
 
 def _refuse_forgetting(force: Callable[..., Tensor], known: set[int]) -> None:

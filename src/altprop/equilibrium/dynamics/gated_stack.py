@@ -104,7 +104,8 @@ class GatedStack(AbstractDynamics):
         return Extension(partial(each, act=lambda block, h, own: None), remember)
 
     def evaluate(self, z: Tensor, x: Tensor) -> AbstractEvaluation | None:
-        kinds = (*PARTS, GatedBlock, PreNormBlock, nn.ModuleList)
+        blocks = {str(i): (PreNormBlock,) for i in range(len(self.rest))}
+        kinds = {**PARTS, **blocks, "first": (GatedBlock,), "rest": (nn.ModuleList,)}
         return _StackEvaluation(self, z, x) if consists_of(self, kinds) else None
 
     def analytic(self, z: Tensor, x: Tensor) -> Tensor:

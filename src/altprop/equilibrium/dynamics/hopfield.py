@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from altprop.equilibrium.dynamics.dynamics import AbstractDynamics
-from altprop.equilibrium.dynamics.plain import is_hooked
+from altprop.equilibrium.dynamics.plain import is_changed
 from altprop.equilibrium.dynamics.products import AbstractLinearisation
 from altprop.errors import ConfigError
 
@@ -47,7 +47,7 @@ class HopfieldMemory(AbstractDynamics):
         return x - z + 2 * self.scale * (z @ self.W_m).relu() @ self.W_m.mT
 
     def linearise(self, z: Tensor, x: Tensor) -> AbstractLinearisation:
-        return super().linearise(z, x) if is_hooked(self) else _LinearisedMemory(self, z)
+        return super().linearise(z, x) if is_changed(self) else _LinearisedMemory(self, z)
 
     def extra_repr(self) -> str:
         return f"d_model={self.W_m.shape[0]}, memories={self.W_m.shape[1]}, scale={self.scale}"

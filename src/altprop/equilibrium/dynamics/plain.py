@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 from torch import nn
@@ -13,6 +13,17 @@ FORCE = frozenset({"forward", "combine", "attended"})
 _FORWARD = ("_forward_hooks", "_forward_pre_hooks")
 _HOOKS = (*_FORWARD, "_backward_hooks", "_backward_pre_hooks")
 _MADE, _OBSERVES = "parametrizations", "_altprop_observes"
+
+
+Kinds = Mapping[str, Collection[type[nn.Module]]]
+
+
+def is_changed(root: nn.Module) -> bool:
+    """Tell whether the force may be another than its class says: no closed form is of it then.
+
+    Methods were put in place on an instance, or hooks may change what a module is given or gives.
+    """
+    return is_overridden(root, FORCE) or is_hooked(root)
 
 
 def is_overridden(root: nn.Module, methods: frozenset[str]) -> bool:
@@ -50,16 +61,22 @@ def _acts(m: nn.Module, names: Collection[str]) -> bool:
     return not all(getattr(hook, _OBSERVES, False) for hook in hooks)
 
 
-def consists_of(root: nn.Module, kinds: Collection[type[nn.Module]]) -> bool:
-    """Tell whether all modules below `root` are exactly of these kinds, and no bias is missing."""
+def consists_of(root: nn.Module, kinds: Kinds) -> bool:
+    """Tell whether all modules below `root` are what closed forms are of.
+
+    Each is exactly of a kind that has its name, lacks no weight or bias, and norms the last axis
+    alone if it is a norm.
+    """
     return all(
-        type_before_parametrizations(m) in kinds and getattr(m, "bias", m) is not None
-        for m in _parts(root)
+        type_before_parametrizations(m) in kinds.get(name, ())
+        and all(p is not None for p in m._parameters.values())
+        and len(getattr(m, "normalized_shape", "1")) == 1
+        for name, m in _parts(root)
     )
 
 
-def _parts(root: nn.Module) -> Iterator[nn.Module]:
+def _parts(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, child in root.named_children():
         if name != _MADE:
-            yield child
+            yield name, child
             yield from _parts(child)

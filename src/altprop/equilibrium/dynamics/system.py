@@ -83,6 +83,14 @@ class System(ABC):
         """
         return None
 
+    def once(self) -> System:
+        """Return one realisation of the force, whose evaluations differ by the state alone.
+
+        What multiplies with a Jacobian, or takes differences, needs it; it is the system itself
+        where no evaluation draws anew.
+        """
+        return self
+
     def read(self, z: Tensor) -> Tensor:
         """Return what the module gives out, from a state `(B, ...)`; differentiable."""
         return z

@@ -129,7 +129,9 @@ class AEP(AbstractAdjointEstimator):
             if linear.result and not out.result:
                 # some samples' phases do not find what they were started from
                 assert out.beta is not None
+                looked = out.evaluations
                 out = self._solve(replace(phases, beta=out.beta), first, correction, linear)
+                out = replace(out, evaluations=looked + out.evaluations)
         spent = out.evaluations + correction.evaluations + 1
         antisymmetry = out.antisymmetry if out.antisymmetry is not None else correction.measure()
         if linear is None:

@@ -24,6 +24,7 @@ from altprop.equilibrium.solvers.solver import (
     Solution,
     per_sample,
     sample_norm,
+    scaled_norm,
 )
 from altprop.errors import ConfigError, refuse_subclass
 from altprop.rule import AbstractRule, Scope, Seam
@@ -104,7 +105,7 @@ class AbstractAdjointEstimator(AbstractEstimator):
         """
         if not self.scaled:
             return self.adjoint(problem, cotangent)
-        size = sample_norm(cotangent)
+        size = scaled_norm(cotangent)
         usable = torch.isfinite(size) & (size > 0)
         unit = torch.where(
             per_sample(usable, cotangent),

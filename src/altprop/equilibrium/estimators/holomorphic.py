@@ -52,7 +52,7 @@ class HolomorphicEP(AbstractAdjointEstimator):
     evaluations per phase; `solver`, of the phases and of the linear problem that they start from
     (`None`: the module's own). Solvers see a complex state as pairs of real numbers.
 
-    **Raises:** `RuleError` where the dynamics has no analytic force.
+    **Raises:** `RuleError` where the dynamics has no analytic force, or one that is not its force.
     """
 
     points: int = 8
@@ -87,6 +87,7 @@ class HolomorphicEP(AbstractAdjointEstimator):
         else:
             radius = torch.full_like(sample_norm(cotangent), self.radius)
         still = analytic(torch.complex(problem.state, torch.zeros_like(problem.state)))
+        _check_continues(problem, still.real)
 
         def phase(nudge: complex, start: Tensor) -> Solution:
             beta = per_sample(radius, cotangent) * nudge
@@ -140,4 +141,20 @@ class HolomorphicEP(AbstractAdjointEstimator):
             response=displacement(radius, moved, problem),
             nudged_residuals=residuals,
             antisymmetry=correction.measure(),
+        )
+
+
+def _check_continues(problem: Problem, still: Tensor) -> None:
+    """Refuse what should be the force at the free state, `(B, ...)`, and is another one.
+
+    (A sample that is lost tells nothing.)
+    """
+    off = problem.step * sample_norm(still - problem.still)
+    allowed = torch.finfo(still.dtype).eps ** 0.5 * sample_norm(problem.state)
+    if bool((off > allowed).any()):
+        raise RuleError(
+            f"the analytic force is not the force: at the free state they differ by "
+            f"{float(off.nan_to_num().max()):.1e}; where methods or hooks were put on a dynamics, "
+            "or a part of another kind, give it an analytic(z, x) that equals its forward(z, x) on "
+            "real states, or write estimator=AEP()"
         )

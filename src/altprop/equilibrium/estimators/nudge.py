@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from altprop.equilibrium.estimators.problem import Problem
-from altprop.equilibrium.solvers.solver import per_sample, sample_norm
+from altprop.equilibrium.solvers.solver import in_rows, per_sample, scaled_norm
 from altprop.errors import ConfigError, RuleError
 
 Nudge = Literal["linear", "cost"]
@@ -56,8 +56,8 @@ def cost_gradient(name: str, problem: Problem, cotangent: Tensor) -> tuple[Map, 
         return out
 
     own = gradient(problem.state)
-    size = sample_norm(own)
-    along = (own.flatten(1) * cotangent.flatten(1)).sum(1)
+    size = scaled_norm(own)
+    along = (in_rows(own) * in_rows(cotangent)).sum(1)
     scale = torch.where(size > 0, along / size / size, torch.zeros_like(size))
     if float((cotangent - per_sample(scale, own) * own).norm()) > 0.05 * float(cotangent.norm()):
         raise RuleError(

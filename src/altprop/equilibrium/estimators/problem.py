@@ -17,7 +17,7 @@ from altprop.equilibrium.solvers.solver import (
     Force,
     Result,
     Solution,
-    sample_norm,
+    scaled_norm,
     with_limits,
 )
 
@@ -69,8 +69,8 @@ class Certificate:
 
     def complete(self, adjoint: Adjoint, cotangent: Tensor) -> None:
         """Add what a backward pass measured from the cotangent `g`, `(B, ...)`."""
-        size = sample_norm(cotangent)
-        amplified = torch.where(size == 0, 0.0, sample_norm(adjoint.value) / size)
+        size = scaled_norm(cotangent)
+        amplified = torch.where(size == 0, 0.0, scaled_norm(adjoint.value) / size)
         self.state_error = self.free_residual * amplified
         self.adjoint_result = adjoint.result
         self.adjoint_residual = adjoint.residual

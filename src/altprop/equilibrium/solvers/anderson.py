@@ -20,6 +20,7 @@ from altprop.equilibrium.solvers.solver import (
     check_counts,
     check_fields,
     check_solver_fields,
+    in_rows,
     iterate,
     per_sample,
 )
@@ -144,8 +145,8 @@ class _Differences:
 
     def extrapolate(self, z: Tensor, f: Tensor) -> Tensor:
         """Return the next state from the state `z` and its force `f`, both `(B, ...)`."""
-        f = f.flatten(1)
-        g = torch.add(z.flatten(1), f, alpha=self._eps)
+        f = in_rows(f)
+        g = torch.add(in_rows(z), f, alpha=self._eps)
         last, self._last = self._last, (g, f)
         if last is None:
             self._allocate(g)

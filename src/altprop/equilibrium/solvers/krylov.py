@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from altprop.equilibrium.solvers.solver import per_sample, sample_norm
+from altprop.equilibrium.solvers.solver import in_rows, per_sample, sample_norm
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def gmres_cycle(
     **Arguments:** `product`, `v ↦ A v`, sample by sample, on `(B, ...)`; `right`; `goal`, `(B,)`,
     the norm of `right − A x` at which a sample is done.
     """
-    flat = right.flatten(1)
+    flat = in_rows(right)
     B, n = flat.shape
     columns = min(columns, n)
     norm = sample_norm(right)
@@ -54,7 +54,7 @@ def gmres_cycle(
     eps = torch.finfo(flat.dtype).eps
     k, y = 0, target[:, :0]
     while k < columns and bool(live.any()):
-        w = product(basis[:, k].reshape(right.shape)).flatten(1)
+        w = in_rows(product(basis[:, k].reshape(right.shape)))
         length = torch.linalg.vector_norm(w, dim=1)
         size = torch.where(live & torch.isfinite(length), torch.maximum(size, length), size)
         # A product that is lost or vanishes ends its sample; its column is a unit vector below the

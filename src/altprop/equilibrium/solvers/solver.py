@@ -154,9 +154,33 @@ def check_solver_fields(solver: AbstractSolver) -> None:
         )
 
 
+def in_rows(z: Tensor) -> Tensor:
+    """Return each sample as a row, `(B, ...) → (B, n)`; one number is a row too."""
+    return z.flatten(1) if z.dim() > 1 else z.unsqueeze(1)
+
+
 def sample_norm(z: Tensor) -> Tensor:
     """Return the Euclidean norm of each sample, `(B, ...) → (B,)`."""
-    return torch.linalg.vector_norm(z.flatten(1), dim=1)
+    return torch.linalg.vector_norm(in_rows(z), dim=1)
+
+
+def scaled_norm(z: Tensor) -> Tensor:
+    """Return the same also where squares leave the range of numbers, and elsewhere to the bit."""
+    norm, range_ = sample_norm(z), torch.finfo(z.dtype)
+    safe = (norm > range_.tiny**0.5 / range_.eps) & torch.isfinite(norm)
+    if not z.numel() or bool(safe.all()):
+        return norm
+    power = power_below(in_rows(z).abs().amax(1))
+    return sample_norm(z / per_sample(power, z)) * power
+
+
+def power_below(size: Tensor) -> Tensor:
+    """Return the power of 2 just below each number: to scale by it is exact.
+
+    It is 1 for what is 0 or not finite.
+    """
+    size = torch.where((size > 0) & torch.isfinite(size), size, 1.0)
+    return size / (2 * torch.frexp(size).mantissa)
 
 
 def per_sample(s: Tensor, z: Tensor) -> Tensor:
