@@ -246,4 +246,10 @@ BUGS = [
         "scores = q @ k.mH * (C // heads) ** -0.5",
         _EQ + "dynamics/test_analytic.py",
     ),
+    Bug(
+        _EQ + "dynamics/conduct.py",
+        "            with unnoticed():\n                seen",
+        "            if True:\n                seen",
+        _MODULE,
+    ),
 ]

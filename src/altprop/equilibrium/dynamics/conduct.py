@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable, Hashable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -185,7 +185,8 @@ class Conduct:
             return
         asked = self.apart.setdefault(z.dim(), Asked())
         if asked.due(parameters):
-            seen = seeing(linearise(), z)
+            with unnoticed():
+                seen = seeing(linearise(), z)
             if seen is not None:
                 raise RuleError(
                     f"samples interact: the force on sample {seen[0]} depends on the state of "
@@ -290,6 +291,15 @@ def seeing(products: AbstractLinearisation, z: Tensor) -> tuple[int, int] | None
         if bool(touched.any()):
             return one, int(touched.nonzero()[0])
     return None
+
+
+def unnoticed() -> AbstractContextManager[None]:
+    """Return a context for what is evaluated beside the forward pass, in some calls and not in all.
+
+    Whoever counts or recomputes what a forward pass saves, as checkpointing does, must not see what
+    is saved inside.
+    """
+    return torch.autograd.graph.saved_tensors_hooks(Tensor.detach, lambda t: t)
 
 
 def refuse_sharded(dynamics: nn.Module) -> None:
