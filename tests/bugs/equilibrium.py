@@ -9,6 +9,7 @@ _HINGE = _EQ + "test_hinge.py"
 _NOISE = _EQ + "dynamics/test_noise.py"
 _APART = _EQ + "dynamics/test_interaction.py"
 _MODULE = _EQ + "test_module.py"
+_BETWEEN = _EQ + "test_between.py"
 _DYNAMICS = _EQ + "dynamics/test_dynamics.py"
 
 BUGS = [
@@ -252,4 +253,32 @@ BUGS = [
         "            if True:\n                seen",
         _MODULE,
     ),
+    Bug(_EQ + "call.py", "if version_of(p) != version:", "if False:", _BETWEEN),
+    Bug(
+        _EQ + "dynamics/surroundings.py",
+        "            m.training = then\n",
+        "            pass\n",
+        _BETWEEN,
+    ),
+    Bug(_EQ + "dynamics/surroundings.py", "place()[one.name] = one.tensor", "place()", _BETWEEN),
+    Bug(
+        _EQ + "dynamics/surroundings.py",
+        "for one in self._held if not (one.moved() or one.changed())]",
+        "for one in self._held]",
+        _BETWEEN,
+    ),
+    Bug(_EQ + "dynamics/surroundings.py", "and not (one.buffer and parallel)", "", _BETWEEN),
+    Bug(
+        _EQ + "dynamics/surroundings.py",
+        "for name, written in self._given if written.changed()]",
+        "for name, written in ()]",
+        _BETWEEN,
+    ),
+    Bug(
+        _EQ + "dynamics/surroundings.py",
+        "kept._modes, kept._given = self._modes, self._given",
+        "pass",
+        _BETWEEN,
+    ),
+    Bug(_EQ + "dynamics/dynamics.py", "        self._around.leave()\n", "", _BETWEEN),
 ]

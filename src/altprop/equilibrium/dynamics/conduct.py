@@ -20,6 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from altprop.equilibrium.dynamics.products import AbstractLinearisation, ClosedForm
+from altprop.equilibrium.dynamics.surroundings import version_of
 from altprop.equilibrium.solvers.solver import AbstractSolver
 from altprop.errors import ConfigError, RuleError
 
@@ -109,7 +110,7 @@ class Asked:
         if self.updates >= _UPDATES:
             return None
         # every writing into a tensor makes its version grow
-        version = sum(0 if p.is_inference() else p._version for p in parameters())
+        version = sum(map(version_of, parameters()))
         return None if version == self.version else version
 
 
@@ -134,11 +135,8 @@ class Conduct:
 
         **Arguments:** `uses`, the modules that the force calls.
         """
-        mode = dynamics.training
-        refuse_statistics(
-            _at_work(dynamics.modules() if mode in self.calm else uses), "the force holds"
-        )
-        with steady(dynamics, self.calm, mode, "the force"):
+        refuse_statistics(_at_work(uses), "the force holds")
+        with steady(dynamics, self.calm, dynamics.training, "the force"):
             yield
 
     def announce_draws(
