@@ -11,6 +11,7 @@ _APART = _EQ + "dynamics/test_interaction.py"
 _PRODUCTS = _EQ + "dynamics/test_products.py"
 _CLOSURES = _EQ + "dynamics/test_closures.py"
 _MODULE = _EQ + "test_module.py"
+_BETWEEN = _EQ + "test_between.py"
 _DYNAMICS = _EQ + "dynamics/test_dynamics.py"
 
 BUGS = [
@@ -155,19 +156,19 @@ BUGS = [
         _DYNAMICS,
     ),
     Bug(
-        _EQ + "dynamics/surroundings.py",
+        _EQ + "dynamics/closures.py",
         "            known[code.co_varnames[0]] = owner, first\n",
         "            pass\n",
         _CLOSURES,
     ),
     Bug(
-        _EQ + "dynamics/surroundings.py",
+        _EQ + "dynamics/closures.py",
         "                yield from self.code(made, handed, around)\n",
         "                yield from self.code(made, {}, around)\n",
         _CLOSURES,
     ),
     Bug(
-        _EQ + "dynamics/surroundings.py",
+        _EQ + "dynamics/closures.py",
         '"LOAD_ATTR", "LOAD_METHOD"):\n            now[2].append(given)\n',
         '"LOAD_ATTR", "LOAD_METHOD"):\n',
         _CLOSURES,
@@ -315,4 +316,38 @@ BUGS = [
         "scores = q @ k.mH * (C // heads) ** -0.5",
         _EQ + "dynamics/test_analytic.py",
     ),
+    Bug(
+        _EQ + "dynamics/conduct.py",
+        "            with unnoticed():\n                seen",
+        "            if True:\n                seen",
+        _MODULE,
+    ),
+    Bug(_EQ + "call.py", "if version_of(p) != version:", "if False:", _BETWEEN),
+    Bug(
+        _EQ + "dynamics/surroundings.py",
+        "            m.training = then\n",
+        "            pass\n",
+        _BETWEEN,
+    ),
+    Bug(_EQ + "dynamics/surroundings.py", "place()[one.name] = one.tensor", "place()", _BETWEEN),
+    Bug(
+        _EQ + "dynamics/surroundings.py",
+        "for one in self._held if not (one.moved() or one.changed())]",
+        "for one in self._held]",
+        _BETWEEN,
+    ),
+    Bug(_EQ + "dynamics/surroundings.py", "and not (one.buffer and parallel)", "", _BETWEEN),
+    Bug(
+        _EQ + "dynamics/surroundings.py",
+        "for name, written in self._given if written.changed()]",
+        "for name, written in ()]",
+        _BETWEEN,
+    ),
+    Bug(
+        _EQ + "dynamics/surroundings.py",
+        "kept._modes, kept._given = self._modes, self._given",
+        "pass",
+        _BETWEEN,
+    ),
+    Bug(_EQ + "dynamics/dynamics.py", "        self._around.leave()\n", "", _BETWEEN),
 ]

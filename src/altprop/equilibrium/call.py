@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Literal
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from altprop.equilibrium.dynamics.conduct import Draws, refuse_sharded
 from altprop.equilibrium.dynamics.dynamics import AbstractDynamics
 from altprop.equilibrium.dynamics.products import AbstractLinearisation
+from altprop.equilibrium.dynamics.surroundings import version_of
 from altprop.equilibrium.dynamics.system import System
 from altprop.equilibrium.estimators.problem import (
     Adjoint,
@@ -51,7 +53,8 @@ class Call:
         keep: Callable[[Certificate], None],
     ) -> None:
         self.system, self.solver = system, solver
-        self._dynamics, self._held = dynamics, tuple(dynamics.parameters())
+        self._dynamics = dynamics
+        self._held = tuple((p, version_of(p)) for p in dynamics.parameters())
         self._policy, self._cost, self._keep = policy, cost, keep
         self._linearised: Callable[[], AbstractLinearisation] | None = None
         self._loss_draws: Draws | None = None
@@ -82,19 +85,36 @@ class Call:
         self._linearised = linearise
         return force
 
-    def problem(self, free: Landing) -> Problem:
-        """Return the adjoint problem at the free state."""
-        if any(p is not q for p, q in zip(self._held, self._dynamics.parameters(), strict=True)):
-            raise RuleError(
-                "the dynamics' parameters are not those of the forward pass (functional_call "
-                "puts its own in place only until the call returns), so the adjoint would be "
-                "that of another system: load them with load_state_dict, or use BPTT()"
-            )
+    @contextmanager
+    def problem(self, free: Landing) -> Iterator[Problem]:
+        """Give the adjoint problem at the free state, which is that of the call inside."""
+        self._refuse_others()
         assert self._linearised is not None
         z, still = free.state, free.force.detach()
-        if self.system.coarse:
-            still = quietly(self.system.force, z)
-        return Problem(self.system, self.solver, z, still, self._linearised, self._read_cost())
+        with self.system.recalled():
+            if self.system.coarse:
+                still = quietly(self.system.force, z)
+            yield Problem(self.system, self.solver, z, still, self._linearised, self._read_cost())
+
+    def _refuse_others(self) -> None:
+        """Refuse parameters that are not those of the forward pass, or hold other numbers."""
+        now = zip(self._held, self._dynamics.named_parameters(), strict=True)
+        changed = []
+        for (p, version), (name, q) in now:
+            if p is not q:
+                raise RuleError(
+                    "the dynamics' parameters are not those of the forward pass (functional_call "
+                    "puts its own in place only until the call returns), so the adjoint would be "
+                    "that of another system: load them with load_state_dict, or use BPTT()"
+                )
+            if version_of(p) != version:
+                changed.append(name)
+        if changed:
+            raise RuleError(
+                f"parameters of the dynamics changed in place after the forward pass "
+                f"({', '.join(changed)}), so the adjoint would be that of another system: step the "
+                "optimiser after backward, and call the block anew after a step"
+            )
 
     def leave(self) -> None:
         """Remember what the loss will draw, which follows the module's call: dropout's masks, say.

@@ -87,7 +87,7 @@ def _contraction(seen: Certificate) -> Tensor:
     """Return what part of its residual one more step leaves of each sample, `(B,)`."""
     assert seen.system is not None
     z, system = seen.state, seen.system.once()
-    with torch.autocast(z.device.type, enabled=False):
+    with torch.autocast(z.device.type, enabled=False), system.recalled():
         force = system.force(z)
         left = system.force(z + system.step * force)
     # a residual of nothing but rounding tells nothing, and leaves nothing to push

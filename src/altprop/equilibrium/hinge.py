@@ -235,7 +235,7 @@ class JacobianHinge(AbstractStabiliser):
         target = dynamics.margin if self.target is None else self.target
         if self.final is not None and self.over is not None:
             target += (self.final - target) * min(1.0, step / self.over)
-        with torch.autocast(z.device.type, enabled=False):
+        with torch.autocast(z.device.type, enabled=False), system.recalled():
             products = system.linearise(z)
             kinds = [(path, target, _Blocks(self.per, products.vjp, system.step))]
             if self.token_target is not None and products.tells_tokens:

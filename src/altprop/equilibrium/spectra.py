@@ -94,7 +94,8 @@ def spectrum(
     Source: Arnoldi 1951; Saad, "Numerical Methods for Large Eigenvalue Problems", chapter 6.
     """
     system, z = _system(of, z, x)
-    return _arnoldi(system.linearise(z).jvp, z, dimension, tol, seed)
+    with system.recalled():
+        return _arnoldi(system.linearise(z).jvp, z, dimension, tol, seed)
 
 
 def numerical_abscissa(
@@ -116,12 +117,13 @@ def numerical_abscissa(
     which it stops, relative to the largest; `seed`, of the first vector.
     """
     system, z = _system(of, z, x)
-    products = system.linearise(z)
+    with system.recalled():
+        products = system.linearise(z)
 
-    def symmetric(v: Tensor) -> Tensor:
-        return (products.jvp(v) + products.vjp(v)) / 2
+        def symmetric(v: Tensor) -> Tensor:
+            return (products.jvp(v) + products.vjp(v)) / 2
 
-    return _arnoldi(symmetric, z, dimension, tol, seed).abscissa
+        return _arnoldi(symmetric, z, dimension, tol, seed).abscissa
 
 
 @torch.no_grad()
@@ -179,18 +181,19 @@ def token_blocks(
     B, T, C = z.shape
     basis = torch.eye(C, dtype=z.dtype, device=z.device).view(C, 1, 1, C).expand(C, B, 1, C)
     cache, blocks = None, []
-    for t in range(T):
-        own = z[:, t : t + 1]
-        extension = system.extend(cache, x[:, t : t + 1])
+    with system.recalled():
+        for t in range(T):
+            own = z[:, t : t + 1]
+            extension = system.extend(cache, x[:, t : t + 1])
 
-        def column(v: Tensor, force: Callable[[Tensor], Tensor] = extension.force) -> Tensor:
-            pair: tuple[Tensor, ...] = torch.func.jvp(force, (own,), (v,))  # noqa: B023
-            return pair[1]
+            def column(v: Tensor, force: Callable[[Tensor], Tensor] = extension.force) -> Tensor:
+                pair: tuple[Tensor, ...] = torch.func.jvp(force, (own,), (v,))  # noqa: B023
+                return pair[1]
 
-        with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no forward-mode derivative
-            columns = torch.func.vmap(column)(basis)  # (C, B, 1, C)
-        blocks.append(columns.squeeze(2).permute(1, 2, 0))
-        cache = extension.remember(own)
+            with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no forward-mode derivative
+                columns = torch.func.vmap(column)(basis)  # (C, B, 1, C)
+            blocks.append(columns.squeeze(2).permute(1, 2, 0))
+            cache = extension.remember(own)
     return torch.stack(blocks, 1)
 
 

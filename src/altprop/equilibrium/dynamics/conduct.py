@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable, Hashable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from altprop.equilibrium.dynamics.products import AbstractLinearisation, ClosedForm
+from altprop.equilibrium.dynamics.surroundings import version_of
 from altprop.equilibrium.solvers.solver import AbstractSolver, in_rows
 from altprop.errors import ConfigError, RuleError
 
@@ -109,7 +110,7 @@ class Asked:
         if self.updates >= _UPDATES:
             return None
         # every writing into a tensor makes its version grow
-        version = sum(0 if p.is_inference() else p._version for p in parameters())
+        version = sum(map(version_of, parameters()))
         return None if version == self.version else version
 
 
@@ -134,11 +135,8 @@ class Conduct:
 
         **Arguments:** `uses`, the modules that the force calls.
         """
-        mode = dynamics.training
-        refuse_statistics(
-            _at_work(dynamics.modules() if mode in self.calm else uses), "the force holds"
-        )
-        with steady(dynamics, self.calm, mode, "the force"):
+        refuse_statistics(_at_work(uses), "the force holds")
+        with steady(dynamics, self.calm, dynamics.training, "the force"):
             yield
 
     def announce_draws(
@@ -185,7 +183,8 @@ class Conduct:
             return
         asked = self.apart.setdefault(z.dim(), Asked())
         if asked.due(parameters):
-            seen = seeing(linearise(), z)
+            with unnoticed():
+                seen = seeing(linearise(), z)
             if seen is not None:
                 raise RuleError(
                     f"samples interact: the force on sample {seen[0]} depends on the state of "
@@ -290,6 +289,15 @@ def seeing(products: AbstractLinearisation, z: Tensor) -> tuple[int, int] | None
         if bool(touched.any()):
             return one, int(touched.nonzero()[0])
     return None
+
+
+def unnoticed() -> AbstractContextManager[None]:
+    """Return a context for what is evaluated beside the forward pass, in some calls and not in all.
+
+    Whoever counts or recomputes what a forward pass saves, as checkpointing does, must not see what
+    is saved inside.
+    """
+    return torch.autograd.graph.saved_tensors_hooks(Tensor.detach, lambda t: t)
 
 
 def refuse_sharded(dynamics: nn.Module) -> None:

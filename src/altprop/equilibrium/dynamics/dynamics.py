@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property, partial
 from typing import Any, Literal
 
@@ -24,6 +24,7 @@ from altprop.equilibrium.dynamics.products import (
     AutogradLinearisation,
     record,
 )
+from altprop.equilibrium.dynamics.surroundings import Surroundings
 from altprop.equilibrium.dynamics.system import Extension, System, detached
 from altprop.errors import RuleError, refuse_subclass
 
@@ -151,6 +152,7 @@ class Driven(System):
         self._dynamics, self._args = dynamics, args
         self._kwargs: Mapping[str, Any] = kwargs or {}
         self._begun = False
+        self._around = Surroundings()
         self._draws: Draws | None = None  # of the first evaluation, if it drew anything
 
     def start(self) -> Tensor:
@@ -169,7 +171,10 @@ class Driven(System):
     def _begin(self, z: Tensor) -> Tensor:
         """Make the first evaluation, which tells what the force draws and what it changes."""
         draws, dynamics = Draws(self.x.device), self._dynamics
-        with dynamics.conduct.unchanged(dynamics, dynamics.uses()):
+        self._around.give(self.x)
+        self._around.give_more(self._args, self._kwargs)
+        uses = list(dynamics.uses())
+        with self._around.first(uses), dynamics.conduct.unchanged(dynamics, uses):
             force = self._evaluate(z)
         self._begun = True
         if self.fresh or not draws.moved():
@@ -184,13 +189,17 @@ class Driven(System):
 
         if not dynamics.draws:
             name = type(dynamics).__name__
-            dynamics.conduct.announce_draws(name, dynamics.uses(), drawn)
+            dynamics.conduct.announce_draws(name, uses, drawn)
         return force
 
+    def recalled(self) -> AbstractContextManager[None]:
+        return self._around.again()
+
     def record(self, z: Tensor) -> tuple[Tensor, Callable[[], AbstractLinearisation]]:
-        if self._by_input_alone():
-            return self._dynamics.record(z, self.x)
-        return super().record(z)
+        alone = self._by_input_alone()
+        recorded = self._dynamics.record(z, self.x) if alone else super().record(z)
+        self._around.leave()
+        return recorded
 
     def check_apart(self, z: Tensor, linearise: Callable[[], AbstractLinearisation]) -> None:
         dynamics = self._dynamics
@@ -213,6 +222,7 @@ class Driven(System):
         args, kwargs = detached((self._args, self._kwargs))
         kept = Driven(self._dynamics, self.x.detach(), args, kwargs)
         kept.fresh, kept._begun, kept._draws = self.fresh, self._begun, self._draws
+        kept._around = self._around.kept()
         return kept
 
     def samples(self, rows: Tensor) -> Driven | None:

@@ -7,9 +7,9 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from altprop.equilibrium.dynamics.closures import surroundings
 from altprop.equilibrium.dynamics.conduct import check_draws
 from altprop.equilibrium.dynamics.dynamics import AbstractDynamics
-from altprop.equilibrium.dynamics.surroundings import surroundings
 from altprop.errors import ConfigError
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from altprop.equilibrium.dynamics.conduct import Asked, seeing
+from altprop.equilibrium.dynamics.conduct import Asked, seeing, unnoticed
 from altprop.equilibrium.dynamics.products import AbstractLinearisation
 
 
@@ -85,8 +85,7 @@ class Habits:
             asked.count(parameters)
             return known
         candidates = [Layout(axis) for axis in (0, 1, None)]
-        # whoever counts or recomputes what a forward pass saves must not see what is saved here
-        with torch.autograd.graph.saved_tensors_hooks(Tensor.detach, lambda t: t):
+        with unnoticed():
             found = next(
                 layout
                 for layout in candidates

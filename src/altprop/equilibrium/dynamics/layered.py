@@ -26,6 +26,7 @@ from altprop.equilibrium.dynamics.conduct import Draws, refuse_statistics, stead
 from altprop.equilibrium.dynamics.dynamics import AbstractDynamics
 from altprop.equilibrium.dynamics.habits import Habits, Layout
 from altprop.equilibrium.dynamics.products import AbstractLinearisation, AutogradLinearisation
+from altprop.equilibrium.dynamics.surroundings import Surroundings
 from altprop.equilibrium.dynamics.system import System, detached
 from altprop.errors import ConfigError, RuleError
 
@@ -125,6 +126,7 @@ class DrivenLayers(System):
         self.x, self.phases, self._calls = x, phases, calls
         self._habits, self._layout = habits, Layout(0)
         self._draws_of: list[Draws | None] = []
+        self._around = Surroundings()
         self._outs: list[Tensor] = []
         self._shapes: list[torch.Size] = []
         self._known: tuple[Tensor, Tensor] | None = None
@@ -135,7 +137,8 @@ class DrivenLayers(System):
         h = self._spare(level, h)
         draws, version = Draws(h.device), h._version
         block, calm = call.block, self._habits.calm
-        with steady(block, calm, (level, block.training), f"block {level}"):
+        still = steady(block, calm, (level, block.training), f"block {level}")
+        with self._around.first(block.modules()), still:
             whole = block(h, *call.args, **call.kwargs)
         self._draws_of.append(draws if draws.moved() else None)
         if h._version == version:
@@ -163,9 +166,12 @@ class DrivenLayers(System):
 
     def kept(self) -> DrivenLayers:
         kept = copy.copy(self)
-        kept.x, kept._known = self.x.detach(), None
+        kept.x, kept._known, kept._around = self.x.detach(), None, self._around.kept()
         kept._calls = [BlockCall(c.block, *detached((c.args, c.kwargs))) for c in self._calls]
         return kept
+
+    def recalled(self) -> AbstractContextManager[None]:
+        return self._around.again()
 
     def start(self) -> Tensor:
         return self.settled()[0]
@@ -177,7 +183,7 @@ class DrivenLayers(System):
         over and not kept, so that its memory is not held longer.
         """
         if self._known is None:
-            self._outs, self._draws_of = [], []
+            self._outs, self._draws_of, self._around = [], [], Surroundings()
             h = self.x
             for call in self._calls:
                 self.push(h, call)
@@ -189,6 +195,9 @@ class DrivenLayers(System):
 
     def close(self) -> None:
         """Make state and force of the levels that were pushed."""
+        self._around.give(self.x)
+        for call in self._calls:
+            self._around.give_more(call.args, call.kwargs)
         self._shapes = [out.shape for out in self._outs]
         self._read_as = self._outs[-1].dtype
         outs = [out.float() if out.itemsize < 4 and self.coarse else out for out in self._outs]

@@ -1,242 +1,156 @@
-"""What a function uses of its surroundings: modules and parameters that were not given to it.
+"""What a force reads beside its state, as the forward pass found it.
 
-Its code says which names it loads and which attributes of these, its closure and globals what they
-are. Functions, methods, partial ones, containers and objects among them are followed in turn, until
-a bound. All is looked up and nothing executed: no property, no `__getattr__`.
+A backward pass evaluates the force anew, long after the forward pass. Its adjoint is that of the
+same system only if the force then finds what it found: modules in the modes they had, under the
+same names the same tensors, and in these the same numbers. Modes and names are put back while the
+force is evaluated, as draws are; numbers that were written over are lost, so that is refused, as
+autograd refuses it for what it has saved.
 """
 
 from __future__ import annotations
 
-import dis
-import inspect
-from collections import deque
-from collections.abc import Callable, Iterator
-from functools import partial
-from itertools import islice
-from types import CodeType, FunctionType, MemberDescriptorType, MethodType, ModuleType
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
-Found = Iterator[tuple[str, nn.Module | nn.Parameter]]
+from altprop.errors import RuleError
 
-_MOST = 10_000  # values that are looked at
+_ANY_MODULE = frozenset(vars(nn.Module()))  # attributes that every module has
 _NOTHING = object()
-_INERT = (str, bytes, int, float, complex, type, type(None), ModuleType)
-_LISTS: tuple[Any, ...] = (list, tuple, deque, set, frozenset)
 
 
-def surroundings(force: Callable[..., Any]) -> Found:
-    """Yield the modules and parameters that a callable uses, each once, as it would write them.
+class Written(NamedTuple):
+    """A tensor, with what it counted of writing into it at one moment."""
 
-    Of a module, itself, and what its own forward pass uses beside it.
-    """
-    walk = _Walk()
-    yield from walk.value("force", force)
-    if isinstance(force, nn.Module):
-        yield from walk.attributes("force", force, ["forward"])
+    tensor: Tensor
+    version: int
+
+    @classmethod
+    def now(cls, tensor: Tensor) -> Written:
+        """Return the tensor as it is at this moment, which keeps no graph alive."""
+        return cls(tensor.detach(), version_of(tensor))
+
+    def changed(self) -> bool:
+        """Tell whether anything was written into it since."""
+        return version_of(self.tensor) != self.version
 
 
-class _Walk:
+def version_of(tensor: Tensor) -> int:
+    """Return how often a tensor was written into; those of inference mode do not count that."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+class _Held(NamedTuple):
+    """A tensor that a module has under a name: a buffer, or a plain attribute."""
+
+    module: nn.Module
+    name: str
+    buffer: bool
+    tensor: Tensor
+    version: int
+
+    def place(self) -> dict[str, Any]:
+        names: dict[str, Any] = self.module._buffers if self.buffer else vars(self.module)
+        return names
+
+    def moved(self) -> bool:
+        return self.place().get(self.name) is not self.tensor
+
+    def changed(self) -> bool:
+        return version_of(self.tensor) != self.version
+
+
+class Surroundings:
+    """What one call's force reads beside the state, to be found again by later evaluations."""
+
     def __init__(self) -> None:
-        self._left = _MOST
-        self._seen: dict[Any, Any] = {}  # by identity, which lasts as long as what is kept here
+        self._modes: list[tuple[nn.Module, bool]] = []
+        self._held: list[_Held] = []
+        self._given: list[tuple[str, Written]] = []
 
-    def _is_new(self, *values: Any) -> bool:
-        key = tuple(map(id, values))
-        if key in self._seen:
-            return False
-        self._seen[key] = values
-        return True
+    @contextmanager
+    def first(self, modules: Iterable[nn.Module]) -> Iterator[None]:
+        """Look at some modules around the first evaluation of a force that calls them."""
+        found = list(modules)
+        self._modes += [(m, m.training) for m in found]
+        self._held += [one for m in found for one in _tensors_of(m)]
+        yield
+        self.leave()
 
-    def value(self, name: str, value: Any, inside: bool = False) -> Found:
-        """Yield what a value holds.
+    def leave(self) -> None:
+        """Leave to the force what its evaluations have changed by themselves so far."""
+        self._held = [one for one in self._held if not (one.moved() or one.changed())]
 
-        **Arguments:** `inside`, whether it is in an object that is used as a whole; then objects
-        in it are not looked into, for they lead anywhere.
+    def give(self, x: Tensor) -> None:
+        """Look at the input, `(B, ...)`."""
+        self._given.append(("the input", Written.now(x)))
+
+    def give_more(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """Look at what the force is given beside state and input."""
+        named = [(f"further argument {i}", value) for i, value in enumerate(args, 1)]
+        named += [(f"the argument {name}", value) for name, value in kwargs.items()]
+        self._given += [
+            (name, Written.now(t))
+            for name, value in named
+            for t in ((value,) if isinstance(value, Tensor) else tree_leaves(value))
+            if isinstance(t, Tensor)
+        ]
+
+    def kept(self) -> Surroundings:
+        """Return what may outlive the call: modes, and whether what was given is as it was."""
+        kept = Surroundings()
+        kept._modes, kept._given = self._modes, self._given
+        return kept
+
+    @contextmanager
+    def again(self) -> Iterator[None]:
+        """Put modes and names back inside; afterwards all is as it was before.
+
+        **Raises:** `RuleError` where a tensor has been written into.
         """
-        self._left -= 1
-        if isinstance(value, _INERT) or self._left < 0 or not self._is_new(value):
-            return
-        called = inspect.getattr_static(type(value), "__call__", None)
-        if isinstance(value, nn.Module | nn.Parameter):
-            yield name, value
-        elif isinstance(value, FunctionType):
-            yield from self.function(value)
-        elif isinstance(value, MethodType):
-            yield from self.method(f"{name}.__self__", value)
-        elif isinstance(called, FunctionType):
-            yield from self.method(name, MethodType(called, value))
-        elif not isinstance(value, Tensor):
-            for within, one, deeper in islice(_parts(name, value), self._left):
-                if deeper or not inside:
-                    yield from self.value(within, one, inside or not deeper)
-
-    def attributes(self, name: str, value: Any, chain: list[str]) -> Found:
-        """Yield what attributes of attributes of a value hold, as far as they can be looked up."""
-        for attribute in chain:
-            found = _attribute(value, attribute)
-            if isinstance(found, MethodType) and found.__self__ is value:
-                yield from self.method(name, found)
-                return
-            if found is _NOTHING:
-                break
-            name, value = f"{name}.{attribute}", found
-        yield from self.value(name, value)
-
-    def method(self, owner: str, bound: MethodType) -> Found:
-        """Yield what a method uses, of its object, which is called `owner`, what it reads."""
-        if isinstance(bound.__func__, FunctionType) and not _is_torchs(bound.__func__):
-            yield from self.function(bound.__func__, owner, bound.__self__)
-        else:
-            yield from self.value(owner, bound.__self__)
-
-    def function(self, function: FunctionType, owner: str = "", first: Any = _NOTHING) -> Found:
-        """Yield what a function uses.
-
-        **Arguments:** `first`, its first argument where it is a method, and `owner`, its name.
-        """
-        self._left -= 1
-        if self._left < 0 or not self._is_new(function, first):
-            return
-        code, known = function.__code__, _closure(function)
-        if first is not _NOTHING and not code.co_argcount:  # a decorator hands its arguments on
-            for _, value in (*known.values(), ("", vars(function).get("__wrapped__"))):
-                if isinstance(value, FunctionType):
-                    yield from self.function(value, owner, first)
-        if _is_torchs(function):  # torch's decorators hold a user's function
-            for name, value in known.values():
-                yield from self.value(name, value)
-            return
-        for name, value in _defaults(function):
-            yield from self.value(name, value)
-        if first is not _NOTHING and code.co_argcount:
-            known[code.co_varnames[0]] = owner, first
-        yield from self.code(code, known, function.__globals__)
-
-    def code(
-        self, code: CodeType, known: dict[str, tuple[str, Any]], around: dict[str, Any]
-    ) -> Found:
-        """Yield what a code uses, and the codes of functions that it makes.
-
-        **Arguments:** `known`, what its own names are called elsewhere and their values, where
-        these are known; `around`, its globals.
-        """
-        for is_global, name, chain in _loads(code):
-            if not is_global and name in known:
-                yield from self.attributes(*known[name], chain)
-            elif is_global and name in around:
-                yield from self.attributes(name, around[name], chain)
-        for made in code.co_consts:
-            if isinstance(made, CodeType):
-                handed = {name: known[name] for name in made.co_freevars if name in known}
-                yield from self.code(made, handed, around)
-
-
-def _loads(code: CodeType) -> Iterator[tuple[bool, str, list[str]]]:
-    """Yield the names that a code loads: whether as a global, and the attributes read of it."""
-    now: tuple[bool, str, list[str]] | None = None
-    cells = {*code.co_cellvars, *code.co_freevars}  # which a closure is made of by LOAD_FAST
-    for instruction in dis.get_instructions(code):
-        op, given = instruction.opname, instruction.argval
-        if op in ("EXTENDED_ARG", "CACHE", "NOP", "COPY"):  # `a.b += 1` copies `a`
-            continue
-        if now is not None and op in ("LOAD_ATTR", "LOAD_METHOD"):
-            now[2].append(given)
-            continue
-        if now is not None and op not in ("STORE_ATTR", "DELETE_ATTR"):  # which read nothing of it
-            yield now
-        now = None
-        if op == "LOAD_GLOBAL" or "LOAD_FAST" in op or "LOAD_DEREF" in op:
-            *more, last = given if isinstance(given, tuple) else (given,)  # some load two at once
-            for name in set(more) - cells:
-                yield False, name, []
-            if "LOAD_FAST" not in op or last not in cells:
-                now = op == "LOAD_GLOBAL", last, []
-    if now is not None:
-        yield now
-
-
-def _closure(function: FunctionType) -> dict[str, tuple[str, Any]]:
-    """Return the variables of enclosing functions that a function uses, but for unset ones."""
-    known = {}
-    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+        self._refuse_changed()
+        turned = [(m, then, m.training) for m, then in self._modes if m.training is not then]
+        moved = [(one, one.place().get(one.name, _NOTHING)) for one in self._held if one.moved()]
+        for m, then, _ in turned:
+            m.training = then
+        for one, _ in moved:
+            one.place()[one.name] = one.tensor
         try:
-            known[name] = name, cell.cell_contents
-        except ValueError:
-            continue
-    return known
+            yield
+        finally:
+            for m, _, now in turned:
+                m.training = now
+            for one, other in moved:
+                one.place()[one.name] = other
+                if other is _NOTHING:
+                    del one.place()[one.name]
+
+    def _refuse_changed(self) -> None:
+        names = [name for name, written in self._given if written.changed()]
+        # DDP writes the same numbers into buffers anew whenever its model is called
+        parallel = torch.distributed.is_available() and torch.distributed.is_initialized()
+        names += [
+            f"{type(one.module).__name__}.{one.name}"
+            for one in self._held
+            if one.changed() and not (one.buffer and parallel)
+        ]
+        if names:
+            raise RuleError(
+                f"{', '.join(dict.fromkeys(names))} changed in place after the forward pass, so "
+                "the force would now be that of another system: give the block what nothing else "
+                "writes into (x.clone()), or write into it after the backward pass"
+            )
 
 
-def _defaults(function: FunctionType) -> Iterator[tuple[str, Any]]:
-    code, given = function.__code__, function.__defaults__ or ()
-    names = code.co_varnames[code.co_argcount - len(given) : code.co_argcount]
-    yield from zip(names, given, strict=True)
-    yield from (function.__kwdefaults__ or {}).items()
-
-
-def _attribute(value: Any, name: str) -> Any:
-    """Return an attribute if it can be looked up, methods and properties bound to their object."""
-    if name == "__class__":
-        return type(value)
-    if isinstance(value, nn.Module):
-        for kind in ("_parameters", "_modules", "_buffers"):
-            if name in (own := _own(value).get(kind) or {}):
-                return own[name]
-    found = inspect.getattr_static(value, name, _NOTHING)
-    if isinstance(value, ModuleType) or name in _own(value):
-        return found
-    if isinstance(found, MemberDescriptorType) and not isinstance(value, type):  # of __slots__
-        try:
-            return found.__get__(value)
-        except AttributeError:
-            return _NOTHING
-    if isinstance(found, staticmethod):
-        return found.__func__
-    if isinstance(found, classmethod):
-        return MethodType(found.__func__, value if isinstance(value, type) else type(value))
-    found = found.fget if isinstance(found, property) else found
-    if isinstance(found, FunctionType):
-        if isinstance(value, type):
-            return found
-        return _NOTHING if _is_torchs(found) else MethodType(found, value)
-    # what else computes its value is not asked: the object itself is looked at
-    return _NOTHING if hasattr(type(found), "__get__") else found
-
-
-def _parts(name: str, value: Any) -> Iterator[tuple[str, Any, bool]]:
-    """Yield what is in a container, a partial function or another object.
-
-    With each, its name, and whether it is to be had from what is in an object too.
-    """
-    if isinstance(value, partial):
-        for part in ("func", "args", "keywords"):
-            yield f"{name}.{part}", getattr(value, part), True
-        return
-    if isinstance(value, dict):
-        for key, one in dict.items(value):
-            yield f"{name}[{key!r}]", one, True
-        return
-    for kind in _LISTS:
-        if isinstance(value, kind):
-            for i, one in enumerate(kind.__iter__(value)):
-                yield f"{name}[{i}]", one, True
-            return
-    own = _own(value)
-    if "__wrapped__" in own:  # functools.cache
-        yield f"{name}.__wrapped__", own["__wrapped__"], True
-        return
-    for attribute, one in own.items():
-        yield f"{name}.{attribute}", one, False
-
-
-def _own(value: Any) -> dict[str, Any]:
-    try:
-        own = object.__getattribute__(value, "__dict__")
-    except AttributeError:
-        return {}
-    return own if isinstance(own, dict) else {}
-
-
-def _is_torchs(function: FunctionType) -> bool:
-    return str(function.__globals__.get("__name__")).partition(".")[0] == "torch"
+def _tensors_of(m: nn.Module) -> Iterator[_Held]:
+    own = vars(m)
+    for name, value in own.items():
+        if name not in _ANY_MODULE and isinstance(value, Tensor):
+            yield _Held(m, name, False, value, version_of(value))
+    for name, buffer in own.get("_buffers", {}).items():
+        if buffer is not None:
+            yield _Held(m, name, True, buffer, version_of(buffer))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -57,6 +58,13 @@ class System(ABC):
 
         **Arguments:** `z`, where it was recorded, `(B, ...)`; `linearise`, what `record` gave.
         """
+
+    def recalled(self) -> AbstractContextManager[None]:
+        """Return a context in which the force finds what it found when the module was called.
+
+        **Raises:** `RuleError` where that is lost.
+        """
+        return nullcontext()
 
     def record(self, z: Tensor) -> tuple[Tensor, Callable[[], AbstractLinearisation]]:
         """Return the force at `z`, `(B, ...)`, and what returns the Jacobian's products there.

@@ -87,7 +87,8 @@ class AbstractAdjointEstimator(AbstractEstimator):
             return value
 
         def pull(cotangent: Tensor) -> Tensor:
-            adjoint = self.pull(call.problem(free), cotangent)
+            with call.problem(free) as problem:
+                adjoint = self.pull(problem, cotangent)
             call.complete(certificate, adjoint, cotangent, self.tolerance())
             return adjoint.value
 

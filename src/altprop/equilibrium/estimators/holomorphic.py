@@ -32,7 +32,7 @@ from altprop.equilibrium.solvers.solver import (
     sample_norm,
     worst,
 )
-from altprop.errors import ConfigError
+from altprop.errors import ConfigError, RuleError
 
 
 @dataclass(frozen=True)
