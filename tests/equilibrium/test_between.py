@@ -259,3 +259,24 @@ def test_buffers_that_ddp_writes_anew_are_the_same_ones() -> None:
     dynamics.shift.add_(0)  # as it does on several ranks
     sum(losses).backward()
     assert all(p.grad.any() for p in block.parameters())
+
+
+def test_a_checkpoint_around_a_force_of_ones_own_changes_no_step() -> None:
+    """What is asked beside the forward pass in some steps alone, a checkpoint does not count."""
+
+    def weights(*, checkpointed: bool) -> list[Tensor]:
+        torch.manual_seed(0)
+        W = nn.Linear(6, 6)
+        block = ap.Equilibrium(ap.from_function(lambda z, x: x - z + torch.tanh(W(z)) / 2, W))
+        optimiser, seen = torch.optim.SGD(block.parameters(), lr=1e-2), []
+        for seed in range(20):
+            x = randn(4, 6, seed=seed).float().requires_grad_()
+            z = checkpoint(block, x, use_reentrant=False) if checkpointed else block(x)
+            optimiser.zero_grad()
+            z.square().sum().backward()
+            optimiser.step()
+            seen.append(W.weight.detach().clone())
+        return seen
+
+    pairs = zip(weights(checkpointed=True), weights(checkpointed=False), strict=True)
+    assert all(torch.equal(own, wanted) for own, wanted in pairs)

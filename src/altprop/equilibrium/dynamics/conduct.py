@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable, Hashable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -295,8 +295,10 @@ def unnoticed() -> AbstractContextManager[None]:
     """Return a context for what is evaluated beside the forward pass, in some calls and not in all.
 
     Whoever counts or recomputes what a forward pass saves, as checkpointing does, must not see what
-    is saved inside.
+    is saved inside. Where nobody does, nothing is put in between, which `torch.func` refuses.
     """
+    if torch._C._autograd._top_saved_tensors_default_hooks(False) is None:
+        return nullcontext()
     return torch.autograd.graph.saved_tensors_hooks(Tensor.detach, lambda t: t)
 
 
