@@ -29,8 +29,8 @@ BUGS = [
     ),
     Bug(
         _EQ + "dynamics/plain.py",
-        'len(getattr(m, "normalized_shape", "1")) == 1',
-        'len(getattr(m, "normalized_shape", "1")) >= 1',
+        'len(vars(m).get("normalized_shape", "1")) == 1',
+        'len(vars(m).get("normalized_shape", "1")) >= 1',
         _EQ + "dynamics/test_record.py",
     ),
     Bug(_EQ + "dynamics/dynamics.py", "        self._draws = draws\n", "        pass\n", _NOISE),

@@ -70,7 +70,7 @@ def consists_of(root: nn.Module, kinds: Kinds) -> bool:
     return all(
         type_before_parametrizations(m) in kinds.get(name, ())
         and all(p is not None for p in m._parameters.values())
-        and len(getattr(m, "normalized_shape", "1")) == 1
+        and len(vars(m).get("normalized_shape", "1")) == 1
         for name, m in _parts(root)
     )
 
