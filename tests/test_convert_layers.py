@@ -108,6 +108,81 @@ def test_a_forgotten_bias_is_no_bias_and_so_another_forward() -> None:
         ap.convert(nn.Sequential(Here(nn.Linear(6, 8))), RULES[0])
 
 
+class Channels(nn.Module):
+    """A map of the second axis, which two axes cannot be told from one of the last."""
+
+    def __init__(self, n_in: int, n_out: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(n_out, n_in))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum("nc...,oc->no...", x, self.weight)
+
+
+@pytest.mark.parametrize("n_in", [3, 4])
+@pytest.mark.parametrize("n_out", [3, 4])
+def test_a_map_of_another_axis_is_another_forward(n_in: int, n_out: int) -> None:
+    class Here(Channels):
+        pass
+
+    ap.register_layer(Here)
+    with pytest.raises(ap.RuleError, match=r"0: register_layer.* its forward is another than "):
+        ap.convert(nn.Sequential(Here(n_in, n_out)), RULES[0])
+
+
+def test_a_layer_for_vectors_alone_is_taken_and_one_that_takes_none_is_refused() -> None:
+    class Flat(Kernel):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.addmm(self.shift, x, self.kernel)
+
+    class Nothing(Kernel):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x[:, 0])
+
+    for kind in (Flat, Nothing):
+        ap.register_layer(kind, weight="kernel", bias="shift", transposed=True)
+    ap.convert(nn.Sequential(Flat(nn.Linear(6, 8))), RULES[0])
+    with pytest.raises(ap.RuleError, match=r"it does not take two vectors \("):
+        ap.convert(nn.Sequential(Nothing(nn.Linear(6, 8))), RULES[0])
+
+
+@pytest.mark.parametrize("flag", [False, True])
+def test_a_flag_named_as_the_bias_is_no_bias(flag: bool) -> None:
+    class Here(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.bias = nn.Parameter(torch.randn(3, 4)), flag
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ self.weight.t()
+
+    ap.register_layer(Here)
+    model = ap.convert(Here(), RULES[0])
+    model(torch.randn(2, 4)).sum().backward()
+    assert model.weight.grad is not None
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_a_layer_is_called_by_its_arguments_own_name(rule: ap.AbstractRule) -> None:
+    class Named(nn.Module):
+        def __init__(self, by_name: bool) -> None:
+            super().__init__()
+            self.maps, self.by_name = pair()[0], by_name
+
+        def forward(self, x: Tensor) -> Tensor:
+            for layer in self.maps:
+                name = "input" if isinstance(layer, nn.Linear | nn.Tanh) else "x"
+                x = layer(**{name: x}) if self.by_name else layer(x)
+            return x
+
+    x = torch.randn(3, 6).double()
+    named, plain = (ap.convert(Named(by_name), rule, output="maps.3") for by_name in (True, False))
+    assert_equal(gradients(named, x), gradients(plain, x))
+    for given, names in (((), {"y": x}), ((x, x), {}), ((), {}), ((x,), {"x": x})):
+        with pytest.raises(TypeError, match="Kernel is one linear map and takes one argument, x, "):
+            named.maps[0](*given, **names)
+
+
 @pytest.mark.parametrize("kind", [nn.Linear(2, 2), dict, "Linear"], ids=str)
 def test_only_a_type_of_module_can_be_registered(kind: Any) -> None:
     with pytest.raises(ap.ConfigError, match="takes a subclass of nn.Module, not "):

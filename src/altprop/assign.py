@@ -213,7 +213,7 @@ class _AssignTaps(torch.autograd.Function):
 
     @staticmethod
     def value(error: Tensor, rule: Broadcasts, which: list[int], *tensors: Tensor | None) -> Tensor:
-        return error.view_as(error)
+        return error.detach()  # no copy, and no view: its reader may change it in place
 
     @staticmethod
     def keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -8,6 +8,7 @@ _REFUSALS = "test_convert_refusals.py"
 _AROUND = "test_convert_surroundings.py"
 _BROADCAST = "rules/test_broadcast.py"
 _LEARNED = "rules/test_learned_feedback.py"
+_RECOMPUTED = "conversion/test_recomputed.py"
 _LAYOUTS = "test_layouts.py test_layouts_measured.py"
 _ATTENTION = "test_attention_arguments.py"
 
@@ -71,7 +72,58 @@ BUGS = [
         "test_convert.py",
     ),
     Bug("conversion/passes.py", "        self.waiting += 1\n", "", "test_convert.py"),
+    Bug(
+        "conversion/passes.py",
+        "with keeping() if hooked() else contextlib.nullcontext():",
+        "with contextlib.nullcontext():",
+        _RECOMPUTED,
+    ),
+    Bug("conversion/sites.py", "exact=self.channel.exact)[0]", "exact=False)[0]", _RECOMPUTED),
+    Bug("conversion/channel.py", "else known & told", "else known", "test_layouts_measured.py"),
+    # conversion/replaced.py, conversion/outputs.py, conversion/unheard.py
+    Bug(
+        "conversion/replaced.py",
+        'getattr(own, "__func__", None) is not type(module).forward',
+        "False",
+        "conversion/test_replaced_forwards.py",
+    ),
+    Bug(
+        "conversion/replaced.py",
+        'getattr(own, "__func__", None) is not type(module).forward',
+        "True",
+        "conversion/test_replaced_forwards.py",
+    ),
+    Bug(
+        "conversion/outputs.py",
+        "return assign_adjoint(extra, extra.detach(), refuse)",
+        "return extra",
+        "conversion/test_outputs.py",
+    ),
+    Bug(
+        "conversion/unheard.py",
+        "id(w) in read and inside",
+        "inside",
+        "conversion/test_unheard.py",
+    ),
+    Bug(
+        "conversion/unheard.py",
+        "id(w) in read and inside.issuperset(holders.get(id(w), ()))",
+        "id(w) in read",
+        "conversion/test_unheard.py",
+    ),
     # conversion/probes.py
+    Bug(
+        "conversion/probes.py",
+        "held.update((name, _copied(own[name], copies)) for name in names)",
+        "pass",
+        "conversion/test_second_runs.py",
+    ),
+    Bug(
+        "conversion/probes.py",
+        "yield tree_map_only(Tensor, lambda t: _copied(t, copies), self.call[1:])",
+        "yield self.call[1:]",
+        "conversion/test_second_runs.py",
+    ),
     Bug(
         "conversion/probes.py",
         "                place.on = True\n",
@@ -92,8 +144,8 @@ BUGS = [
     ),
     Bug(
         "conversion/probes.py",
-        "with torch.random.fork_rng(devices):",
-        "with contextlib.nullcontext():",
+        "with torch.random.fork_rng(devices), ",
+        "with ",
         "test_layouts_measured.py",
     ),
     Bug(
@@ -166,8 +218,8 @@ BUGS = [
     ),
     Bug(
         "conversion/layers.py",
-        "    if torch.allclose(y, F.linear(x, W, b), rtol=1e-2, atol=1e-2):\n",
-        "    if True:\n",
+        "    return torch.allclose(got, want, rtol=1e-2, atol=1e-2)\n",
+        "    return True\n",
         "test_convert_layers.py",
     ),
     Bug(
@@ -183,13 +235,13 @@ BUGS = [
         "test_convert.py",
     ),
     Bug(
-        "conversion/places.py",
-        "kind in rule.takes and matches(p, path)",
-        "matches(p, path)",
+        "conversion/planner.py",
+        "for pattern, rule in self.earlier if kind in rule.takes]",
+        "for pattern, rule in self.earlier]",
         "test_convert.py test_rules_broadcast.py",
     ),
     Bug(
-        "conversion/places.py",
+        "conversion/planner.py",
         "if id(place.module) in within:",
         "if False:",
         "test_convert_stack.py",

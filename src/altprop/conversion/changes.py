@@ -9,8 +9,10 @@ from torch import Tensor, nn
 
 from altprop.conversion.attention import swaps
 from altprop.conversion.channel import Channel
-from altprop.conversion.places import Place, Places, Planner, TapRequest
+from altprop.conversion.places import Place, Places
+from altprop.conversion.planner import Planner, TapRequest
 from altprop.conversion.record import STEP, Converted, parts_of
+from altprop.conversion.replaced import drop_own
 from altprop.conversion.roles import LocalRole, OutputRole, Role, RootRole, TapRole, add_roles
 from altprop.conversion.sites import MapTap, OutputTap, TransportSite
 from altprop.conversion.stack import Level, LevelRole, Stack
@@ -26,7 +28,6 @@ from altprop.rule import AbstractBroadcast, AbstractRule, AbstractTransport, Sit
 
 
 def apply(
-    model: nn.Module,
     places: Places,
     planners: list[Planner],
     seed: int,
@@ -34,12 +35,12 @@ def apply(
     solver: AbstractSolver | None,
     on_failure: OnFailure,
 ) -> None:
-    """Give a model what the planners hold; the classes last, so that no error finds them changed.
+    """Give the model what the planners hold; the classes last, so that no error finds them changed.
 
     **Arguments:** `layouts`, of broadcast errors; `solver` and `on_failure`, of stacks.
     """
-    changes = _Changes(model, places.output, seed, layouts)
-    changes.record(model).root = True
+    changes = _Changes(places.model, places.output, seed, layouts)
+    changes.record(places.model).root = True
     for planner in planners:
         for place in planner.transports:
             changes.transport(place, planner.rule)
@@ -48,6 +49,7 @@ def apply(
         if planner.levels:
             changes.stack(planner, solver, on_failure)
     for module, roles in changes.roles.items():
+        drop_own(module)
         add_roles(module, tuple(sorted(roles, key=_outermost)))
 
 

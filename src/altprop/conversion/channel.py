@@ -6,6 +6,7 @@ collects for it is not here but in that pass (`passes.py`).
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol
@@ -19,6 +20,14 @@ from altprop.rule import AbstractBroadcast, Site
 
 Call = tuple[nn.Module, Any, Any]
 """The module whose forward a pass is, its arguments and its keyword arguments."""
+Kind = tuple[int, int, int, bool]
+"""A site, the axes of its error and its tap, and whether they have as many positions: what has one
+layout in every pass. (The mean over tokens has another than the tokens.)"""
+
+
+def kind_of(index: int, error: Shape, tap: Shape) -> Kind:
+    many = math.prod(error[:-1]) == math.prod(tap[:-1])
+    return index, len(error), len(tap), many
 
 
 def in_backward() -> bool:
@@ -26,6 +35,16 @@ def in_backward() -> bool:
     if torch.compiler.is_compiling():
         return False
     return bool(torch._C._current_graph_task_id() != -1)
+
+
+def hooked() -> bool:
+    """Say whether hooks take what autograd saves, as those of a non-reentrant checkpoint do.
+
+    It sets them where it records and again where it recomputes.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
 def refuse_outside(path: str) -> None:
@@ -69,6 +88,10 @@ class Run(ABC):
         """Return what goes on from a tapped output."""
 
     @abstractmethod
+    def rest(self, tap: Tap, extra: Tensor) -> Tensor:
+        """Return what goes on from a further tensor that a tapped module put out."""
+
+    @abstractmethod
     def join(self, error: Tensor) -> Tensor:
         """Return the tensor at the error's place."""
 
@@ -87,9 +110,12 @@ class Channel:
         self.seed = seed
         self.shared = shared  # the root's attribute that all taps slice, or ""
         self.layouts = layouts  # the user's, of which the first that fits counts; or none
-        self.known_layouts: dict[int, Layout] = {}  # by site, since shapes or a probe told
+        # those that shapes and probes have left, of the passes so far; none if it has several
+        self.known_layouts: dict[Kind, frozenset[Layout]] = {}
         self.members: list[Tap] = []
         self.running: Run | None = None
+        self.heard = False  # whether a pass has told which members run
+        self.exact = False  # whether the last pass was, which a checkpoint's recomputation repeats
 
     @property
     def sites(self) -> list[Site]:
@@ -137,20 +163,29 @@ class Channel:
         if not ways:
             raise misfit(path, error, tap, self.layouts)
         if len(ways) == 1:
-            self._learn(index, ways[0])
+            # an axis of one element hides which layout it is; what the user said needs no proof
+            thin = any(size < 2 for size in ways[0][0].fine)
+            if not (self.layouts or torch.compiler.is_compiling() or thin):
+                self.learn(kind_of(index, error, tap), [fit.layout for fit in ways[0]])
             return ways[0][0]
-        if index not in self.known_layouts:
+        kind = kind_of(index, error, tap)
+        found = self._left(kind, ways)
+        if len(found) != 1 and self.known_layouts.get(kind) != frozenset():
             measure()
-        known = self.known_layouts.get(index)
-        found = [f for way in ways for f in way if f.layout == known]
-        if not found:
-            raise undecided(path, error, tap, OTHERWISE if known is None else SEVERAL)
+            found = self._left(kind, ways)
+        if len(found) != 1:
+            why = SEVERAL if kind in self.known_layouts else OTHERWISE
+            raise undecided(path, error, tap, why)
         return found[0]
 
-    def _learn(self, index: int, told: list[Fit]) -> None:
-        """Remember what shapes told, if no axis of one element hides which layout it is."""
-        if torch.compiler.is_compiling() or any(size < 2 for size in told[0].fine):
-            return
-        known = self.known_layouts.setdefault(index, told[0].layout)
-        if known not in [f.layout for f in told]:
-            self.known_layouts[index] = (-1, -1)  # none: it has several
+    def learn(self, kind: Kind, told: Iterable[Layout]) -> None:
+        """Keep of the layouts that were possible those that this pass allows too."""
+        told = frozenset(told)
+        known = self.known_layouts.get(kind)
+        self.known_layouts[kind] = told if known is None else known & told
+
+    def _left(self, kind: Kind, ways: list[list[Fit]]) -> list[Fit]:
+        """Return a fit of each way that what is known allows."""
+        known = self.known_layouts.get(kind, frozenset())
+        allowed = ([fit for fit in way if fit.layout in known] for way in ways)
+        return [way[0] for way in allowed if way]

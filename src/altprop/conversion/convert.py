@@ -18,9 +18,11 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from altprop.conversion.changes import apply
 from altprop.conversion.layers import others
-from altprop.conversion.places import Places, Planner
+from altprop.conversion.places import Places
+from altprop.conversion.planner import Planner
 from altprop.conversion.record import Conversion, Converted, record_of, sites_of
-from altprop.conversion.roles import remove_roles
+from altprop.conversion.replaced import AFTERWARDS, drop_own, is_replaced, uncompiled
+from altprop.conversion.roles import Role, remove_roles
 from altprop.equilibrium.call import OnFailure
 from altprop.equilibrium.estimators.estimator import (
     AbstractAdjointEstimator,
@@ -95,13 +97,14 @@ def convert(
     places, planners = planned(model, rule, output, problems)
     if problems:
         lines = "".join(f"\n  - {line}" for line in told(problems))
-        raise RuleError(f"cannot convert this {type(model).__name__}; nothing was changed:{lines}")
+        kind = type(places.model).__name__
+        raise RuleError(f"cannot convert this {kind}; nothing was changed:{lines}")
     if isinstance(rule, AbstractRule):
-        _say_what_is_left(model, places, planners[0])
-    with _all_or_nothing(model), torch.device("cpu"):  # where a rule's draws belong
-        apply(model, places, planners, seed, layouts, solver, on_failure or "raise")
+        _say_what_is_left(places, planners[0])
+    with _all_or_nothing(places.model), torch.device("cpu"):  # where a rule's draws belong
+        apply(places, planners, seed, layouts, solver, on_failure or "raise")
         given = rule if isinstance(rule, AbstractRule) else dict(rule)
-        record = cast(Converted, record_of(model))
+        record = cast(Converted, record_of(places.model))
         record.call = Conversion(given, output, seed, solver, on_failure, batch_axis)
     return model
 
@@ -140,23 +143,24 @@ def planned(
     planners: list[Planner] = []
     if problems:
         return places, planners
-    for index, (pattern, value) in enumerate(mapping.items()):
-        earlier = list(mapping.items())[:index]
+    patterns = [(uncompiled(pattern), value) for pattern, value in mapping.items()]
+    for index, (pattern, value) in enumerate(patterns):
         bare = isinstance(rule, AbstractRule)
-        planner = Planner(places, value, None if bare else pattern, earlier)
+        planner = Planner(places, value, None if bare else pattern, patterns[:index])
         value.plan(planner)
         planners.append(planner)
     levels = [level for planner in planners for level in planner.levels]
     for planner in planners:
         planner.refuse_inside(levels)
+        planner.refuse_replaced()
     return places, planners
 
 
-def _say_what_is_left(model: nn.Module, places: Places, planner: Planner) -> None:
+def _say_what_is_left(places: Places, planner: Planner) -> None:
     """Warn of layers that stay on backprop, where no pattern says that this is meant."""
     if not (planner.transports or planner.taps):
         return
-    left = others(model, [place.module for place in places.maps], planner.asked)
+    left = others(places.model, [place.module for place in places.maps], planner.asked)
     if left:
         names = listed(f"{path} ({type(module).__name__})" for path, module in left)
         warnings.warn(
@@ -193,8 +197,8 @@ def revert(model: M) -> M:
     its feedback is dropped, and the rest keeps its rules. What another library has done to the
     modules since (parametrisations, merged or replaced weights) stays.
 
-    **Raises:** `RuleError` where there is nothing to revert, or where a feedback was parametrised;
-    nothing is changed then.
+    **Raises:** `RuleError` where there is nothing to revert, or where a feedback was parametrised
+    or a module's forward replaced since; nothing is changed then.
     """
     found = [
         (path, module, record)
@@ -210,6 +214,8 @@ def revert(model: M) -> M:
                     f"{name} of {path or 'the model itself'} is feedback, and was parametrised: "
                     f"write remove_parametrizations(module, {name!r}) first"
                 )
+        if is_replaced(module) and isinstance(module, Role):
+            raise RuleError(f"{path or 'the model itself'}: {AFTERWARDS}; nothing was reverted")
     for _, module, record in found:
         for site in record.sites.values():
             site.leave()
@@ -217,6 +223,7 @@ def revert(model: M) -> M:
             delattr(module, name)
         for name in record.rooms:
             module.register_buffer(name, None)
+        drop_own(module)
         remove_roles(module)
         del module.__dict__[CONVERTED]
     return model

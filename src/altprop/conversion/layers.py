@@ -21,7 +21,7 @@ from torch.nn.parameter import is_lazy
 from altprop.conversion.attention import AttentionRole, why_not
 from altprop.conversion.roles import LinearRole, Role
 from altprop.conversion.sites import LinearMap
-from altprop.errors import ConfigError
+from altprop.errors import ConfigError, in_a_line
 from altprop.linear import LocalLinear
 
 BACKPROP = "keep it on backprop by a pattern of its own, with Backprop(), put first"
@@ -73,7 +73,7 @@ def register_layer(
     (there may be no bias); `transposed`, whether the weight is stored as (in, out).
 
     **Raises:** `ConfigError` for anything but a type of module. That a layer computes something
-    else is refused by `convert`, which tries it on two random vectors.
+    else is refused by `convert`, which tries it on random vectors, alone and with tokens.
     """
     if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
         raise ConfigError(f"register_layer takes a subclass of nn.Module, not {kind!r}")
@@ -88,12 +88,30 @@ def _is_other(layer: nn.Module, stored: LinearMap) -> str:
     told = f"register_layer({type(layer).__name__}, weight={stored.weight!r}, ...)"
     if not isinstance(W, torch.Tensor) or W.dim() != 2:
         return f"{told}: it has no matrix of that name"
-    x = torch.randn(2, W.shape[1], generator=torch.Generator().manual_seed(0)).to(W)
-    with torch.random.fork_rng(devices=[]):
-        y = layer.forward(x)
-    if torch.allclose(y, F.linear(x, W, b), rtol=1e-2, atol=1e-2):
-        return ""
-    return f"{told}: its forward is another than x Wᵀ + b of weight and bias={stored.bias!r}"
+    width = W.shape[1]
+    other = f"{told}: its forward is another than x Wᵀ + b of weight and bias={stored.bias!r}"
+    count = 3 if width != 3 else 4  # of tokens: an axis that cannot be taken for the features'
+    for shape in ((2, width), (2, count, width), (2, width, count)):
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(W)
+        try:
+            with torch.random.fork_rng(devices=[]):
+                y = layer.forward(x)
+        except Exception as fault:
+            if len(shape) == 2:
+                return f"{told}: it does not take two vectors ({in_a_line(fault)})"
+            continue  # not every layer takes tokens, and none shall take features elsewhere
+        if shape[-1] != width:
+            if isinstance(y, torch.Tensor) and y.shape == (2, len(W), count):
+                return f"{other}, along the last axis"
+        elif not _close(y, F.linear(x, W, b)):
+            return other
+    return ""
+
+
+def _close(got: object, want: torch.Tensor) -> bool:
+    if not isinstance(got, torch.Tensor) or got.shape != want.shape:
+        return False
+    return torch.allclose(got, want, rtol=1e-2, atol=1e-2)
 
 
 def row_of(layer: nn.Module) -> tuple[Row | None, str]:

@@ -5,6 +5,7 @@ A pass is made where the forward begins and dropped where it ends, so nothing of
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -12,10 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from altprop.assign import assign_map, assign_taps
-from altprop.conversion.channel import Call, Channel, Run, Tap
+from altprop.conversion.channel import Call, Channel, Run, Tap, hooked
+from altprop.conversion.outputs import closed, keeping
 from altprop.conversion.probes import measure_layouts
 from altprop.conversion.record import weights_of
 from altprop.conversion.sites import redrawn
+from altprop.conversion.unheard import say_what_is_not_heard
 from altprop.errors import RuleError
 from altprop.layouts import Fit
 from altprop.transforms import wants_gradient
@@ -51,6 +54,8 @@ class Pass(Run):
     def open(self) -> None:
         """Let the channel's places report to this pass, and to none around it."""
         self.around, self.channel.running = self.channel.running, self
+        if self.channel.rule.period:
+            self.channel.exact = self.exact
 
     def close(self) -> None:
         self.channel.running = self.around
@@ -83,6 +88,10 @@ class Pass(Run):
             )
         self.push(hidden, tap.feedback(m, weights_of(m)), tap.index)
         return hidden if self.exact else hidden.detach()
+
+    def rest(self, tap: Tap, extra: Tensor) -> Tensor:
+        cut = tap.on and torch.is_grad_enabled() and not self.exact
+        return closed(extra, tap.site.path) if cut else extra
 
     def _hears(self, tap: Tap, weights: Iterable[Tensor]) -> bool:
         if tap.on and not torch.is_grad_enabled():
@@ -130,10 +139,15 @@ class Pass(Run):
                 f"the error has {have} features, but the feedback was drawn for {width}: write "
                 f"revert(model) and convert it again, a block of that width with features={have}"
             )
+        if not torch.compiler.is_compiling() and not (self.channel.heard or self.exact):
+            self.channel.heard = True
+            say_what_is_not_heard(self.channel, self.call[0], self.indices, [error, *self.taps])
         taps, self.joined, self.waiting = self._laid(error), True, 0
-        return assign_taps(
-            error, taps, self.which, self.feedback, self.estimates, self.channel.rule
-        )
+        # A checkpoint around the output alone repeats it where no pass collects anything.
+        with keeping() if hooked() else contextlib.nullcontext():
+            return assign_taps(
+                error, taps, self.which, self.feedback, self.estimates, self.channel.rule
+            )
 
     def _laid(self, error: Tensor) -> list[Tensor]:
         """Return the taps with their leading axes in the order of the error's."""

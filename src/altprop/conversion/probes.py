@@ -18,8 +18,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
-from altprop.conversion.channel import Call, Channel, Run, Tap, in_backward
+from altprop.conversion.channel import Call, Channel, Kind, Run, Tap, in_backward, kind_of
 from altprop.conversion.record import record_of, sites_of
 from altprop.errors import AltpropError, RuleError
 from altprop.feedback import randn
@@ -57,15 +58,18 @@ class _Probe(Run):
     """A run of a model, or of a block with an error of its own, that is only looked at."""
 
     @contextlib.contextmanager
-    def _shown(self) -> Iterator[None]:
-        """Be shown what runs in here: all rules off, evaluation mode, no fused layers.
+    def _shown(self) -> Iterator[tuple[Any, Any]]:
+        """Be shown what runs in here: all rules off, evaluation mode, no fused or compiled code.
 
-        Neither the random numbers nor the running statistics of the pass around it are touched.
+        Neither the random numbers nor the buffers nor the tensors that the pass around it was given
+        are touched: yields the call's arguments to run with.
         """
         root, modules = self.call[0], list(self.call[0].modules())
         training = [module for module in modules if module.training]
         devices = list({t.device for t in root.parameters() if t.device.type == "cuda"})
         places = [site for module in modules for site in sites_of(module).values() if site.on]
+        buffers = [(m._buffers, dict(m._buffers), _others(m)) for m in modules if m._buffers]
+        copies: dict[int, Tensor] = {}
         records = [record for module in modules if (record := record_of(module)) is not None]
         running = [(channel, channel.running) for r in records for channel in r.channels]
         fast = torch.backends.mha.get_fastpath_enabled()
@@ -78,9 +82,13 @@ class _Probe(Run):
             torch.backends.mha.set_fastpath_enabled(False)  # it calls no part, and no tap
             for module in training:
                 module.training = False
-            with torch.random.fork_rng(devices):
-                yield
+            for held, own, names in buffers:
+                held.update((name, _copied(own[name], copies)) for name in names)
+            with torch.random.fork_rng(devices), torch.compiler.set_stance("force_eager"):
+                yield tree_map_only(Tensor, lambda t: _copied(t, copies), self.call[1:])
         finally:
+            for held, own, names in buffers:
+                held.update((name, own[name]) for name in names)
             for channel, before in running:
                 channel.running = before
             for place in places:
@@ -107,8 +115,28 @@ class _Probe(Run):
     def drop(self, hidden: Tensor, index: int) -> Tensor:
         """Return what goes on from the tapped tensor of a site."""
 
+    def rest(self, tap: Tap, extra: Tensor) -> Tensor:
+        return extra
+
     def missed(self, path: str, weights: Iterable[Tensor]) -> None:
         """Let it pass: nothing is collected."""
+
+
+def _others(module: nn.Module) -> list[str]:
+    """Return the names of a module's buffers, feedback excepted."""
+    record = record_of(module)
+    known = () if record is None else record.names
+    return [
+        name for name, held in module._buffers.items() if held is not None and name not in known
+    ]
+
+
+def _copied(tensor: Tensor | None, copies: dict[int, Tensor]) -> Tensor:
+    """Return the one copy of a tensor."""
+    assert tensor is not None
+    if id(tensor) not in copies:
+        copies[id(tensor)] = tensor.detach().clone()
+    return copies[id(tensor)]
 
 
 class JacobianProbe(_Probe):
@@ -139,15 +167,20 @@ class JacobianProbe(_Probe):
         self._tangent: Tensor | None = None
         self._response: Tensor | None = None
         _load_forward_mode()
-        root, args, kwargs = self.call
+        if (kept := _stateful(self.call[1:])) is not None:
+            raise RuleError(
+                f"{type(self.channel.rule).__name__} runs the model once more to measure, which "
+                f"might change the {type(kept).__name__} that it was given: call the model with "
+                "tensors, numbers and texts alone (no cache)"
+            )
         try:
             with (
-                self._shown(),
+                self._shown() as (args, kwargs),
                 torch.no_grad(),
                 sdpa_kernel(SDPBackend.MATH),
                 forward_ad.dual_level(),
             ):
-                root.forward(*args, **kwargs)
+                self.call[0].forward(*args, **kwargs)
         except NotImplementedError as error:
             raise RuleError(
                 f"an operation above {self.taps[tap].path} has no forward-mode derivative; under "
@@ -171,7 +204,9 @@ class JacobianProbe(_Probe):
         if index != self._index or self._tangent is not None:
             return hidden
         self._tangent = p = self._draw(hidden)
-        dual: Tensor = forward_ad.make_dual(hidden, p)
+        dual: Tensor = forward_ad.make_dual(
+            hidden, p.clone()
+        )  # what is kept may not change in place
         return dual
 
     def _draw(self, hidden: Tensor) -> Tensor:
@@ -208,7 +243,8 @@ class JacobianProbe(_Probe):
         """Keep the tangent that arrived at the error's place."""
         from torch.autograd import forward_ad
 
-        self._response = forward_ad.unpack_dual(error).tangent
+        response = forward_ad.unpack_dual(error).tangent
+        self._response = None if response is None else response.clone()
         return error
 
 
@@ -251,13 +287,12 @@ class LayoutProbe(_Probe):
         self._error = error
         return error
 
-    def measure(self) -> dict[int, Layout]:
-        """Return, by site, the layout of every tap for which shapes leave several open.
+    def measure(self) -> dict[Kind, list[Layout]]:
+        """Return the layouts of all taps for which shapes leave several open.
 
         **Raises:** `RuleError` where the samples depend on one another, or nothing can be measured.
         """
-        root, args, kwargs = self.call
-        kept = _stateful((args, kwargs))
+        kept = _stateful(self.call[1:])
         if kept is not None:
             raise RuleError(
                 "the shapes leave open which axis counts the samples, and a second run to measure "
@@ -265,18 +300,17 @@ class LayoutProbe(_Probe):
                 "convert(..., batch_axis=0) if it is the first, batch_axis=1 for (T, N, C)"
             )
         with (
-            self._shown(),
+            self._shown() as (args, kwargs),
             torch.enable_grad(),
             # nothing of this run is left to a checkpoint around it
             torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t),
-            torch.compiler.set_stance("force_eager"),
             torch.autograd.set_detect_anomaly(False),
         ):
-            root.forward(*args, **kwargs)
+            self.call[0].forward(*args, **kwargs)
             return self._find()
 
-    def _find(self) -> dict[int, Layout]:
-        found: dict[int, list[Layout]] = {}
+    def _find(self) -> dict[Kind, list[Layout]]:
+        found: dict[Kind, list[Layout]] = {}
         for number, index in enumerate(self._sites):
             error, tap = self._shapes(number)
             groups = fits(error[:-1], tap[:-1])
@@ -285,11 +319,12 @@ class LayoutProbe(_Probe):
             alone = [[f.layout for f in group if self._alone(f, number)] for group in groups]
             alone = [layouts for layouts in alone if layouts]
             layouts = alone[0] if len(alone) == 1 else []
-            found[index] = [x for x in layouts if x in found.get(index, layouts)]
-            if not found[index]:
+            kind = kind_of(index, error, tap)
+            found[kind] = [x for x in layouts if x in found.get(kind, layouts)]
+            if not found[kind]:
                 path = self.channel.sites[index].path
                 raise undecided(path, error, tap, SEVERAL if layouts else MIXED)
-        return {index: layouts[0] for index, layouts in found.items()}
+        return found
 
     def _shapes(self, number: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         assert self._error is not None
@@ -339,4 +374,5 @@ class LayoutProbe(_Probe):
 )
 def measure_layouts(channel: Channel, call: Call) -> None:
     """Fill in what layouts the taps of a channel have in this call."""
-    channel.known_layouts.update(LayoutProbe(channel, call).measure())
+    for kind, layouts in LayoutProbe(channel, call).measure().items():
+        channel.learn(kind, layouts)

@@ -7,6 +7,7 @@ takes them out again. What a role asks are the places that its module holds (`si
 from __future__ import annotations
 
 import functools
+import inspect
 import types
 from typing import Any, cast
 
@@ -15,10 +16,10 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from altprop.conversion.channel import Call, Channel
+from altprop.conversion.outputs import on_first
 from altprop.conversion.passes import Pass
 from altprop.conversion.probes import JacobianProbe
 from altprop.conversion.record import Converted, count_pass
-from altprop.conversion.sites import on_first
 from altprop.errors import RuleError
 
 
@@ -26,6 +27,8 @@ class Role:
     """Base of the mixins: keeps old state dicts loadable, and says what a module became."""
 
     _altprop: Converted
+    _altprop_argument: str
+    """What the first argument of the class's own forward is called."""
 
     def _load_from_state_dict(
         self,
@@ -61,12 +64,27 @@ class Role:
         return ", ".join([text] * bool(text) + [f"rule={rule}" for rule in sorted(rules)])
 
 
+def given(role: Role, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any]:
+    """Return the one argument of a layer that is a linear map, by position or by its own name."""
+    if len(args) == 1 and not kwargs:
+        return args
+    name = role._altprop_argument
+    if args or list(kwargs) != [name]:
+        raise TypeError(
+            f"a converted {type(role).__name__} is one linear map and takes one argument, {name}, "
+            f"not {len(args)} by position and {list(kwargs)} by name"
+        )
+    return (kwargs[name],)
+
+
 class LinearRole(Role):
     """A layer that is one linear map, which a rule owns."""
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         site, m = self._altprop.sites["weight"], cast(nn.Module, self)
-        return cast(Tensor, site(m, input, *site.stored.of(m)))
+        if kwargs or len(args) != 1:
+            args = given(self, args, kwargs)
+        return cast(Tensor, site(m, args[0], *site.stored.of(m)))
 
 
 class TapRole(Role):
@@ -80,12 +98,13 @@ class TapRole(Role):
 class OutputRole(Role):
     """The module at whose output (or input) the error is taken."""
 
-    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         channels = self._altprop.outputs
+        (input,) = given(self, args, kwargs)
         for channel in channels:
             if channel.rule.at_head_input:
                 input = channel.join(input)
-        out = super().forward(input, *args, **kwargs)  # type: ignore[misc]
+        out = super().forward(input)  # type: ignore[misc]
         for channel in channels:
             if not channel.rule.at_head_input:
                 out = channel.join(out)
@@ -97,7 +116,7 @@ class LocalRole(Role):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         out = super().forward(*args, **kwargs)  # type: ignore[misc]
-        return on_first(cast(Channel, self._altprop.local).join, out)
+        return on_first(cast(Channel, self._altprop.local).join, out, type(self).__name__)
 
 
 class RootRole(Role):
@@ -203,16 +222,21 @@ def _make_class(base: type[nn.Module], roles: tuple[type[Role], ...]) -> type[nn
         _, args, *rest = parts
         return (_rebuild, (base, roles, *args[1:]), *rest)
 
-    @functools.wraps(base.forward)  # trainers read the signature to choose a batch's columns
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return super(cls, self).forward(*args, **kwargs)  # type: ignore[misc]
 
     # torch.compile limits recompilations per code object, so each class gets one of its own
     plain = cast(types.FunctionType, forward)
     plain.__code__ = plain.__code__.replace(co_name=f"forward_{base.__name__}")
+    functools.update_wrapper(plain, base.forward)
+    # trainers read the signature to choose a batch's columns; who undoes wrappers stops here
+    del plain.__wrapped__  # type: ignore[attr-defined]
+    signature = inspect.signature(base.forward)
+    plain.__signature__ = signature  # type: ignore[attr-defined]
+    first = [*signature.parameters, "input", "input"][1]  # after self
     body = {
         "__reduce_ex__": __reduce_ex__, "forward": forward, "__module__": base.__module__,
-        _BASE: base,
+        _BASE: base, "_altprop_argument": first,
     }  # fmt: skip
     if issubclass(roles[0], LinearRole):
         del body["forward"]

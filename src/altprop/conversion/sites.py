@@ -6,7 +6,7 @@ so deepcopy and pickle need no help.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from altprop.assign import assign_map, assign_transport
-from altprop.conversion.channel import Channel, refuse_outside
+from altprop.conversion.channel import Channel, hooked, refuse_outside
+from altprop.conversion.outputs import closed, on_first
 from altprop.conversion.record import Description, count_pass, sites_of
 from altprop.errors import RuleError
 from altprop.feedback import generator_for
@@ -42,8 +43,9 @@ class LinearMap:
 
     def of(self, layer: nn.Module) -> tuple[Any, Any]:
         """Return the weight (out, in) and the bias, or none."""
-        W = getattr(layer, self.weight, None)
-        return W.t() if self.transposed and W is not None else W, getattr(layer, self.bias, None)
+        W, b = getattr(layer, self.weight, None), getattr(layer, self.bias, None)
+        b = b if isinstance(b, Tensor) else None  # a flag, as `self.bias = False`, is none
+        return W.t() if self.transposed and W is not None else W, b
 
 
 @dataclass(eq=False, kw_only=True)
@@ -174,7 +176,7 @@ class MapTap(_Tap):
         if not (self.on and torch.is_grad_enabled()):
             return F.linear(x, W, b)
         refuse_outside(self.site.path)
-        return assign_map(x, W, b, send=self.rule.sends)[0]
+        return assign_map(x, W, b, send=self.rule.sends, exact=self.channel.exact)[0]
 
     def describe(self, module: nn.Module) -> Description:
         sends = self.rule.sends
@@ -189,21 +191,23 @@ class OutputTap(_Tap):
 
     def __call__(self, module: nn.Module, out: Any) -> Any:
         if (running := self.channel.running) is not None:
-            return on_first(lambda hidden: running.cut(self, module, hidden), out)
-        if self.on:
-            refuse_outside(self.site.path)
-        return out
+            return on_first(
+                lambda hidden: running.cut(self, module, hidden),
+                out,
+                self.site.path,
+                lambda extra: running.rest(self, extra),
+            )
+        if not self.on:
+            return out
+        refuse_outside(self.site.path)
+        if not (torch.is_grad_enabled() and hooked()) or self.channel.exact:
+            return out
+        # a checkpoint recomputes, and must find the graph where it was cut
+        path = self.site.path
+        return on_first(Tensor.detach, out, path, lambda extra: closed(extra, path))
 
     def describe(self, module: nn.Module) -> Description:
         return replace(super().describe(module), below="local backprop inside a block", cuts=True)
-
-
-def on_first(change: Callable[[Tensor], Tensor], out: Any) -> Any:
-    """Return what a module put out with its first tensor, or itself if it is one, changed."""
-    if isinstance(out, Tensor):
-        return change(out)
-    first = change(out[0])
-    return out if first is out[0] else type(out)((first, *out[1:]))
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]

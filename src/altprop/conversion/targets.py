@@ -10,7 +10,9 @@ from torch import nn
 from altprop.conversion.convert import planned
 from altprop.conversion.explain import aligned
 from altprop.conversion.layers import others
-from altprop.conversion.places import Place, Places, Planner, matches, named
+from altprop.conversion.places import Place, Places, named
+from altprop.conversion.planner import Planner
+from altprop.conversion.replaced import uncompiled
 from altprop.errors import Problems, told
 from altprop.rule import AbstractRule
 
@@ -76,12 +78,12 @@ def targets(
         why = _why_not(place, places, planners, wholes, reasons)
         row = Target(named(place.path), type(place.module).__name__, why=why)
         found.setdefault((place.path, True), row)
-    rows = {path: index for index, (path, _) in enumerate(model.named_modules())}
-    left = others(model, [place.module for place in places.maps], [""]) if planners else []
-    for path, module in left:
+    rows = {path: index for index, path in enumerate(places.modules)}
+    maps = [place.module for place in places.maps]
+    for path, module in others(places.model, maps, [""]) if planners else []:
         kind = type(module).__name__
         why = f"no linear map that is known: register_layer({kind}) if it is one"
-        found.setdefault((path, True), Target(path, kind, why=why))
+        found.setdefault((uncompiled(path), True), Target(uncompiled(path), kind, why=why))
     order = sorted(found, key=lambda key: rows.get(key[0], rows.get(key[0].rpartition(".")[0], 0)))
     return Targets(tuple(found[key] for key in order), tuple(told(problems)))
 
@@ -116,6 +118,6 @@ def _why_not(
     if place is places.output:
         return "it makes the logits: its gradient is exact"
     patterns = [planner.pattern for planner in planners if planner.pattern is not None]
-    if patterns and not any(matches(pattern, place.path) for pattern in patterns):
+    if patterns and not any(place.matched(pattern) for pattern in patterns):
         return "no pattern matches it"
     return place.refusal or "no rule asks for it"
