@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 
 from altprop.assign import assign_adjoint
 from altprop.errors import RuleError
@@ -67,6 +68,26 @@ def _rebuilt(out: Any, items: list[tuple[Any, Any]]) -> Any:
         return twin
     values = [value for _, value in items]
     return out._make(values) if hasattr(out, "_make") else type(out)(values)
+
+
+def apart(extra: Tensor, came: Tensor | None) -> bool:
+    """Tell whether a further output of a module does not depend on what came into it.
+
+    It is then made of parameters, as T5's table of relative positions, and a gradient that reaches
+    it goes to these and past no tap.
+    """
+    if came is None or not came.requires_grad or torch.compiler.is_compiling() or transforming():
+        return False
+    goal = get_gradient_edge(came).node
+    seen, waiting = set(), [get_gradient_edge(extra).node]
+    while waiting:
+        node = waiting.pop()
+        if node is goal:
+            return False
+        if node not in seen:
+            seen.add(node)
+            waiting += [below for below, _ in node.next_functions if below is not None]
+    return True
 
 
 def closed(extra: Tensor, path: str) -> Tensor:

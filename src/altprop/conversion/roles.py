@@ -92,7 +92,8 @@ class TapRole(Role):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         out = super().forward(*args, **kwargs)  # type: ignore[misc]
-        return self._altprop.sites[""](self, out)
+        came = next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)), None)
+        return self._altprop.sites[""](self, out, came)
 
 
 class OutputRole(Role):
