@@ -152,17 +152,24 @@ def test_what_is_frozen_gets_no_gradient_from_a_vmapped_loss(rule: ap.AbstractRu
 
 @pytest.mark.filterwarnings("ignore")  # torch's compiler warns of what it does itself
 @pytest.mark.parametrize(
-    "rule", [ap.FeedbackAlignment(), ap.KolenPollack(), ap.DirectFeedback()], ids=str
+    "rule",
+    [ap.FeedbackAlignment(), ap.SignSymmetry(), ap.KolenPollack(), ap.DirectFeedback()],
+    ids=str,
 )
 def test_compiled_transforms_give_the_gradients_of_uncompiled_ones(rule: ap.AbstractRule) -> None:
     model, (x, y) = converted(rule), data()
     given = {n: torch.stack([p, 1.5 * p]) for n, p in parameters(model).items()}
 
     def inside(p: Params) -> Params:
-        return vmap(grad(loss_of(model)), in_dims=(0, None, None))(p, x, y)
+        found, to_x = vmap(grad(loss_of(model), argnums=(0, 1)), in_dims=(0, None, None))(p, x, y)
+        return {**found, "x": to_x.sum(0)}
 
     def outside(p: Params) -> Params:
-        return grad(lambda p: vmap(loss_of(model), in_dims=(0, None, None))(p, x, y).sum())(p)
+        def total(p: Params, x: Tensor) -> Tensor:
+            return vmap(loss_of(model), in_dims=(0, None, None))(p, x, y).sum()
+
+        found, to_x = grad(total, argnums=(0, 1))(p, x)
+        return {**found, "x": to_x}
 
     for transform in (inside, outside):
         torch._dynamo.reset()

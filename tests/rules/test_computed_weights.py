@@ -78,10 +78,13 @@ def test_it_rests_while_all_that_its_weight_is_computed_from_is_frozen(
     assert len(ap.feedback_parameters(model)) == 2 and "0.B" in gradients(model, X)
 
 
-def test_a_part_that_is_frozen_leaves_it_with_one_that_learns() -> None:
+@pytest.mark.parametrize("frozen", [False, True])
+def test_it_is_with_the_largest_part_that_learns(frozen: bool) -> None:
     model = computed(parametrizations.weight_norm, first=False)
-    direction = max(own(model[0]), key=Tensor.numel).requires_grad_(False)
+    direction = max(own(model[0]), key=Tensor.numel).requires_grad_(not frozen)
     size = next(p for p in own(model[0]) if p is not direction and p.dim() == 2)
-    optimizer = torch.optim.SGD([{"params": [size]}, {"params": own(model[2])}], lr=0.1)
+    optimizer = torch.optim.SGD([{"params": [size]}, {"params": [direction]}], lr=0.1)
     ap.add_feedback(optimizer, model)
-    assert [id(p) for p in optimizer.param_groups[0]["params"]] == [id(size), id(model[0].B)]
+    with_size, with_direction = (group["params"][1:] for group in optimizer.param_groups)
+    home, other = (with_size, with_direction) if frozen else (with_direction, with_size)
+    assert [id(p) for p in home] == [id(model[0].B)] and not other
