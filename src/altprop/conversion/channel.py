@@ -88,7 +88,7 @@ class Run(ABC):
         """Return what goes on from a tapped output."""
 
     @abstractmethod
-    def rest(self, tap: Tap, extra: Tensor) -> Tensor:
+    def rest(self, tap: Tap, m: nn.Module, extra: Tensor) -> Tensor:
         """Return what goes on from a further tensor that a tapped module put out."""
 
     @abstractmethod

@@ -194,7 +194,7 @@ class OutputTap(_Tap):
                 lambda hidden: running.cut(self, module, hidden),
                 out,
                 self.site.path,
-                lambda extra: running.rest(self, extra),
+                lambda extra: running.rest(self, module, extra),
             )
         if not self.on:
             return out
@@ -203,7 +203,7 @@ class OutputTap(_Tap):
             return out
         # a checkpoint recomputes, and must find the graph where it was cut
         path = self.site.path
-        return on_first(Tensor.detach, out, path, lambda extra: closed(extra, path))
+        return on_first(Tensor.detach, out, path, lambda extra: closed(extra, path, module))
 
     def describe(self, module: nn.Module) -> Description:
         return replace(super().describe(module), below="local backprop inside a block", cuts=True)
