@@ -95,8 +95,8 @@ BUGS = [
     ),
     Bug(
         "conversion/outputs.py",
-        "return assign_adjoint(extra, extra.detach(), refuse)",
-        "return extra",
+        "if leaves([self.node], self._ends) <= self.own:",
+        "if True:",
         "conversion/test_outputs.py",
     ),
     Bug(

@@ -128,7 +128,7 @@ class Around(nn.Module):
 def test_no_gradient_gets_past_a_tap_by_another_output() -> None:
     torch.manual_seed(0)
     model = ap.convert(Around().double(), ap.DirectFeedback("block"), output="head")
-    with pytest.raises(ap.RuleError, match=r"blocks\.1 is tapped .* gradient reached another one"):
+    with pytest.raises(ap.RuleError, match=r"blocks\.0 is tapped .* gradient reached another one"):
         gradients(model, X)
     model.detach = True
     with torch.no_grad():
@@ -155,6 +155,52 @@ def test_an_output_that_only_reports_may_carry_a_gradient() -> None:
     assert_equal(gradients(net(lambda h: (h, h.softmax(-1)), rule), X), want)
     model = net(lambda h: (h, [h.softmax(-1)]), rule)
     assert_equal(gradients(model, X), want)
+
+
+class Positions(nn.Module):
+    """A block that makes, of a parameter of its own, what later blocks add, or is given it."""
+
+    def __init__(self, first: bool) -> None:
+        super().__init__()
+        self.map = nn.Linear(4, 4)
+        self.table = nn.Parameter(torch.linspace(-1, 1, 4)) if first else None
+
+    def forward(self, h: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        if bias is None:
+            assert self.table is not None
+            bias = self.table.tanh()
+        return torch.tanh(self.map(h) + bias), bias * 2.0
+
+
+class Biased(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(4, 4)
+        self.blocks = nn.ModuleList(Positions(i == 0) for i in range(3))
+        self.head = nn.Linear(4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, bias = self.embed(x), None
+        for block in self.blocks:
+            h, bias = block(h, bias)
+        logits: Tensor = self.head(h)
+        return logits
+
+
+def test_what_depends_on_a_blocks_own_parameters_alone_may_be_handed_on() -> None:
+    torch.manual_seed(0)
+    model = ap.convert(Biased().double(), ap.DirectFeedback("block", std=0.5), output="head")
+    got = gradients(model, X)
+    params = dict(model.named_parameters())
+    B, leaf = model.B_dfa_shared.detach(), params["blocks.0.table"]
+    h, total, bias = model.embed(X), torch.zeros(()), leaf.tanh()
+    logits = model(X).detach().requires_grad_()
+    (e,) = torch.autograd.grad(logits.tanh().square().sum(), logits)
+    for block in model.blocks:  # every block for itself, and the table for all
+        h = torch.tanh(torch.nn.functional.linear(h, *block.map.parameters()) + bias)
+        total, h, bias = total + (h * (e @ B.t())).sum(), h.detach(), bias * 2.0
+    (want,) = torch.autograd.grad(total, leaf)
+    assert_equal({"table": got["blocks.0.table"]}, {"table": want})
 
 
 class Masked(nn.Module):

@@ -88,7 +88,7 @@ class Run(ABC):
         """Return what goes on from a tapped output."""
 
     @abstractmethod
-    def rest(self, tap: Tap, extra: Tensor) -> Tensor:
+    def rest(self, tap: Tap, m: nn.Module, extra: Tensor) -> Tensor:
         """Return what goes on from a further tensor that a tapped module put out."""
 
     @abstractmethod
@@ -112,6 +112,7 @@ class Channel:
         self.layouts = layouts  # the user's, of which the first that fits counts; or none
         # those that shapes and probes have left, of the passes so far; none if it has several
         self.known_layouts: dict[Kind, frozenset[Layout]] = {}
+        self.last_shapes: dict[int, tuple[Shape, Shape]] = {}  # of error and tap, by site
         self.members: list[Tap] = []
         self.running: Run | None = None
         self.heard = False  # whether a pass has told which members run
@@ -131,6 +132,7 @@ class Channel:
         """Let a tap go, whose place is on backprop from now on."""
         self.members.remove(tap)
         self.known_layouts.clear()
+        self.last_shapes.clear()
         for index, left in enumerate(self.members):
             left.index = index
 
@@ -163,10 +165,12 @@ class Channel:
         if not ways:
             raise misfit(path, error, tap, self.layouts)
         if len(ways) == 1:
-            # an axis of one element hides which layout it is; what the user said needs no proof
-            thin = any(size < 2 for size in ways[0][0].fine)
-            if not (self.layouts or torch.compiler.is_compiling() or thin):
-                self.learn(kind_of(index, error, tap), [fit.layout for fit in ways[0]])
+            # what the user said needs no proof, and what the last pass told is known
+            if not (self.layouts or torch.compiler.is_compiling()):
+                if self.last_shapes.get(index) != (error, tap):
+                    self.last_shapes[index] = (error, tap)
+                    if all(size > 1 for size in ways[0][0].fine):  # one hides which layout it is
+                        self.learn(kind_of(index, error, tap), [fit.layout for fit in ways[0]])
             return ways[0][0]
         kind = kind_of(index, error, tap)
         found = self._left(kind, ways)

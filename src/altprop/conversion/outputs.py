@@ -1,18 +1,19 @@
 """What a tapped module puts out: one tensor that hears the error, and whatever stands beside it.
 
 The first tensor is the tap. Nothing else may carry a gradient past it: what only reports, such as
-the weights of an attention, goes on as it is, and a cotangent that arrives there is an error.
+the weights of an attention, goes on as it is, and a cotangent that gets on from there is an error.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
 from altprop.assign import assign_adjoint
@@ -70,40 +71,65 @@ def _rebuilt(out: Any, items: list[tuple[Any, Any]]) -> Any:
     return out._make(values) if hasattr(out, "_make") else type(out)(values)
 
 
-def apart(extra: Tensor, came: Tensor | None) -> bool:
-    """Tell whether a further output of a module does not depend on what came into it.
+@dataclass(frozen=True)
+class _Guard:
+    """What a gradient meets at a further output of a tapped module, on its way back."""
 
-    It is then made of parameters, as T5's table of relative positions, and a gradient that reaches
-    it goes to these and past no tap.
+    path: str
+    own: frozenset[int]
+    """The identities of the module's own parameters."""
+    node: Any
+    """Where autograd goes on from here."""
+
+    def __call__(self, cotangent: Tensor) -> Tensor:
+        if leaves([self.node], self._ends) <= self.own:
+            return cotangent
+        raise RuleError(
+            f"{self.path} is tapped at its first output, and a gradient reached another one, by "
+            "which the exact one would get past every tap: return one tensor (the sum of a hidden "
+            'state and its residual), detach the other, or write DirectFeedback(granularity="matmul'
+            '")'
+        )
+
+    @staticmethod
+    def _ends(node: Any) -> bool:
+        return isinstance(getattr(node, "adjoint", None), _Guard)  # which looks for itself
+
+
+def closed(extra: Tensor, path: str, module: nn.Module) -> Tensor:
+    """Return a further output of a tapped module such that no gradient leaves the module by it.
+
+    One that ends at the module's own parameters may come: that of T5's table of positions, which
+    all blocks are handed. (What torch compiles or transforms cannot look at its graph.)
     """
-    if came is None or not came.requires_grad or torch.compiler.is_compiling() or transforming():
-        return False
-    goal = get_gradient_edge(came).node
-    seen, waiting = set(), [get_gradient_edge(extra).node]
-    while waiting:
-        node = waiting.pop()
-        if node is goal:
-            return False
-        if node not in seen:
-            seen.add(node)
-            waiting += [below for below, _ in node.next_functions if below is not None]
-    return True
+    if torch.compiler.is_compiling() or transforming():
+        return extra
+    own = frozenset(map(id, module.parameters()))
+    return assign_adjoint(extra, extra.detach(), _Guard(path, own, origin(extra)))
 
 
-def closed(extra: Tensor, path: str) -> Tensor:
-    """Return a further output of a tapped module such that no gradient gets into it unnoticed."""
-    told = RuleError(
-        f"{path} is tapped at its first output, and a gradient reached another one, by which the "
-        "exact one would get past every tap: return one tensor (the sum of a hidden state and its "
-        'residual), detach the other, or write DirectFeedback(granularity="matmul")'
-    )
-    if torch.compiler.is_compiling() or transforming():  # where no backward pass could raise
-        raise told
+def origin(tensor: Tensor) -> Any:
+    """Return the node of the graph that a tensor comes from, be it a leaf."""
+    return get_gradient_edge(tensor).node
 
-    def refuse(cotangent: Tensor) -> Tensor:
-        raise told
 
-    return assign_adjoint(extra, extra.detach(), refuse)
+def leaves(nodes: Iterable[Any], ends: Callable[[Any], bool] = lambda node: False) -> set[int]:
+    """Return the identities of the leaves that the graph leads to from these nodes.
+
+    **Arguments:** `ends`, whether not to go on from a node.
+    """
+    found: set[int] = set()
+    left = list(nodes)
+    seen = set(left)
+    while left:
+        node = left.pop()
+        if (leaf := getattr(node, "variable", None)) is not None:
+            found.add(id(leaf))
+        for further, _ in () if ends(node) else node.next_functions:
+            if further is not None and further not in seen:
+                seen.add(further)
+                left.append(further)
+    return found
 
 
 @contextlib.contextmanager

@@ -89,9 +89,9 @@ class Pass(Run):
         self.push(hidden, tap.feedback(m, weights_of(m)), tap.index)
         return hidden if self.exact else hidden.detach()
 
-    def rest(self, tap: Tap, extra: Tensor) -> Tensor:
+    def rest(self, tap: Tap, m: nn.Module, extra: Tensor) -> Tensor:
         cut = tap.on and torch.is_grad_enabled() and not self.exact
-        return closed(extra, tap.site.path) if cut else extra
+        return closed(extra, tap.site.path, m) if cut else extra
 
     def _hears(self, tap: Tap, weights: Iterable[Tensor]) -> bool:
         if tap.on and not torch.is_grad_enabled():

@@ -115,7 +115,7 @@ class _Probe(Run):
     def drop(self, hidden: Tensor, index: int) -> Tensor:
         """Return what goes on from the tapped tensor of a site."""
 
-    def rest(self, tap: Tap, extra: Tensor) -> Tensor:
+    def rest(self, tap: Tap, m: nn.Module, extra: Tensor) -> Tensor:
         return extra
 
     def missed(self, path: str, weights: Iterable[Tensor]) -> None:

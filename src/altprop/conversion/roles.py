@@ -92,8 +92,7 @@ class TapRole(Role):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         out = super().forward(*args, **kwargs)  # type: ignore[misc]
-        came = next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)), None)
-        return self._altprop.sites[""](self, out, came)
+        return self._altprop.sites[""](self, out)
 
 
 class OutputRole(Role):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from altprop.assign import assign_map, assign_transport
 from altprop.conversion.channel import Channel, hooked, refuse_outside
-from altprop.conversion.outputs import apart, closed, on_first
+from altprop.conversion.outputs import closed, on_first
 from altprop.conversion.record import Description, count_pass, sites_of
 from altprop.errors import RuleError
 from altprop.feedback import generator_for
@@ -189,28 +189,22 @@ class MapTap(_Tap):
 class OutputTap(_Tap):
     """A module whose output is cut: it goes on without its graph, and hears the error instead."""
 
-    def __call__(self, module: nn.Module, out: Any, came: Tensor | None) -> Any:
-        """Return a module's output as it goes on; `came` is the first tensor that it was given."""
-        path = self.site.path
+    def __call__(self, module: nn.Module, out: Any) -> Any:
         if (running := self.channel.running) is not None:
             return on_first(
                 lambda hidden: running.cut(self, module, hidden),
                 out,
-                path,
-                lambda extra: extra if apart(extra, came) else running.rest(self, extra),
+                self.site.path,
+                lambda extra: running.rest(self, module, extra),
             )
         if not self.on:
             return out
-        refuse_outside(path)
+        refuse_outside(self.site.path)
         if not (torch.is_grad_enabled() and hooked()) or self.channel.exact:
             return out
         # a checkpoint recomputes, and must find the graph where it was cut
-        return on_first(
-            Tensor.detach,
-            out,
-            path,
-            lambda extra: extra if apart(extra, came) else closed(extra, path),
-        )
+        path = self.site.path
+        return on_first(Tensor.detach, out, path, lambda extra: closed(extra, path, module))
 
     def describe(self, module: nn.Module) -> Description:
         return replace(super().describe(module), below="local backprop inside a block", cuts=True)

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from torch import Tensor, nn
 
 from altprop.conversion.channel import Channel
+from altprop.conversion.outputs import leaves, origin
 from altprop.conversion.record import sites_of, weights_of
 from altprop.errors import RuleWarning, listed
 
@@ -30,7 +31,7 @@ def say_what_is_not_heard(
     silent = {id(tap): tap for tap in channel.members if tap.on and tap.index not in ran}
     if not silent:
         return
-    read = _read(ends)
+    read = leaves(origin(end) for end in ends if end.requires_grad)
     holders: dict[int, list[nn.Module]] = {}
     for module in root.modules():
         for weight in module.parameters(recurse=False):
@@ -54,19 +55,3 @@ def say_what_is_not_heard(
             RuleWarning,
             stacklevel=2,
         )
-
-
-def _read(ends: Iterable[Tensor]) -> set[int]:
-    """Return the identities of the leaves that a graph leads to."""
-    found: set[int] = set()
-    left = [end.grad_fn for end in ends if end.grad_fn is not None]
-    seen = set(left)
-    while left:
-        node = left.pop()
-        if (leaf := getattr(node, "variable", None)) is not None:
-            found.add(id(leaf))
-        for further, _ in node.next_functions:
-            if further is not None and further not in seen:
-                seen.add(further)
-                left.append(further)
-    return found
