@@ -312,8 +312,26 @@ BUGS = [
     ),
     Bug(
         _AEP + "nudge.py",
+        "return lambda z: cotangent + per_sample(scale, z) * (gradient(z) - at_rest)",
+        "return lambda z: cotangent + (gradient(z) - at_rest)",
+        _ADJOINTS,
+    ),
+    Bug(
+        _AEP + "nudge.py",
+        "return lambda z: cotangent + per_sample(scale, z) * (gradient(z) - at_rest)",
         "return lambda z: per_sample(scale, z) * gradient(z)",
-        "return lambda z: gradient(z)",
+        _NUDGES,
+    ),
+    Bug(
+        _AEP + "nudge.py",
+        "own = gradient(problem.given())",
+        "own = gradient(problem.state)",
+        _NUDGES,
+    ),
+    Bug(
+        _AEP + "nudge.py",
+        "wrong = off > _ROUNDED * wanted",
+        "wrong = (off.norm() > _ROUNDED * wanted.norm()).expand_as(off)",
         _NUDGES,
     ),
     Bug(
