@@ -61,7 +61,7 @@ BUGS = [
     ),
     Bug(
         _EQ + "module.py",
-        "value = found.state + step * found.force\n",
+        "value = found.value()\n",
         "value = found.state\n",
         "lm/test_generation.py",
     ),

@@ -9,6 +9,7 @@ _CONTRAST = _AEP + "test_contrast.py"
 _EXACT = _AEP + "test_exact.py"
 _ADJOINTS = _AEP + "test_adjoints.py"
 _NUDGES = _AEP + "test_nudges.py"
+_STIFF = _AEP + "test_stiff.py"
 _PUBLISHED = _AEP + "test_published.py"
 _CIRCLE = _AEP + "test_holomorphic.py"
 _LEVELS = "equilibrium/test_levels.py"
@@ -58,7 +59,7 @@ BUGS = [
     ),
     Bug(
         _AEP + "confirm.py",
-        "value=linear.value + problem.step * left,",
+        "value=step_on(replace(linear, force=left, residual=residual), widths, problem.step),",
         "value=linear.value,",
         _CONTRAST + " " + _EXACT,
     ),
@@ -227,7 +228,7 @@ BUGS = [
     ),
     Bug(
         _AEP + "estimator.py",
-        "value = free.state + call.system.step * free.force.detach()",
+        "value = free.value()",
         "value = free.state",
         "equilibrium/test_module.py",
     ),
@@ -256,10 +257,22 @@ BUGS = [
         _ADJOINTS,
     ),
     Bug(
-        _AEP + "implicit.py",
-        "solution.value + stride * solution.force",
-        "solution.value - stride * solution.force",
+        _AEP + "problem.py",
+        "return found.value + per_sample(stride, found.value) * found.force",
+        "return found.value - per_sample(stride, found.value) * found.force",
         _ADJOINTS,
+    ),
+    Bug(
+        _AEP + "problem.py",
+        "stride = stride.masked_fill((moved > allowed).any(1), 0.0)",
+        "pass",
+        _STIFF,
+    ),
+    Bug(
+        _AEP + "problem.py",
+        "stride = torch.where(stride > 0, step, stride)",
+        "stride = torch.full_like(stride, step)",
+        _STIFF,
     ),
     Bug(
         _AEP + "implicit.py",
@@ -311,8 +324,26 @@ BUGS = [
     ),
     Bug(
         _AEP + "nudge.py",
+        "return lambda z: cotangent + per_sample(scale, z) * (gradient(z) - at_rest)",
+        "return lambda z: cotangent + (gradient(z) - at_rest)",
+        _ADJOINTS,
+    ),
+    Bug(
+        _AEP + "nudge.py",
+        "return lambda z: cotangent + per_sample(scale, z) * (gradient(z) - at_rest)",
         "return lambda z: per_sample(scale, z) * gradient(z)",
-        "return lambda z: gradient(z)",
+        _NUDGES,
+    ),
+    Bug(
+        _AEP + "nudge.py",
+        "own = gradient(problem.given())",
+        "own = gradient(problem.state)",
+        _NUDGES,
+    ),
+    Bug(
+        _AEP + "nudge.py",
+        "wrong = off > _ROUNDED * wanted",
+        "wrong = (off.norm() > _ROUNDED * wanted.norm()).expand_as(off)",
         _NUDGES,
     ),
     Bug(

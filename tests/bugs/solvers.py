@@ -32,9 +32,33 @@ BUGS = [
         _ANY,
     ),
     Bug(
-        _SOLVERS + "solver.py",
-        "state = torch.where(per_sample(short, start), again.value, landing.state)",
-        "state = again.value",
+        _SOLVERS + "landing.py",
+        "value = torch.where(per_sample(short, start), again.value, nearest)",
+        "value = again.value",
+        _LANDING,
+    ),
+    Bug(
+        _SOLVERS + "landing.py",
+        "nearest = torch.where(per_sample(back, start), found.value, landing.state)",
+        "nearest = landing.state",
+        _LANDING,
+    ),
+    Bug(
+        _SOLVERS + "landing.py",
+        "reached = torch.where(near, torch.minimum(solution.residual, residual), residual)",
+        "reached = torch.minimum(solution.residual, residual)",
+        _LANDING,
+    ),
+    Bug(
+        _SOLVERS + "landing.py",
+        "stride = stride.masked_fill(grows, 0.0)",
+        "pass",
+        _LANDING,
+    ),
+    Bug(
+        _SOLVERS + "fallback.py",
+        "found = with_stride(found, member, step)",
+        "found = with_stride(found, self, step)",
         _LANDING,
     ),
     Bug(

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from altprop.equilibrium.dynamics.conduct import Draws, refuse_sharded
@@ -22,12 +23,11 @@ from altprop.equilibrium.estimators.problem import (
     Problem,
     quietly,
 )
+from altprop.equilibrium.solvers.landing import Landing, land
 from altprop.equilibrium.solvers.solver import (
     AbstractSolver,
-    Landing,
     Result,
     conclude,
-    land,
     relative_residual,
 )
 from altprop.errors import ConvergenceError, RuleError
@@ -68,15 +68,24 @@ class Call:
             self._linearised = partial(self.system.linearise, state)
             residual = relative_residual(state - state, state, None)  # NaN where it is not finite
             result = conclude(residual, self.solver.tol or 1.0)
-            return Landing(state, force, residual, residual, 1, result)
-        start = self.system.start().detach()
-        return land(
+            stride = torch.full_like(residual, self.system.step)
+            return Landing(state, force, residual, residual, stride, 1, result)
+        found = land(
             self.solver,
             partial(quietly, self.system.force),
-            start,
+            self.system.start().detach(),
             step=self.system.step,
             record=self._record,
         )
+        if found.apart and not self.system.fresh:
+            raise RuleError(
+                "the force that autograd records is another one than the force that was solved "
+                f"(at the same state its residual is {float(found.residual.max()):.1e}, and was "
+                f"at most {self.solver.tol:.0e}), expected one that does not depend on "
+                "torch.is_grad_enabled(): an nn.TransformerEncoder in eval() zeros padded places "
+                "where nothing is recorded, so build it with enable_nested_tensor=False"
+            )
+        return found
 
     def _record(self, z: Tensor) -> Tensor:
         force, linearise = self.system.record(z)
@@ -94,7 +103,8 @@ class Call:
         with self.system.recalled():
             if self.system.coarse:
                 still = quietly(self.system.force, z)
-            yield Problem(self.system, self.solver, z, still, self._linearised, self._read_cost())
+            cost = self._read_cost()
+            yield Problem(self.system, self.solver, z, still, self._linearised, free.value, cost)
 
     def _refuse_others(self) -> None:
         """Refuse parameters that are not those of the forward pass, or hold other numbers."""

@@ -92,6 +92,7 @@ def solve_by_levels(
     if not widths:
         return attempt(force, start, inverse)
     value, left, evaluations, lost = start, torch.zeros_like(start), 0, False
+    stride: Tensor | None = None
     unsolved = torch.ones(len(start), dtype=torch.bool, device=start.device)
     size = level_norms(start, widths)
     for _ in range(len(widths) + 1):  # an attempt reaches one more level at least
@@ -101,6 +102,10 @@ def solve_by_levels(
         lost = lost or found.result is Result.NON_FINITE
         value = found.value
         left = torch.where(per_sample(unsolved, start), found.force, left)
+        if stride is None or found.stride is None:
+            stride = found.stride
+        else:
+            stride = torch.where(unsolved, found.stride, stride)
         residual = worst_level(left, value, widths)
         # what fell short in its own units would do so again
         unsolved &= ~(residual <= tol) & (found.residual <= tol)
@@ -110,7 +115,7 @@ def solve_by_levels(
     result = conclude(residual, tol)
     if lost and result is not Result.CONVERGED:
         result = Result.NON_FINITE
-    return Solution(value, left, residual, evaluations, result)
+    return Solution(value, left, residual, evaluations, result, stride)
 
 
 def _scaled(

@@ -22,7 +22,8 @@ from altprop.equilibrium.estimators.aep import AEP
 from altprop.equilibrium.estimators.estimator import AbstractEstimator
 from altprop.equilibrium.estimators.problem import Certificate, Cost
 from altprop.equilibrium.solvers.anderson import Anderson
-from altprop.equilibrium.solvers.solver import AbstractSolver, land
+from altprop.equilibrium.solvers.landing import land
+from altprop.equilibrium.solvers.solver import AbstractSolver
 from altprop.errors import ConfigError
 from altprop.transforms import refuse_vmap
 
@@ -125,13 +126,12 @@ class Equilibrium(nn.Module):
         x = _exact_enough(x)
         with torch.autocast(x.device.type, enabled=False):
             force, remember = self.dynamics.extend(cache, x)
-            step = self.dynamics.step
-            found = land(self.solver, force, self.dynamics.start(x), step=step)
+            found = land(self.solver, force, self.dynamics.start(x), step=self.dynamics.step)
             self.certificate = Certificate(
                 found.result, found.residual, found.evaluations, state=found.state, input=x
             )
             settle(self.on_failure, found.result, found.reached, self.solver.tol, "free phase")
-            value = found.state + step * found.force
+            value = found.value()
             return value, remember(value)
 
     def _keep(self, certificate: Certificate) -> None:

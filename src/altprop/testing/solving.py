@@ -9,15 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from altprop.equilibrium.solvers.landing import land
 from altprop.equilibrium.solvers.solver import (
     AbstractSolver,
     Force,
     Result,
     Solution,
-    land,
+    per_sample,
     relative_residual,
     sample_norm,
     with_limits,
+    with_stride,
 )
 from altprop.errors import ConfigError, RuleError
 from altprop.testing.contract import check_value, close, randn, require
@@ -198,8 +200,16 @@ def _check_landing(solver: AbstractSolver, system: _System, tol: float) -> None:
         found.evaluations == counted.calls,
         f"{found.evaluations} evaluations are reported and {counted.calls} were made {where}",
     )
-    # one step on from what is within the tolerance may be a little farther away
-    _check_distance(found.state, system, 4 * tol, None, where)
+    _check_distance(found.state, system, tol, None, where)
+    end = with_stride(
+        solver.solve(system.force, system.start, step=system.step), solver, system.step
+    )
+    assert end.stride is not None
+    ahead = end.value + per_sample(end.stride, end.value) * end.force
+    require(
+        bool((relative_residual(system.force(ahead), ahead, None) <= 1.1 * tol).all()),
+        f"a step on by its stride leads out of the tolerance {where}",
+    )
 
 
 def _check_refusal(solver: AbstractSolver, system: _System) -> None:

@@ -320,6 +320,35 @@ def test_concrete_classes_are_final_and_say_what_to_write() -> None:
     assert error(gradient(s, ap.AEP(tol=1e-9, response=1e-5))[0], exact(s)) <= 1e-6
 
 
+def test_a_force_that_is_another_one_where_autograd_records_is_refused() -> None:
+    x = torch.randn(2, 5, 8)
+    uneven = ap.from_function(lambda z, x: x - z + 0.3 * torch.is_grad_enabled())
+    for solver in (ap.Anderson(), ap.NewtonKrylov(), ap.Fallback()):
+        with pytest.raises(ap.RuleError, match="that autograd records.*is_grad_enabled"):
+            ap.Equilibrium(uneven, solver, on_failure="accept")(x.clone().requires_grad_())
+    with torch.no_grad():  # where nothing is recorded there is one force
+        assert ap.Equilibrium(uneven)(x).isfinite().all()
+
+
+@pytest.mark.filterwarnings("ignore:.*nested tensors is in prototype")
+def test_padding_in_an_encoder_is_told_where_it_is_zeroed_without_a_record_alone() -> None:
+    x, padding = torch.randn(2, 5, 8), torch.zeros(2, 5, dtype=torch.bool)
+    padding[0, 3:] = True
+    for nested in (True, False):
+        layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+        encoder = nn.TransformerEncoder(layer, 1, enable_nested_tensor=nested)
+
+        def force(z: Tensor, x: Tensor, mask: Tensor, inner: nn.Module = encoder) -> Tensor:
+            return x - z + 0.1 * inner(z, src_key_padding_mask=mask)
+
+        block = ap.Equilibrium(ap.from_function(force, encoder)).eval()
+        if nested:
+            with pytest.raises(ap.RuleError, match="enable_nested_tensor=False"):
+                block(x, padding)
+        else:
+            assert block(x, padding).isfinite().all() and bool(block.certificate.result)
+
+
 def test_an_input_made_in_inference_mode_can_be_learned_from() -> None:
     s = system("gated", seed=2)
     with torch.inference_mode():

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import altprop as ap
-from systems import KINDS, Case, error, gradient, randn, size, system
+from systems import KINDS, TIGHT, Case, error, gradient, randn, size, system
 from systems import B as SAMPLES
 from systems import N as NUMBERS
 
@@ -68,6 +68,60 @@ def test_a_cost_nudge_needs_the_cost_that_is_differentiated(
     with pytest.raises(ap.RuleError, match="not the loss that was differentiated"):
         z = block(x, cost=lambda z: (z**2 / 2).sum() + 0.2 * (other * z).sum())
         (z**2 / 2).sum().backward()
+
+
+@pytest.mark.parametrize("estimator", BY_COST, ids=repr)
+def test_a_cost_that_is_not_one_samples_loss_is_refused_however_many_others_there_are(
+    estimator: ap.AbstractEstimator,
+) -> None:
+    block = ap.Equilibrium(ap.from_function(Case().force), estimator=estimator)
+    x, w = randn(1000, NUMBERS, seed=2).requires_grad_(), randn(1000, NUMBERS, seed=3)
+    other = w.clone()
+    other[7] = randn(NUMBERS, seed=4)
+    z = block(x, cost=lambda z: (w * z).sum())
+    with pytest.raises(ap.RuleError, match="1 of 1000 samples.*more than 5%, in sample 7 by"):
+        (other * z).sum().backward()
+    # a sample of another weight, or of none, is its multiple
+    weights = torch.linspace(0, 2, 1000, dtype=torch.float64)[:, None]
+    z = block(x, cost=lambda z: (w * z).sum())
+    (weights * w * z).sum().backward()
+
+
+@pytest.mark.parametrize("estimator", BY_COST, ids=repr)
+def test_a_cost_is_judged_where_the_loss_was_and_not_where_the_state_had_come_from(
+    estimator: ap.AbstractEstimator,
+) -> None:
+    # a fitted sample's gradient is as small as what is left of the free phase
+    case, x = Case(), randn(SAMPLES, NUMBERS, seed=2).requires_grad_()
+    loose = ap.Anderson(tol=1e-3)
+    block = ap.Equilibrium(ap.from_function(case.force), loose, estimator, on_failure="accept")
+    with torch.no_grad():
+        root = case.root(x, block(x))
+    cost = lambda z: ((z - root) ** 2).sum()  # noqa: E731
+    cost(block(x, cost=cost)).backward()
+    assert bool(x.grad.isfinite().all())
+
+
+@pytest.mark.parametrize(
+    "estimator",
+    [ap.EP(tol=1e-9), ap.AEP(beta=1e-4, tol=1e-9), ap.DyadicEP(tol=1e-9)],
+    ids=repr,
+)
+def test_what_a_cost_misses_of_the_loss_costs_a_cost_nudge_no_exactness(
+    estimator: ap.AbstractEstimator,
+) -> None:
+    more = randn(SAMPLES, NUMBERS, seed=5)
+
+    def adjoint(nudge: str) -> torch.Tensor:
+        x = randn(SAMPLES, NUMBERS, seed=2).requires_grad_()
+        block = ap.Equilibrium(
+            ap.from_function(Case().force), TIGHT, replace(estimator, nudge=nudge)
+        )
+        z = block(x, cost=lambda z: (z**2 / 2).sum())
+        ((z**2 / 2).sum() + 0.01 * (more * z).sum()).backward()
+        return x.grad
+
+    assert error(adjoint("cost"), adjoint("linear")) < 1e-5  # beside the bias of a nudge
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,10 @@ from torch import Tensor
 from altprop.equilibrium.estimators.confirm import confirm
 from altprop.equilibrium.estimators.correction import Antisymmetric
 from altprop.equilibrium.estimators.estimator import (
+    WITHOUT_STEP,
     AbstractAdjointEstimator,
     check_own_solver,
+    relaxes,
     solve_adjoint,
 )
 from altprop.equilibrium.estimators.nudge import Nudge, check_nudge, nudge_at
@@ -55,9 +57,10 @@ class AEP(AbstractAdjointEstimator):
     per level of a layered system) is not taken for a signal.
 
     By default the phases start from the solution of their linearisation, each makes one nonlinear
-    update, and nothing iterates: the nudge is as small as rounding allows, and smaller for a sample
-    whose curvature shows in the contrast. With `beta`, `response`, `start="zero"` or `tracking`
-    given, the phases are solved at that very nudge, both together, until their contrast is within
+    update (none where the solver takes no plain steps, or too long ones), and nothing iterates: the
+    nudge is as small as rounding allows, and smaller for a sample whose curvature shows in the
+    contrast. With `beta`, `response`, `start="zero"` or `tracking` given, the phases are solved at
+    that very nudge, both together, until their contrast is within
     `tol` and each of them within `√tol`.
 
     **Arguments:** `beta`, the nudge for a cotangent of unit norm per sample (`None`: chosen so that
@@ -159,11 +162,13 @@ class AEP(AbstractAdjointEstimator):
 
     def _linear(self, problem: Problem, correction: Antisymmetric, cotangent: Tensor) -> Solution:
         """Solve the phases' linearisation, `Jᵀ a + g = 0`."""
+        by_inverse = self.solver is None and correction.linear.inverse(transposed=True) is not None
+        steps = relaxes(problem, self.solver) or by_inverse
         return solve_adjoint(
             problem,
             correction.linear,
             cotangent,
-            _HEADROOM * self.tol,
+            _HEADROOM * self.tol * (1 if steps else WITHOUT_STEP),
             self.max_steps,
             self.solver,
         )

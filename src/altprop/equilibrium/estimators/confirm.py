@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from altprop.equilibrium.estimators.phases import Phases, Sides, displacement, finest_response
-from altprop.equilibrium.estimators.problem import Adjoint
+from altprop.equilibrium.estimators.problem import Adjoint, step_on
 from altprop.equilibrium.estimators.roundoff import ROUNDING, floor_of
 from altprop.equilibrium.levels import choose, level_norms, relative_to_levels, worst_level
 from altprop.equilibrium.solvers.solver import Solution, conclude, sample_norm
@@ -29,6 +29,8 @@ def confirm(
     phases: Phases, linear: Solution, first: Tensor, across: Tensor, sides: Sides
 ) -> Adjoint:
     """Make one nonlinear update of each phase from the linear solution, and read the adjoint.
+
+    Where the linear solver knows of no step that is worth taking, the phases only certify.
 
     **Arguments:** `phases`, at the nudge to begin with; `linear`, the solution of `Jᵀ a + g = 0`
     and its residual; `first`, minus its value; `across`, the correction `(J − Jᵀ)u` there.
@@ -57,7 +59,7 @@ def confirm(
     left = choose(untold, linear.force, seen, widths)
     residual = worst_level(left, first, widths)
     return Adjoint(
-        value=linear.value + problem.step * left,
+        value=step_on(replace(linear, force=left, residual=residual), widths, problem.step),
         residual=residual,
         remainder=left,
         evaluations=looks * len(ends),

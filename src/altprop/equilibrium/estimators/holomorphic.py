@@ -10,7 +10,7 @@ equilibrium propagation (arXiv 2602.03670) that derivative is the exact adjoint 
 from __future__ import annotations
 
 import cmath
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from altprop.equilibrium.estimators.estimator import (
     solve_adjoint,
 )
 from altprop.equilibrium.estimators.phases import displacement, response_beta
-from altprop.equilibrium.estimators.problem import Adjoint, Problem
+from altprop.equilibrium.estimators.problem import Adjoint, Problem, step_on
 from altprop.equilibrium.solvers.solver import (
     AbstractSolver,
     Solution,
@@ -126,10 +126,17 @@ class HolomorphicEP(AbstractAdjointEstimator):
             value = value - weight * solution.value[..., 0]
             remainder = remainder - weight * solution.force[..., 0]
         residuals = torch.stack([s.residual for s in solutions])
+        read = replace(
+            solutions[0],
+            value=value,
+            force=remainder,
+            residual=residuals.amax(0),
+            stride=torch.stack([s.stride for s in solutions if s.stride is not None]).amin(0),
+        )
         moved = torch.stack([sample_norm(s.value) for s in solutions]).amax(0)
         return Adjoint(
-            value=value + problem.step * remainder,
-            residual=residuals.amax(0),
+            value=step_on(read, problem.widths, problem.step),
+            residual=read.residual,
             remainder=remainder,
             # a complex force is counted as one evaluation
             evaluations=linear.evaluations

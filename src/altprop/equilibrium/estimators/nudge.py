@@ -14,6 +14,7 @@ from altprop.errors import ConfigError, RuleError
 
 Nudge = Literal["linear", "cost"]
 Map = Callable[[Tensor], Tensor]
+_ROUNDED = 0.05  # of a sample's gradient: a loss in half precision rounds by so much
 
 
 def check_nudge(name: str, nudge: str) -> None:
@@ -25,20 +26,23 @@ def check_nudge(name: str, nudge: str) -> None:
 def nudge_at(name: str, kind: Nudge, problem: Problem, cotangent: Tensor) -> Map:
     """Return the nudge as a function of the state, in the cotangent's units, `(B, ...)`.
 
-    `linear`: the cotangent, wherever the state is, as fits any loss behind the block. `cost`: `∇C`
-    at the state, as a physical system feels it, scaled to agree with the cotangent at `z*`.
+    `linear`: the cotangent, wherever the state is, as fits any loss behind the block. `cost`: the
+    cotangent at `z*`, and beside it what `∇C` changes from there, as a physical system feels it.
     """
     if kind == "linear":
         return lambda z: cotangent
     gradient, scale = cost_gradient(name, problem, cotangent)
-    return lambda z: per_sample(scale, z) * gradient(z)
+    at_rest = gradient(problem.state)
+    return lambda z: cotangent + per_sample(scale, z) * (gradient(z) - at_rest)
 
 
 def cost_gradient(name: str, problem: Problem, cotangent: Tensor) -> tuple[Map, Tensor]:
-    """Return `z ↦ ∇C(z)`, and the multiple of `∇C(z*)` that the cotangent is per sample, `(B,)`.
+    """Return `z ↦ ∇C(z)`, and the multiple of `∇C` that the cotangent is per sample, `(B,)`.
 
     The loss may be the cost times a number (accumulation, a loss scale, a weight per sample), and
-    an estimator may have scaled the cotangent: the multiple carries that over.
+    an estimator may have scaled the cotangent: the multiple carries that over. It is taken where
+    the loss was, at what the module gave out, for a cost that is near its minimum changes on the
+    way there from `z*` by as much as its gradient.
 
     **Raises:** `RuleError` without a cost, or for one that is not the loss that was differentiated.
     """
@@ -55,14 +59,20 @@ def cost_gradient(name: str, problem: Problem, cotangent: Tensor) -> tuple[Map, 
             (out,) = torch.autograd.grad(cost(leaf), leaf)
         return out
 
-    own = gradient(problem.state)
-    size = scaled_norm(own)
+    own = gradient(problem.given())
+    size, wanted = scaled_norm(own), scaled_norm(cotangent)
     along = (in_rows(own) * in_rows(cotangent)).sum(1)
     scale = torch.where(size > 0, along / size / size, torch.zeros_like(size))
-    if float((cotangent - per_sample(scale, own) * own).norm()) > 0.05 * float(cotangent.norm()):
+    off = scaled_norm(cotangent - per_sample(scale, own) * own)
+    wrong = off > _ROUNDED * wanted
+    if bool(wrong.any()):
+        share = torch.where(wrong, off / wanted, 0.0)
         raise RuleError(
-            "the cost given to the module is not the loss that was differentiated (their "
-            "gradients at the free state differ): pass that same loss as cost=, and where it draws "
-            "random numbers, as dropout does, let nothing else draw between the call and the loss"
+            f"the cost given to the module is not the loss that was differentiated: in "
+            f"{int(wrong.sum())} of {len(wrong)} samples their gradients differ by more than "
+            f"{_ROUNDED:.0%}, in sample {int(share.argmax())} by {float(share.max()):.0%}, "
+            "expected the same but for a factor per sample: pass that same loss as cost=, and where "
+            "it draws random numbers, as dropout does, let nothing else draw between the call and "
+            "the loss"
         )
     return gradient, scale

@@ -8,6 +8,7 @@ multiplied by the curvature, so `s` need only be as small as the square root of 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from torch import Tensor
 from altprop.equilibrium.estimators.correction import Antisymmetric, antisymmetry
 from altprop.equilibrium.estimators.nudge import Map
 from altprop.equilibrium.estimators.phases import Phases, displacement
-from altprop.equilibrium.estimators.problem import Adjoint
+from altprop.equilibrium.estimators.problem import Adjoint, step_on
 from altprop.equilibrium.estimators.roundoff import floor_of, loud
 from altprop.equilibrium.levels import choose, level_norms, relative_to_levels, worst_level
 from altprop.equilibrium.solvers.solver import (
@@ -87,8 +88,9 @@ def solve_pair(
     furthest = torch.maximum(sample_norm(moved - a), sample_norm(moved + a))
     again = lambda: shown(solution.value)[0]  # noqa: E731
     left, certified, result = _judge(phases, a, c, again, solution, linear)
+    last = replace(solution, value=a, force=c, residual=certified)
     return Adjoint(
-        value=a + problem.step * c,
+        value=step_on(last, widths, problem.step),
         residual=certified,
         remainder=left,
         # the correction counts its own products
@@ -124,8 +126,9 @@ def solve_one(phases: Phases, start: Tensor, correction: Map, linear: Solution |
     a, c = -solution.value, -solution.force
     again = lambda: -shown(solution.value)  # noqa: E731
     left, certified, result = _judge(phases, a, c, again, solution, linear)
+    last = replace(solution, value=a, force=c, residual=certified)
     return Adjoint(
-        value=a + problem.step * c,
+        value=step_on(last, widths, problem.step),
         residual=certified,
         remainder=left,
         evaluations=calls,  # the correction counts its own products

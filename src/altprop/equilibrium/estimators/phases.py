@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from altprop.equilibrium.estimators.nudge import Map
-from altprop.equilibrium.estimators.problem import Adjoint, Problem
+from altprop.equilibrium.estimators.problem import Adjoint, Problem, step_on
 from altprop.equilibrium.solvers.solver import (
     AbstractSolver,
     Solution,
@@ -143,8 +143,8 @@ def _read(phases: Phases, plus: Solution, minus: Solution | None) -> Adjoint:
 
     With `minus=None` it is read off one side, whose bias is of order `β` instead of `β²`. The last
     force of each phase is known, so one nonlinear update of either state is free, and is made even
-    where the phase's start was within the tolerance already. The certificate is the residual before
-    that update.
+    where the phase's start was within the tolerance already; but not one that is too long for the
+    phases' solver or for the adjoint (`step_on`). The certificate is the residual before it.
     """
     sides = [plus] if minus is None else [plus, minus]
     residuals = torch.stack([side.residual for side in sides])
@@ -153,9 +153,17 @@ def _read(phases: Phases, plus: Solution, minus: Solution | None) -> Adjoint:
         value, remainder = -plus.value, -plus.force
     else:
         value, remainder = (minus.value - plus.value) / 2, (minus.force - plus.force) / 2
-    return Adjoint(
-        value=value + phases.problem.step * remainder,
+    strides = [side.stride for side in sides if side.stride is not None]
+    read = replace(
+        plus,
+        value=value,
+        force=remainder,
         residual=residuals.amax(0),
+        stride=torch.stack(strides).amin(0),
+    )
+    return Adjoint(
+        value=step_on(read, phases.problem.widths, phases.problem.step),
+        residual=read.residual,
         remainder=remainder,
         evaluations=sum(side.evaluations for side in sides),
         result=worst(*(side.result for side in sides)),

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from altprop.equilibrium.dynamics.products import AbstractLinearisation
 from altprop.equilibrium.dynamics.system import System
-from altprop.equilibrium.levels import solve_by_levels
+from altprop.equilibrium.levels import level_norms, solve_by_levels
 from altprop.equilibrium.solvers.defect import defect_correction
 from altprop.equilibrium.solvers.solver import (
     AbstractSolver,
     Force,
     Result,
     Solution,
+    per_sample,
     scaled_norm,
     with_limits,
+    with_stride,
 )
 
 Cost = Callable[[Tensor], Tensor]
@@ -105,8 +107,9 @@ class Problem:
     """The adjoint problem of one call: the free state, and what can be computed there.
 
     **Fields:** `state`, `z*`, `(B, ...)`; `still`, `F(z*)`, what the free phase left; `step`, the
-    dynamics' `ε`; `solver`, the module's own; `cost`, `C(z)` where the caller gave it; `widths`,
-    where the state is a stack of levels, the numbers per sample that each holds.
+    dynamics' `ε`; `solver`, the module's own; `given()`, what the module gave out, where the
+    cotangent was taken; `cost`, `C(z)` where the caller gave it; `widths`, where the state is a
+    stack of levels, the numbers per sample that each holds.
     """
 
     def __init__(
@@ -116,9 +119,11 @@ class Problem:
         state: Tensor,
         still: Tensor,
         linearised: Callable[[], AbstractLinearisation],
+        given: Callable[[], Tensor],
         cost: Cost | None = None,
     ) -> None:
-        self.state, self.still, self.solver, self.cost = state, still, solver, cost
+        self.state, self.still, self.solver = state, still, solver
+        self.given, self.cost = given, cost
         self.step, self.widths = system.step, system.widths
         self._system, self._linearised = system, linearised
 
@@ -148,6 +153,8 @@ class Problem:
     ) -> Solution:
         """Drive a force to zero; each level by itself where there are levels.
 
+        The solution says which step from it is worth taking; `step`, where it is the inverse's.
+
         **Arguments:** as those of a solver's `solve`, with its limits; `solver`, another one than
         the module's own; `inverse`, of minus the force's linear part, used where there is no
         `solver`.
@@ -156,14 +163,38 @@ class Problem:
 
         def attempt(force: Force, start: Tensor, inverse: Force | None) -> Solution:
             if inverse is None:
-                return own.solve(force, start, step=self.step, scale=scale)
-            return defect_correction(
+                return with_stride(
+                    own.solve(force, start, step=self.step, scale=scale), own, self.step
+                )
+            found = defect_correction(
                 force, inverse, start, tol=tol, max_steps=max_steps, scale=scale
             )
+            return replace(found, stride=torch.full_like(found.residual, self.step))
 
         given = inverse if solver is None else None
         with torch.autocast(self.state.device.type, enabled=False):
             return solve_by_levels(attempt, force, start, given, tol, self.widths)
+
+
+def step_on(found: Solution, widths: tuple[int, ...], step: float | None = None) -> Tensor:
+    """Return `a + εr`, one more step of each sample that it does not carry too far, `(B, ...)`.
+
+    A step that contracts has `ε‖g‖ = ε‖Jᵀa‖ ≤ 2‖a‖`, so it moves `a` by at most twice the residual,
+    which is relative to `g` (and to `a` itself where there are levels). One that would move it
+    further may amplify the very error that the residual certifies, and is not taken.
+
+    **Arguments:** `found`, with `a` as its value and `r` as its force; `widths`, of the levels;
+    `step`, the `ε` where the solver takes any (`None`: its own).
+    """
+    assert found.stride is not None
+    stride = found.stride
+    if step is not None:
+        stride = torch.where(stride > 0, step, stride)
+    moved = stride.unsqueeze(1) * level_norms(found.force, widths)
+    allowed = 2 * found.residual.unsqueeze(1) * level_norms(found.value, widths)
+    # a sample that is lost stays visible as NaN
+    stride = stride.masked_fill((moved > allowed).any(1), 0.0)
+    return found.value + per_sample(stride, found.value) * found.force
 
 
 def quietly(force: Force, z: Tensor) -> Tensor:

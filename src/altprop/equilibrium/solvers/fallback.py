@@ -21,6 +21,7 @@ from altprop.equilibrium.solvers.solver import (
     per_sample,
     relative_residual,
     with_limits,
+    with_stride,
 )
 from altprop.errors import ConfigError
 
@@ -32,7 +33,8 @@ class Fallback(AbstractSolver):
     A sample that is done stays as it is while a hard one goes on alone, so no sample's result
     depends on its batch-mates; one that ran away to infinity goes on from the start. An easy
     problem costs what the first solver costs. A point that only Newton finds may be one that a
-    physical relaxation would never reach: convergence here is no certificate of stability.
+    physical relaxation would never reach: convergence here is no certificate of stability. The step
+    that is free after a solve (`stride`) is, for each sample, that of the solver it was solved by.
 
     **Arguments:** `solvers`, in order; each runs with this chain's `tol` and up to its own limit of
     evaluations (the second Anderson starts with an empty memory and smaller steps, which is what a
@@ -62,7 +64,7 @@ class Fallback(AbstractSolver):
             )
 
     def stride(self, step: float) -> float:
-        return self.solvers[0].stride(step)  # what an easy sample is solved by
+        return self.solvers[0].stride(step)  # of an easy sample; a solution tells each one's own
 
     @torch.no_grad()
     def solve(
@@ -85,6 +87,7 @@ class Fallback(AbstractSolver):
                 sound = per_sample(torch.isfinite(best.residual), start)
                 at = torch.where(sound, best.value, start)
             found = member.solve(force, at, step=step, scale=scale)
+            found = with_stride(found, member, step)
             best = found if best is None else better_of(best, found)
             if bool((best.residual <= self.tol).all()):
                 break

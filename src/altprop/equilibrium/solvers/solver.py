@@ -40,7 +40,8 @@ class Solution:
 
     `value`: the state, `(B, ...)`. `force`: the force at `value`, same shape. `residual`: `‖force‖`
     per sample relative to the solve's scale, `(B,)`. `evaluations`: calls of the force. `result`:
-    the outcome of the worst sample.
+    the outcome of the worst sample. `stride`: the `ε` of one more step that is worth taking, `(B,)`
+    (None: the solver's own), for a solver whose samples may have been solved in several ways.
     """
 
     value: Tensor
@@ -48,6 +49,7 @@ class Solution:
     residual: Tensor
     evaluations: int
     result: Result
+    stride: Tensor | None = None
 
 
 class AbstractSolver(ABC):
@@ -93,7 +95,7 @@ class AbstractSolver(ABC):
         """Return the `ε` of one more step `z + εF(z)` that is worth taking; 0 for none.
 
         The force at a solution is known, so the step is free, and the evaluation that is recorded
-        after it certifies the state (see `land`).
+        after it certifies the state (see `land`). A solution may know better (`Solution.stride`).
 
         **Arguments:** `step`, the `ε` of the natural fixed-point map.
         """
@@ -213,13 +215,27 @@ def better_of(old: Solution, new: Solution) -> Solution:
     # not `new < old`: a state that is lost must lose to any other
     better = (new.residual < old.residual) | ~torch.isfinite(old.residual)
     shaped = per_sample(better, old.value)
+    stride = None
+    if old.stride is not None and new.stride is not None:
+        stride = torch.where(better, new.stride, old.stride)
     return Solution(
         value=torch.where(shaped, new.value, old.value),
         force=torch.where(shaped, new.force, old.force),
         residual=torch.where(better, new.residual, old.residual),
         evaluations=old.evaluations + new.evaluations,
         result=new.result,
+        stride=stride,
     )
+
+
+def with_stride(found: Solution, solver: AbstractSolver, step: float) -> Solution:
+    """Return a solution that says which further step is worth taking from it.
+
+    **Arguments:** `solver`, which found it; `step`, the `ε` of the natural fixed-point map.
+    """
+    if found.stride is not None:
+        return found
+    return replace(found, stride=torch.full_like(found.residual, solver.stride(step)))
 
 
 @dataclass(frozen=True)
@@ -283,67 +299,6 @@ def iterate(
     lost = ~torch.isfinite(at.residual) & ~(at.least <= tol)
     result = Result.NON_FINITE if bool(lost.any()) else conclude(at.least, tol)
     return Solution(at.best, at.best_force, at.least, evaluations, result)
-
-
-@dataclass(frozen=True)
-class Landing:
-    """A state whose force was evaluated at last, and what the solve that led there needed.
-
-    `state`, `force`: `(B, ...)`; the force carries autograd's record if the evaluation made one.
-    `residual`: of that state, `(B,)`. `reached`: the least residual that was evaluated there or
-    one step before, `(B,)`, which the tolerance holds for. `evaluations`, `result`: of it all.
-    """
-
-    state: Tensor
-    force: Tensor
-    residual: Tensor
-    reached: Tensor
-    evaluations: int
-    result: Result
-
-
-def land(
-    solver: AbstractSolver, force: Force, start: Tensor, *, step: float, record: Force | None = None
-) -> Landing:
-    """Solve, evaluate the force one step further, and solve on if that falls short.
-
-    The two solves together evaluate the force no more often than the solver's limit allows.
-
-    **Arguments:** `force`, `start`, `step`, those of `solver.solve`; `record`, the force for the
-    evaluation after a solve, which autograd may record (`None`: as the others).
-    """
-    found = solver.solve(force, start, step=step)
-    stride, tol = solver.stride(step), solver.tol
-    evaluate = record or force
-    state = found.value + stride * found.force if stride else found.value
-    landing = _evaluate(found, state, evaluate, tol)
-    # one lost sample must not cost its batch-mates what is left
-    short = ~(landing.reached <= tol) & torch.isfinite(found.residual)
-    left = solver.max_steps - found.evaluations
-    if tol == 0 or left < 1 or not bool(short.any()):
-        return landing
-    landing = replace(landing, force=landing.force.detach())  # what was recorded there is over
-    nearer = per_sample(landing.residual < found.residual, start)
-    nearest = torch.where(nearer, landing.state, found.value)
-    again = with_limits(solver, tol, left).solve(force, nearest, step=step)
-    # what had arrived stays, whatever its batch-mates need
-    state = torch.where(per_sample(short, start), again.value, landing.state)
-    second = _evaluate(again, state, evaluate, tol)
-    return replace(second, evaluations=landing.evaluations + second.evaluations)
-
-
-def _evaluate(solution: Solution, state: Tensor, evaluate: Force, tol: float) -> Landing:
-    state = state.detach()
-    force = evaluate(state)
-    residual = relative_residual(force.detach(), state, None)
-    least = torch.minimum(solution.residual, residual)
-    reached = torch.where(torch.isfinite(residual), least, residual)
-    result = conclude(reached, tol)
-    if result is not Result.CONVERGED and Result.NON_FINITE in (result, solution.result):
-        result = Result.NON_FINITE
-    elif tol == 0:
-        result = solution.result
-    return Landing(state, force, residual, reached, solution.evaluations + 1, result)
 
 
 def worst(*results: Result) -> Result:
