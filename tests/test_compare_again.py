@@ -68,12 +68,22 @@ def test_an_arm_does_not_take_over_another_rule_of_its_name() -> None:
     assert made("a", seeds=3, resume=True).arm("mine")["scores"][2] is not None
 
 
+def test_calibration_alone_is_shared_by_rules_that_come_later() -> None:
+    rules = {std: ap.DirectFeedback(std=std, calibrate_every=3) for std in (0.1, 0.2)}
+    made("a", rule=rules[0.1], controls=("calibration",))
+    task, given = TASK, {**SETTINGS, "controls": ("calibration",), "resume": True}
+    both = {"other": rules[0.2], "mine": rules[0.1]}
+    assert len(compare(task, rules=both, out=Path("a"), **given).results["arms"]) == 3
+
+
 @pytest.mark.parametrize(
     "change",
     [
         lambda task: replace(task, make=wider),
         lambda task: replace(task, test=(task.test[0], 1 - task.test[1])),
         lambda task: replace(task, train=(task.train[0] + 1, task.train[1])),
+        lambda task: replace(task, criterion=nn.MultiMarginLoss()),
+        lambda task: replace(task, better="lower"),
         lambda task: replace(task, recipe=replace(task.recipe, batch=16)),
     ],
 )

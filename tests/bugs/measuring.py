@@ -32,8 +32,8 @@ BUGS = [
     ),
     Bug(
         "auditing/agreement.py",
-        "t.detach().cpu().double().flatten()",
-        "t.detach().cpu().flatten()",
+        "t.detach().to_dense().cpu().double().flatten()",
+        "t.detach().to_dense().cpu().flatten()",
         _AGREEMENT,
     ),
     Bug(
@@ -159,8 +159,8 @@ BUGS = [
     ),
     Bug(
         _LAB + "reporting/comparison_page.py",
-        "return not low <= 0 <= high",
-        "return True",
+        "return 0 if low <= 0 <= high else",
+        "return",
         "test_report_command.py",
     ),
     Bug(

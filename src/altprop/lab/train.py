@@ -270,7 +270,7 @@ def seeded(records: Iterator[dict[str, Any]], seed: int) -> Iterator[dict[str, A
     """
     for step in itertools.count(1):
         with torch.random.fork_rng(devices=()):
-            torch.manual_seed((seed + 1) * 1_000_003 + step)
+            torch.default_generator.manual_seed((seed + 1) * 1_000_003 + step)
             record = next(records, None)
         if record is None:
             return

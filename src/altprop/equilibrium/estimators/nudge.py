@@ -71,8 +71,8 @@ def cost_gradient(name: str, problem: Problem, cotangent: Tensor) -> tuple[Map, 
             f"the cost given to the module is not the loss that was differentiated: in "
             f"{int(wrong.sum())} of {len(wrong)} samples their gradients differ by more than "
             f"{_ROUNDED:.0%}, in sample {int(share.argmax())} by {float(share.max()):.0%}, "
-            "expected the same but for a factor per sample: pass that same loss as cost=, and where "
-            "it draws random numbers, as dropout does, let nothing else draw between the call and "
-            "the loss"
+            "expected the same but for a factor per sample: pass that same loss as cost=, and "
+            "where it draws random numbers, as dropout does, let nothing else draw between the "
+            "call and the loss"
         )
     return gradient, scale

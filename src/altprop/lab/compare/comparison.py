@@ -171,8 +171,9 @@ def _rehearse(task: AbstractTask, arms: Sequence[Arm]) -> dict[str, str]:
     for arm in arms:
         model = task.model(0)
         try:
-            arm.apply(task, model, 0)
-            task.loss(model, batch).backward()
+            with torch.random.fork_rng():
+                arm.apply(task, model, 0)
+                task.loss(model, batch).backward()
         except RuleError as error:
             refused[arm.name] = " ".join(str(error).split())
     rules = [arm.name for arm in arms if not arm.control]
@@ -207,7 +208,9 @@ def _digest(task: AbstractTask, plan: Plan) -> str:
     Of a task of one's own that is its recipe and what it holds, its weights at the first seed, the
     first batch, and what those weights score.
     """
-    found = hashlib.sha256(repr((task.recipe, plan.steps, plan.search_steps, plan.rates)).encode())
+    told = (task.recipe, task.source, task.score_name, task.unit, task.better)
+    plans = (plan.steps, plan.search_steps, plan.rates)
+    found = hashlib.sha256(repr((told, plans)).encode())
     if not _is_said(task):
         model = task.model(plan.seeds[0])
         parts = (vars(task), task.batches(plan.seeds[0]).draw(), model.state_dict())
@@ -219,11 +222,17 @@ def _digest(task: AbstractTask, plan: Plan) -> str:
                 )
         found.update(repr([*model.state_dict(), task.score(model, "validation")]).encode())
         found.update(repr(task.score(model, "test")).encode())
+        with torch.random.fork_rng(devices=()), torch.no_grad():
+            torch.default_generator.manual_seed(0)
+            loss = float(task.loss(model, task.batches(plan.seeds[0]).draw()))
+        found.update(repr(loss).encode())
     return found.hexdigest()
 
 
 def _check_same(folder: Path, arm: Arm, outcomes: Mapping[Key, Mapping[str, Any]]) -> None:
-    """Refuse an arm whose name belongs to another rule in the folder."""
+    """Refuse an arm whose name belongs to another rule in the folder; a control's says it all."""
+    if arm.control:
+        return
     other = next((o["rule"] for o in outcomes.values() if o["arm"] == arm.name), arm.text)
     if other != arm.text:
         raise CheckpointError(

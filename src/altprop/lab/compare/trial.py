@@ -165,7 +165,7 @@ def _gradients(state: State, model: nn.Module, batch: Batch) -> dict[str, Tensor
         name: p for name, p in model.named_parameters() if p.requires_grad and id(p) not in feedback
     }
     with torch.random.fork_rng(devices=()):  # both draw the same, whoever drew before
-        torch.manual_seed(state.progress.step)
+        torch.default_generator.manual_seed(state.progress.step)
         loss = state.loss(model, batch)
         found = torch.autograd.grad(
             loss, list(learning.values()), allow_unused=True, materialize_grads=True
