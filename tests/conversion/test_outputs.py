@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import warnings
 from collections import namedtuple
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -257,41 +256,3 @@ def test_logits_changed_in_place_compile_and_transform() -> None:
         return torch.func.functional_call(model, parameters, (X,)).tanh().square().sum()
 
     assert_equal(torch.func.grad(loss)(parameters), want)
-
-
-class Positioned(nn.Module):
-    """A block that hands on a table which its first one makes of parameters alone, as T5's do."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.map, self.table = nn.Linear(4, 4), nn.Parameter(torch.ones(4))
-
-    def forward(self, h: Tensor, table: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        table = self.table.cumsum(0) if table is None else table
-        return torch.tanh(self.map(h) * table), table
-
-
-class PositionedNet(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed, self.head = nn.Linear(4, 4), nn.Linear(4, 5)
-        self.blocks = nn.ModuleList(Positioned() for _ in range(2))
-
-    def forward(self, x: Tensor) -> Tensor:
-        h, table = self.embed(x), None
-        for block in self.blocks:
-            h, table = block(h, table)
-        logits: Tensor = self.head(h)
-        return logits
-
-
-@pytest.mark.parametrize("rule", RULES[:2], ids=str)
-def test_what_is_made_of_parameters_alone_goes_on_and_leads_past_no_tap(
-    rule: ap.AbstractBroadcast,
-) -> None:
-    torch.manual_seed(0)
-    model = ap.convert(PositionedNet().double(), replace(rule, std=1e-30), output="head")
-    found = gradients(model, X)
-    assert bool(found["head.weight"].any())
-    below = [g for name, g in found.items() if not name.startswith("head")]
-    assert all(float(g.abs().max()) < 1e-20 for g in below if g is not None)
