@@ -63,8 +63,10 @@ def test_what_a_model_draws_is_its_own_whoever_draws_beside_it() -> None:
 
 def test_an_arm_does_not_take_over_another_rule_of_its_name() -> None:
     made("a")
+    before = Path("a/record.json").read_bytes()
     with pytest.raises(ap.CheckpointError, match="mine was FeedbackAlignment.* is SignSymmetry"):
         made("a", rule=SIGNS, resume=True)
+    assert Path("a/record.json").read_bytes() == before
     assert made("a", seeds=3, resume=True).arm("mine")["scores"][2] is not None
 
 

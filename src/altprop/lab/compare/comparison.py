@@ -22,12 +22,12 @@ from rich.console import Console
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from altprop import AbstractRule, CheckpointError, ConfigError, RuleError
+from altprop import AbstractRule, ConfigError, RuleError
 from altprop.lab.compare.arms import CONTROLS, Arm, arms_of
 from altprop.lab.compare.folder import open_folder, write_results
 from altprop.lab.compare.plan import Plan, wanted
 from altprop.lab.compare.results import Comparison, compiled
-from altprop.lab.compare.trial import Job, Key
+from altprop.lab.compare.trial import Job
 from altprop.lab.compare.workers import run_jobs
 from altprop.lab.display import Trials
 from altprop.lab.folder import check_ways
@@ -93,9 +93,10 @@ def compare(
     held = {name: _held(value) for name, value in options.items()}
     digest = _digest(task, plan)
     command = _command(task, held)
-    outcomes = open_folder(folder, held, command, digest, resume=resume, overwrite=overwrite)
-    for arm in arms:
-        _check_same(folder, arm, outcomes)
+    rules_of = {arm.name: arm.text for arm in arms if not arm.control}
+    outcomes = open_folder(
+        folder, held, command, digest, rules_of, resume=resume, overwrite=overwrite
+    )
     for arm in arms:
         if arm.name in refused:
             job = Job(arm, "search", plan.rates[0], plan.seeds[0], plan.search_steps)
@@ -227,18 +228,6 @@ def _digest(task: AbstractTask, plan: Plan) -> str:
             loss = float(task.loss(model, task.batches(plan.seeds[0]).draw()))
         found.update(repr(loss).encode())
     return found.hexdigest()
-
-
-def _check_same(folder: Path, arm: Arm, outcomes: Mapping[Key, Mapping[str, Any]]) -> None:
-    """Refuse an arm whose name belongs to another rule in the folder; a control's says it all."""
-    if arm.control:
-        return
-    other = next((o["rule"] for o in outcomes.values() if o["arm"] == arm.name), arm.text)
-    if other != arm.text:
-        raise CheckpointError(
-            f"{folder}: the arm {arm.name} was {other} there and is {arm.text} now: give it "
-            "another name, or start a new comparison"
-        )
 
 
 def _command(task: AbstractTask, held: Mapping[str, Any]) -> str:

@@ -41,6 +41,7 @@ def open_folder(
     options: Mapping[str, Any],
     command: str,
     digest: str,
+    rules: Mapping[str, str],
     *,
     resume: bool,
     overwrite: bool,
@@ -48,7 +49,8 @@ def open_folder(
     """Make a comparison's folder, or find the one to go on in; return the outcomes in it.
 
     **Arguments:** `options`, plain data, as `comparison.yaml` holds it; `command`, what computes
-    the same again; `digest`, of what no option says of the task.
+    the same again; `digest`, of what no option says of the task;
+    `rules`, the text of each arm's rule, but for controls, whose names say all of them.
 
     **Raises:** `CheckpointError` for a comparison that is in the way or is another one.
     """
@@ -71,7 +73,13 @@ def open_folder(
                 "or by a version that did not note them: start a new comparison"
             )
         started = record.get("started")
-        outcomes_in(folder)
+        for outcome in outcomes_in(folder).values():
+            name, rule = outcome["arm"], outcome["rule"]
+            if rules.get(name, rule) != rule:
+                raise CheckpointError(
+                    f"{folder}: the arm {name} was {rule} there and is {rules[name]} now: give it "
+                    "another name, or start a new comparison"
+                )
     elif there:
         for file in (*folder.glob("trials/*/*/*"), folder / RESULTS):
             if file.name in ("done.json", "metrics.jsonl", RESULTS):
