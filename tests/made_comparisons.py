@@ -1,4 +1,4 @@
-"""Comparisons that nobody has run, for the tests of what is shown of them."""
+"""Comparisons that nobody has run, for the tests of what is shown of them; quick ones."""
 
 from __future__ import annotations
 
@@ -8,11 +8,21 @@ import random
 from pathlib import Path
 from typing import Any
 
+from pytest import MonkeyPatch
+
 RULES = (
     *("SignSymmetry()", "FeedbackAlignment(init='orthogonal')", "FeedbackAlignment()"),
     *("KolenPollack()", "WeightMirror()", "DirectFeedback()", "BlockDirectFeedback()", "GrAPE()"),
     *("AlignedFeedback()", "SignSymmetry(scale='fan')", "DirectFeedback(granularity='matmul')"),
 )
+
+
+def compare_quickly(monkeypatch: MonkeyPatch, folder: Path) -> None:
+    """Let comparisons measure their costs once, and work in a folder."""
+    monkeypatch.setattr("altprop.lab.compare.cost.ROUNDS", 1)
+    monkeypatch.setattr("altprop.lab.compare.cost.SHORT", -1.0)
+    monkeypatch.setattr("altprop.lab.compare.cost.peak_live_bytes", lambda step: 1)
+    monkeypatch.chdir(folder)
 
 
 def made(arms: int = 6, seeds: int = 3, points: int = 12, draw: int = 0) -> dict[str, Any]:

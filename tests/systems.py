@@ -24,6 +24,34 @@ TIGHT = ap.Anderson(tol=1e-12, max_steps=500)
 EXACT = ap.Implicit(tol=1e-12, max_steps=500)
 NEAR = {"response": 1e-4, "tol": 1e-8, "max_steps": 500}
 KINDS = ["damped", "gated"]
+PLAIN = ap.Euler(step=0.5, max_steps=60)
+SOLVERS = [  # one of every kind, and so the estimators
+    PLAIN,
+    ap.Euler(step=0.5, max_steps=60, tol=1e-4),
+    ap.FixedPoint(),
+    ap.Anderson(),
+    ap.NewtonKrylov(),
+    ap.Adaptive(),
+    ap.Scattered(),
+    ap.Fallback(),
+]
+ESTIMATORS = [
+    ap.AEP(),
+    ap.AEP(start="zero", sides=4),
+    ap.AEP(linearise="tracking"),
+    ap.AEP(nudge="cost"),
+    ap.AEP(sides=1),
+    ap.EP(sides=1),
+    ap.EP(sides=4),
+    ap.Implicit(),
+    ap.Implicit(solver=ap.GMRES()),
+    ap.OneStep(k=3, certify=True),
+    ap.DyadicEP(),
+    ap.HolomorphicEP(),
+    ap.PublishedEP(),
+    ap.PublishedAEP(),
+    ap.BPTT(),
+]
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:

@@ -30,6 +30,7 @@ from altprop.lab.report_command import report
 from altprop.lab.tasks import Parity
 from altprop.lab.tasks.supervised import Supervised
 from lm_runs import tree
+from made_comparisons import compare_quickly
 
 TASK = Parity(bits=4, k=1, examples=64, width=6)
 SMALL: dict[str, Any] = {"seeds": 2, "steps": 6, "rates": (3e-3,), "budget": 1}
@@ -38,10 +39,7 @@ FA, DFA = ap.FeedbackAlignment(std=0.3), ap.DirectFeedback("block", std=0.3, cal
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("altprop.lab.compare.cost.ROUNDS", 1)
-    monkeypatch.setattr("altprop.lab.compare.cost.SHORT", -1.0)
-    monkeypatch.setattr("altprop.lab.compare.cost.peak_live_bytes", lambda step: 1)
-    monkeypatch.chdir(tmp_path)
+    compare_quickly(monkeypatch, tmp_path)
 
 
 def small(out: str = "out", **changes: Any) -> Comparison:

@@ -15,6 +15,7 @@ import altprop as ap
 from altprop.lab.compare import Comparison, compare
 from altprop.lab.compare.results import _cells
 from altprop.lab.tasks.supervised import Supervised
+from made_comparisons import compare_quickly
 
 x = torch.randn(80, 4, generator=torch.Generator().manual_seed(0))
 y = (x[:, 0] * x[:, 1] > 0).long()
@@ -36,10 +37,7 @@ FA, SIGNS = ap.FeedbackAlignment(std=0.1), ap.SignSymmetry()
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("altprop.lab.compare.cost.ROUNDS", 1)
-    monkeypatch.setattr("altprop.lab.compare.cost.SHORT", -1.0)
-    monkeypatch.setattr("altprop.lab.compare.cost.peak_live_bytes", lambda step: 1)
-    monkeypatch.chdir(tmp_path)
+    compare_quickly(monkeypatch, tmp_path)
 
 
 def made(out: str, task: Supervised = TASK, rule: Any = FA, **changes: Any) -> Comparison:

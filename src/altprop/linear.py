@@ -13,11 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from altprop.assign import assign_transport
-from altprop.conversion.channel import in_backward
 from altprop.conversion.sites import LinearMap, TransportSite
 from altprop.errors import ConfigError, RuleError, unknown
 from altprop.feedback import cosine_gradient, draw, generator_for, randn
 from altprop.layouts import spread_given
+from altprop.recording import in_backward
 from altprop.rule import AbstractTransport, Site
 from altprop.rules.feedback_alignment import FeedbackAlignment
 from altprop.rules.sign_symmetry import SignSymmetry

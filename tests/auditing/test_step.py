@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import pytest
@@ -89,26 +90,22 @@ def random_direction(m: nn.Module, batch: Any) -> None:
         p.grad = torch.randn_like(p)
 
 
-def sgd(m: nn.Module, batch: Any) -> None:
-    optimiser = torch.optim.SGD(m.parameters(), lr=0.25)
-    backprop(m, batch)
-    optimiser.step()
-    optimiser.zero_grad()
+def updating(make: Any, clip: float = math.inf, **how: Any) -> Any:
+    """Return a step of backprop with its optimiser, in the usual order."""
+
+    def step(m: nn.Module, batch: Any) -> None:
+        optimiser = make(m.parameters())
+        backprop(m, batch)
+        nn.utils.clip_grad_norm_(m.parameters(), clip)
+        optimiser.step()
+        optimiser.zero_grad(**how)
+
+    return step
 
 
-def adamw(m: nn.Module, batch: Any) -> None:
-    optimiser = torch.optim.AdamW(m.parameters(), lr=1e-3)
-    backprop(m, batch)
-    optimiser.step()
-    optimiser.zero_grad(set_to_none=True)
-
-
-def clipped(m: nn.Module, batch: Any) -> None:
-    optimiser = torch.optim.SGD(m.parameters(), lr=1e-6)
-    backprop(m, batch)
-    nn.utils.clip_grad_norm_(m.parameters(), 1e-3)
-    optimiser.step()
-    optimiser.zero_grad()
+sgd = updating(partial(torch.optim.SGD, lr=0.25), set_to_none=False)
+adamw = updating(partial(torch.optim.AdamW, lr=1e-3))
+clipped = updating(partial(torch.optim.SGD, lr=1e-6), clip=1e-3)
 
 
 def lbfgs(m: nn.Module, batch: Any) -> None:

@@ -299,7 +299,7 @@ def test_a_parameter_that_was_put_into_other_memory_is_followed_there() -> None:
         for _ in range(4):
             gradients = torch.autograd.grad(model(x).square().sum(), list(model.parameters()))
             for p, g in zip(model.parameters(), gradients, strict=True):
-                p.data = p.data - 0.1 * g
+                p.data = torch.tensor((p - 0.1 * g).tolist())  # of which nothing else tells
 
     with ap.watch(model) as found:
         steps()

@@ -9,34 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import altprop as ap
-from systems import TIGHT, error, randn
-
-PLAIN = ap.Euler(step=0.5, max_steps=60)
-SOLVERS = [
-    PLAIN,
-    ap.FixedPoint(),
-    ap.Anderson(),
-    ap.NewtonKrylov(),
-    ap.Adaptive(),
-    ap.Scattered(),
-    ap.Fallback(),
-]
-ESTIMATORS = [
-    ap.AEP(),
-    ap.AEP(start="zero", sides=4),
-    ap.AEP(linearise="tracking"),
-    ap.AEP(nudge="cost"),
-    ap.AEP(sides=1),
-    ap.EP(sides=4),
-    ap.Implicit(),
-    ap.Implicit(solver=ap.GMRES()),
-    ap.OneStep(k=3, certify=True),
-    ap.DyadicEP(),
-    ap.HolomorphicEP(),
-    ap.PublishedEP(),
-    ap.PublishedAEP(nudge="cost"),
-    ap.BPTT(),
-]
+from systems import ESTIMATORS, PLAIN, SOLVERS, TIGHT, error, randn
 
 
 class Masked(ap.AbstractDynamics):

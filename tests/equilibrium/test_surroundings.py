@@ -10,32 +10,7 @@ from torch import Tensor, nn
 
 import altprop as ap
 from altprop.testing import check_dynamics
-
-PLAIN = ap.Euler(step=0.5, max_steps=5)
-SOLVERS = [
-    ap.Anderson(),
-    PLAIN,
-    ap.Euler(step=0.5, max_steps=50, tol=1e-4),
-    ap.NewtonKrylov(),
-    ap.Adaptive(),
-    ap.Scattered(),
-    ap.Fallback(),
-]
-ESTIMATORS = [
-    ap.AEP(),
-    ap.AEP(start="zero", sides=4),
-    ap.AEP(linearise="tracking"),
-    ap.AEP(nudge="cost"),
-    ap.EP(sides=1),
-    ap.Implicit(),
-    ap.Implicit(solver=ap.GMRES()),
-    ap.OneStep(k=3, certify=True),
-    ap.DyadicEP(),
-    ap.HolomorphicEP(),
-    ap.PublishedEP(),
-    ap.PublishedAEP(),
-    ap.BPTT(),
-]
+from systems import ESTIMATORS, PLAIN, SOLVERS
 
 
 def blocks() -> list[nn.Module]:

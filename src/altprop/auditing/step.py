@@ -118,14 +118,15 @@ def audit_step(
         )
     moved = {n: before[n] - p.detach() for n, p in theirs.named_parameters() if n in before}
     moved = {name: delta for name, delta in moved.items() if bool(delta.any())}
-    told, changes = _compare({**moved, **wrote}, exact), _compare(moved, exact)
+    given = {**moved, **wrote}
+    told, changes = _compare(given, exact), _compare(moved, exact)
     rows = {}
     for name, p in before.items():
         spread, by_change = 1 / math.sqrt(p.numel()), name in moved and name not in wrote
         # what a change of the weight has lost of the gradient by rounding, relative to it
         lost = float(p.norm() * torch.finfo(p.dtype).eps / moved[name].norm()) if by_change else 0.0
-        verdict = _verdict(told.get(name), name in {**moved, **wrote}, p.numel(), lost)
         found, change = told.get(name), changes.get(name)
+        verdict = _verdict(found, name in given, p.numel(), lost)
         rows[name] = StepRow(verdict, found, change, spread, seen[name], by_change)
     return StepAudit(rows)
 
@@ -157,10 +158,11 @@ def _written(model: nn.Module, before: Mapping[str, Tensor]) -> Iterator[dict[st
 
     def note(p: Tensor) -> None:
         name = names.get(id(p))
+        if name is None or p.grad is None:
+            return
         with _disable_current_modes():  # what is looked at here is no reading of the step's
-            if name is None or p.grad is None or not torch.equal(p, before[name]):
-                return
-            if bool((gradient := p.grad.detach().to_dense()).any()):
+            gradient, changed = p.grad.detach().to_dense(), not torch.equal(p, before[name])
+            if bool(gradient.any()) and not (changed and (name in wrote or not ended)):
                 wrote[name] = gradient.clone()
 
     def stepping(optimiser: torch.optim.Optimizer, *_: Any) -> None:
@@ -168,16 +170,16 @@ def _written(model: nn.Module, before: Mapping[str, Tensor]) -> Iterator[dict[st
             for p in group["params"]:
                 note(p)
 
+    ended = False
     with ExitStack() as stack:
         stack.callback(register_optimizer_step_pre_hook(stepping).remove)
         for p in model.parameters():
             if p.requires_grad:
                 stack.callback(p.register_post_accumulate_grad_hook(note).remove)
         yield wrote
-    for name, p in model.named_parameters():
-        note(p)  # what was not changed, and by hand whatever was
-        if name not in wrote and p.grad is not None and bool(p.grad.to_dense().any()):
-            wrote[name] = p.grad.detach().to_dense().clone()
+    ended = True  # now of a weight that was changed too, if nothing was seen of it before
+    for p in model.parameters():
+        note(p)
 
 
 def _exact(

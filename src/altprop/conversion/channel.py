@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from altprop.errors import RuleError
 from altprop.layouts import OTHERWISE, SEVERAL, Fit, Layout, Shape, fit, fits, misfit, undecided
+from altprop.recording import in_backward
 from altprop.rule import AbstractBroadcast, Site
 
 Call = tuple[nn.Module, Any, Any]
@@ -28,23 +29,6 @@ layout in every pass. (The mean over tokens has another than the tokens.)"""
 def kind_of(index: int, error: Shape, tap: Shape) -> Kind:
     many = math.prod(error[:-1]) == math.prod(tap[:-1])
     return index, len(error), len(tap), many
-
-
-def in_backward() -> bool:
-    """Say whether autograd is running a backward pass in this thread, as a recomputation does."""
-    if torch.compiler.is_compiling():
-        return False
-    return bool(torch._C._current_graph_task_id() != -1)
-
-
-def hooked() -> bool:
-    """Say whether hooks take what autograd saves, as those of a non-reentrant checkpoint do.
-
-    It sets them where it records and again where it recomputes.
-    """
-    if torch.compiler.is_compiling():
-        return False
-    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
 def refuse_outside(path: str) -> None:

@@ -87,8 +87,8 @@ class _Guard:
         raise RuleError(
             f"{self.path} is tapped at its first output, and a gradient reached another one, by "
             "which the exact one would get past every tap: return one tensor (the sum of a hidden "
-            'state and its residual), detach the other, or write DirectFeedback(granularity="matmul'
-            '")'
+            "state and its residual), detach the other, or write "
+            'DirectFeedback(granularity="matmul")'
         )
 
     @staticmethod

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from altprop.assign import assign_map, assign_taps
-from altprop.conversion.channel import Call, Channel, Run, Tap, hooked
+from altprop.conversion.channel import Call, Channel, Run, Tap
 from altprop.conversion.outputs import closed, keeping
 from altprop.conversion.probes import measure_layouts
 from altprop.conversion.record import weights_of
@@ -21,6 +21,7 @@ from altprop.conversion.sites import redrawn
 from altprop.conversion.unheard import say_what_is_not_heard
 from altprop.errors import RuleError
 from altprop.layouts import Fit
+from altprop.recording import hooked
 from altprop.transforms import wants_gradient
 
 

@@ -20,12 +20,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from altprop.conversion.channel import Call, Channel, Kind, Run, Tap, in_backward, kind_of
+from altprop.conversion.channel import Call, Channel, Kind, Run, Tap, kind_of
 from altprop.conversion.record import record_of, sites_of
 from altprop.errors import AltpropError, RuleError
 from altprop.feedback import randn
 from altprop.layouts import MIXED, SEVERAL, Fit, Layout, fits, undecided
 from altprop.parts import now
+from altprop.recording import in_backward
 from altprop.rule import Site
 
 
@@ -204,9 +205,8 @@ class JacobianProbe(_Probe):
         if index != self._index or self._tangent is not None:
             return hidden
         self._tangent = p = self._draw(hidden)
-        dual: Tensor = forward_ad.make_dual(
-            hidden, p.clone()
-        )  # what is kept may not change in place
+        # what is kept may not change in place
+        dual: Tensor = forward_ad.make_dual(hidden, p.clone())
         return dual
 
     def _draw(self, hidden: Tensor) -> Tensor:

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from altprop.conversion.channel import Channel, in_backward
+from altprop.conversion.channel import Channel
 from altprop.equilibrium.module import CONVERTED
 from altprop.errors import RuleError
 from altprop.parts import now
+from altprop.recording import in_backward
 from altprop.transforms import refuse_transforms
 
 STEP = "B_step"

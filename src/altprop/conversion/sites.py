@@ -15,12 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from altprop.assign import assign_map, assign_transport
-from altprop.conversion.channel import Channel, hooked, refuse_outside
+from altprop.conversion.channel import Channel, refuse_outside
 from altprop.conversion.outputs import closed, on_first
 from altprop.conversion.record import Description, count_pass, sites_of
 from altprop.errors import RuleError
 from altprop.feedback import generator_for
 from altprop.parts import now
+from altprop.recording import hooked
 from altprop.rule import AbstractBroadcast, AbstractTransport, Site
 from altprop.transforms import wants_gradient
 

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from altprop.assign import assign_adjoint
-from altprop.conversion.channel import in_backward
 from altprop.conversion.record import Description, record_of, sites_of
 from altprop.conversion.roles import Role
 from altprop.equilibrium.dynamics.layered import BlockCall, DrivenLayers, Layered, first_of
 from altprop.equilibrium.module import Equilibrium
 from altprop.errors import RuleError
+from altprop.recording import in_backward
 from altprop.transforms import refuse_vmap
 
 

@@ -49,7 +49,7 @@ def gradient(
         with (
             ranks.syncing(model, whole),
             nullcontext() if part is None else seeing(part),
-            dropping(config, state.progress.step),
+            drawing(config.seed, state.progress.step, device),
         ):
             with autocast(config, device):
                 loss = state.loss(ranks.called(model), tuple(t.to(device) for t in rows))
@@ -78,13 +78,17 @@ def parts(batch: Batch, accumulate: int, ranks: Ranks) -> Iterator[tuple[Part | 
 
 
 @contextmanager
-def dropping(config: TrainConfig, step: int) -> Iterator[None]:
-    """Draw dropout from the seed and the step, so that a resumed run draws what it would have."""
-    if not config.dropout:
-        yield
-        return
-    with torch.random.fork_rng():
-        torch.manual_seed((config.seed + 1) * 1_000_003 + step)
+def drawing(seed: int, step: int, device: torch.device) -> Iterator[None]:
+    """Draw what a model draws, as dropout does, from the seed and the step, and from nothing else.
+
+    So a resumed run draws what it would have, and so does one beside others in a process.
+    """
+    on_gpu = device.type == "cuda"
+    with torch.random.fork_rng([device] if on_gpu else ()):
+        number = (seed + 1) * 1_000_003 + step
+        torch.default_generator.manual_seed(number)
+        if on_gpu:
+            torch.cuda.manual_seed(number)
         yield
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -261,20 +260,6 @@ def steps(
             "refused": progress.refused,
             "tokens_per_second": batch[-1].numel() / seconds,
         }
-
-
-def seeded(records: Iterator[dict[str, Any]], seed: int) -> Iterator[dict[str, Any]]:
-    """Yield from `steps`, each of which draws by itself what a model draws in its forward passes.
-
-    So neither who else draws from torch's generator nor which process makes the step counts.
-    """
-    for step in itertools.count(1):
-        with torch.random.fork_rng(devices=()):
-            torch.default_generator.manual_seed((seed + 1) * 1_000_003 + step)
-            record = next(records, None)
-        if record is None:
-            return
-        yield record
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:

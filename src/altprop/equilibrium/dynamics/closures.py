@@ -26,7 +26,7 @@ _INERT = (str, bytes, int, float, complex, type, type(None), ModuleType)
 _LISTS: tuple[Any, ...] = (list, tuple, deque, set, frozenset)
 
 
-def surroundings(force: Callable[..., Any]) -> Found:
+def held_by(force: Callable[..., Any]) -> Found:
     """Yield the modules and parameters that a callable uses, each once, as it would write them.
 
     Of a module, itself, and what its own forward pass uses beside it.

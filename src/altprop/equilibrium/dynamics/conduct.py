@@ -23,6 +23,7 @@ from altprop.equilibrium.dynamics.products import AbstractLinearisation, ClosedF
 from altprop.equilibrium.dynamics.surroundings import version_of
 from altprop.equilibrium.solvers.solver import AbstractSolver, in_rows
 from altprop.errors import ConfigError, RuleError
+from altprop.recording import hooked
 
 DRAWS = ("replayed", "fresh")
 
@@ -297,7 +298,7 @@ def unnoticed() -> AbstractContextManager[None]:
     Whoever counts or recomputes what a forward pass saves, as checkpointing does, must not see what
     is saved inside. Where nobody does, nothing is put in between, which `torch.func` refuses.
     """
-    if torch._C._autograd._top_saved_tensors_default_hooks(False) is None:
+    if not hooked():
         return nullcontext()
     return torch.autograd.graph.saved_tensors_hooks(Tensor.detach, lambda t: t)
 

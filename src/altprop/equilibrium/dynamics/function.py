@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from altprop.equilibrium.dynamics.closures import surroundings
+from altprop.equilibrium.dynamics.closures import held_by
 from altprop.equilibrium.dynamics.conduct import check_draws
 from altprop.equilibrium.dynamics.dynamics import AbstractDynamics
 from altprop.errors import ConfigError
@@ -88,7 +88,7 @@ class _FunctionDynamics(AbstractDynamics):
 
     def uses(self) -> Iterable[nn.Module]:
         yield from self.modules()
-        for _, value in surroundings(self._force):
+        for _, value in held_by(self._force):
             if isinstance(value, nn.Module):
                 yield from value.modules()
 
@@ -111,7 +111,7 @@ def _refuse_forgetting(force: Callable[..., Tensor], known: set[int]) -> None:
     """Refuse a function whose surroundings hold trainable parameters that are not known."""
     modules: list[str] = []
     parameters: list[str] = []
-    for name, value in surroundings(force):
+    for name, value in held_by(force):
         held = list(value.parameters()) if isinstance(value, nn.Module) else [value]
         if any(p.requires_grad and id(p) not in known for p in held):
             (modules if isinstance(value, nn.Module) else parameters).append(name)

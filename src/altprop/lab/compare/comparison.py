@@ -31,6 +31,7 @@ from altprop.lab.compare.trial import Job
 from altprop.lab.compare.workers import run_jobs
 from altprop.lab.display import Trials
 from altprop.lab.folder import check_ways
+from altprop.lab.gradient import drawing
 from altprop.lab.tasks import AbstractTask
 from altprop.lab.values import plain
 
@@ -172,7 +173,7 @@ def _rehearse(task: AbstractTask, arms: Sequence[Arm]) -> dict[str, str]:
     for arm in arms:
         model = task.model(0)
         try:
-            with torch.random.fork_rng():
+            with drawing(0, 0, torch.device("cpu")):
                 arm.apply(task, model, 0)
                 task.loss(model, batch).backward()
         except RuleError as error:
@@ -213,20 +214,17 @@ def _digest(task: AbstractTask, plan: Plan) -> str:
     plans = (plan.steps, plan.search_steps, plan.rates)
     found = hashlib.sha256(repr((told, plans)).encode())
     if not _is_said(task):
-        model = task.model(plan.seeds[0])
-        parts = (vars(task), task.batches(plan.seeds[0]).draw(), model.state_dict())
-        for leaf in tree_leaves(parts):
+        seed = plan.seeds[0]
+        model, batch = task.model(seed), task.batches(seed).draw()
+        for leaf in tree_leaves((vars(task), batch, model.state_dict())):
             if isinstance(leaf, Tensor):
                 found.update(repr((leaf.dtype, leaf.shape)).encode())
-                found.update(
-                    leaf.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
-                )
-        found.update(repr([*model.state_dict(), task.score(model, "validation")]).encode())
-        found.update(repr(task.score(model, "test")).encode())
-        with torch.random.fork_rng(devices=()), torch.no_grad():
-            torch.default_generator.manual_seed(0)
-            loss = float(task.loss(model, task.batches(plan.seeds[0]).draw()))
-        found.update(repr(loss).encode())
+                plain_bytes = leaf.detach().cpu().contiguous().view(-1).view(torch.uint8)
+                found.update(plain_bytes.numpy().tobytes())
+        with drawing(seed, 0, torch.device("cpu")), torch.no_grad():
+            figures = [float(task.loss(model, batch))]
+            figures += [task.score(model, part) for part in ("validation", "test")]
+        found.update(repr((list(model.state_dict()), figures)).encode())
     return found.hexdigest()
 
 

@@ -18,7 +18,7 @@ from altprop.lab.settings import TrainConfig
 from altprop.lab.state import State
 from altprop.lab.tasks.task import AbstractTask
 from altprop.lab.timing import paired, ratio
-from altprop.lab.train import begin_with, seeded, steps
+from altprop.lab.train import begin_with, steps
 
 ROUNDS = 9
 SHORT = 0.01  # seconds of a step up to which more of them are timed at once
@@ -72,7 +72,7 @@ def _loop(task: AbstractTask, arm: Arm, recipe: TrainConfig) -> tuple[Callable[[
     model = task.model(recipe.seed)
     arm.apply(task, model, recipe.seed)
     state, guard = begin_with(recipe, model, task.loss, task.batches(recipe.seed))
-    return seeded(steps(recipe, state, guard), recipe.seed).__next__, state
+    return steps(recipe, state, guard).__next__, state
 
 
 def _numbers(model: nn.Module) -> int:

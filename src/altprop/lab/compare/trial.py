@@ -21,10 +21,11 @@ from altprop import ConvergenceError, RuleError, compare, feedback_parameters, r
 from altprop.files import write_whole
 from altprop.lab.compare.arms import Arm
 from altprop.lab.compare.cost import measure_cost
+from altprop.lab.gradient import drawing
 from altprop.lab.settings import TrainConfig
 from altprop.lab.state import Batch, State
 from altprop.lab.tasks.task import AbstractTask
-from altprop.lab.train import begin_with, seeded, steps
+from altprop.lab.train import begin_with, steps
 
 Phase = Literal["search", "final", "equal", "cost"]
 Key = tuple[str, str, float, int]
@@ -107,7 +108,7 @@ def _train(task: AbstractTask, job: Job, folder: Path) -> dict[str, Any]:
     if 0 in audits:
         audit.append(_audited(state, probe))
     with (folder / "metrics.jsonl").open("w", encoding="utf-8") as metrics:
-        for record in seeded(steps(recipe, state, guard), job.seed):
+        for record in steps(recipe, state, guard):
             since.append(record["loss"])
             if "free_evaluations" in record:
                 evaluations.append(record["free_evaluations"] + record["adjoint_evaluations"])
@@ -164,8 +165,7 @@ def _gradients(state: State, model: nn.Module, batch: Batch) -> dict[str, Tensor
     learning = {
         name: p for name, p in model.named_parameters() if p.requires_grad and id(p) not in feedback
     }
-    with torch.random.fork_rng(devices=()):  # both draw the same, whoever drew before
-        torch.default_generator.manual_seed(state.progress.step)
+    with drawing(0, state.progress.step, torch.device("cpu")):  # both draw the same
         loss = state.loss(model, batch)
         found = torch.autograd.grad(
             loss, list(learning.values()), allow_unused=True, materialize_grads=True

@@ -77,11 +77,11 @@ def duration(seconds: float | None) -> str:
     return f"{number(seconds, 3)} s"
 
 
-def _minus(text: str) -> str:
-    return text.replace("-", "−", 1) if text.startswith("-") else text
-
-
 def few_seeds(scores: Sequence[float | None]) -> str:
     """Return how many seeds a mean is of, where some failed: those that did not may be lucky."""
     known = sum(score is not None for score in scores)
     return f" ({known} of {len(scores)} seeds)" if known < len(scores) else ""
+
+
+def _minus(text: str) -> str:
+    return text.replace("-", "−", 1) if text.startswith("-") else text

@@ -8,7 +8,7 @@ from altprop import ConvergenceError
 from altprop.lab.compare.arms import Arm
 from altprop.lab.state import Loss
 from altprop.lab.tasks.task import AbstractTask
-from altprop.lab.train import begin_with, seeded, steps
+from altprop.lab.train import begin_with, steps
 
 
 def score_of(arm: Arm, task: AbstractTask, seed: int, loss: Loss | None = None) -> float:
@@ -22,7 +22,7 @@ def score_of(arm: Arm, task: AbstractTask, seed: int, loss: Loss | None = None) 
     model, recipe = task.model(seed), replace(task.recipe, seed=seed)
     arm.apply(task, model, seed)
     state, guard = begin_with(recipe, model, loss or task.loss, task.batches(seed))
-    for _ in seeded(steps(recipe, state, guard), seed):
+    for _ in steps(recipe, state, guard):
         pass
     made, refused = state.progress.step, state.progress.refused
     if guard.lost(state.progress):
