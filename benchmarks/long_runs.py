@@ -117,11 +117,12 @@ def draw(runs: dict[str, dict[str, Any]], costs: dict[str, float], file: Path, t
     arms = sorted({arm_of(name) for name in runs})
     for name, run in sorted(runs.items()):
         arm = arm_of(name)
-        colour = f"C{arms.index(arm) % 10}"
+        turn, place = divmod(arms.index(arm), 10)  # of ten colours
+        look: dict[str, Any] = {"color": f"C{place}", "ls": ("-", "--", ":")[turn % 3], "lw": 1.2}
         first = name == min(n for n in runs if arm_of(n) == arm)
         steps, losses = list(run["losses"]), list(run["losses"].values())
-        left.plot(steps, losses, color=colour, lw=1.2, label=arm if first else None)
-        right.plot([costs[arm] * s / 1000 for s in steps], losses, color=colour, lw=1.2)
+        left.plot(steps, losses, label=arm if first else None, **look)
+        right.plot([costs[arm] * s / 1000 for s in steps], losses, **look)
     lowest = min(run["best"] for run in runs.values() if run["losses"])
     left.set_ylim(lowest - 0.03, lowest + 0.45)
     left.set_xlabel("step")
