@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 import altprop as ap
-from altprop.lab.compare import Comparison, compare
+from altprop.lab.compare import Comparison, compare, comparison
+from altprop.lab.compare.arms import Arm
 from altprop.lab.compare.results import _cells
 from altprop.lab.tasks.supervised import Supervised
 from made_comparisons import compare_quickly
@@ -66,6 +67,20 @@ def test_an_arm_does_not_take_over_another_rule_of_its_name() -> None:
         made("a", rule=SIGNS, resume=True)
     assert Path("a/record.json").read_bytes() == before
     assert made("a", seeds=3, resume=True).arm("mine")["scores"][2] is not None
+
+
+@pytest.mark.parametrize("rule", [FA, ap.DirectFeedback(), {"*": ap.GrAPE(), "3": FA}], ids=str)
+def test_an_arm_is_known_by_what_its_rule_does_by_default_too(rule: Any) -> None:
+    whole = Arm("mine", rule).whole
+    for each in rule.values() if isinstance(rule, dict) else [rule]:
+        assert all(f"{field.name}={getattr(each, field.name)!r}" in whole for field in fields(each))
+
+
+def test_another_version_is_another_comparison(monkeypatch: pytest.MonkeyPatch) -> None:
+    made("a")
+    monkeypatch.setattr(comparison, "__version__", "9")
+    with pytest.raises(ap.CheckpointError, match="or by another version of altprop"):
+        made("a", resume=True)
 
 
 def test_calibration_alone_is_shared_by_rules_that_come_later() -> None:

@@ -48,6 +48,12 @@ class Arm:
         return self.name if self.rule is None else brief(self.rule)
 
     @property
+    def whole(self) -> str:
+        """The rule with every field, defaults too, by which a resumed comparison knows it."""
+        told = self.name if self.rule is None else repr(self.rule)
+        return re.sub(r" at 0x[0-9a-f]+", "", told)  # where a field of one's own lies in memory
+
+    @property
     def folder(self) -> str:
         """A name for files: that of the arm, with a digest where that does not fit."""
         plain = re.sub(r"[^A-Za-z0-9.=_]+", "-", self.name).strip("-.")[:60]

@@ -22,7 +22,7 @@ from rich.console import Console
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from altprop import AbstractRule, ConfigError, RuleError
+from altprop import AbstractRule, ConfigError, RuleError, __version__
 from altprop.lab.compare.arms import CONTROLS, Arm, arms_of
 from altprop.lab.compare.folder import open_folder, write_results
 from altprop.lab.compare.plan import Plan, wanted
@@ -94,7 +94,7 @@ def compare(
     held = {name: _held(value) for name, value in options.items()}
     digest = _digest(task, plan)
     command = _command(task, held)
-    rules_of = {arm.name: arm.text for arm in arms if not arm.control}
+    rules_of = {arm.name: arm.whole for arm in arms if not arm.control}
     outcomes = open_folder(
         folder, held, command, digest, rules_of, resume=resume, overwrite=overwrite
     )
@@ -185,7 +185,7 @@ def _rehearse(task: AbstractTask, arms: Sequence[Arm]) -> dict[str, str]:
 
 
 def _refusal(job: Job, why: str) -> dict[str, Any]:
-    return {"arm": job.arm.name, "rule": job.arm.text, "phase": job.phase, "lr": job.rate,
+    return {"arm": job.arm.name, "rule": job.arm.whole, "phase": job.phase, "lr": job.rate,
             "seed": job.seed, "steps": job.steps, "refused": why, "failed": None,
             "score": None}  # fmt: skip
 
@@ -212,7 +212,7 @@ def _digest(task: AbstractTask, plan: Plan) -> str:
     """
     told = (task.recipe, task.source, task.score_name, task.unit, task.better)
     plans = (plan.steps, plan.search_steps, plan.rates)
-    found = hashlib.sha256(repr((told, plans)).encode())
+    found = hashlib.sha256(repr((told, plans, __version__)).encode())
     if not _is_said(task):
         seed = plan.seeds[0]
         model, batch = task.model(seed), task.batches(seed).draw()

@@ -50,7 +50,7 @@ def open_folder(
 
     **Arguments:** `options`, plain data, as `comparison.yaml` holds it; `command`, what computes
     the same again; `digest`, of what no option says of the task;
-    `rules`, the text of each arm's rule, but for controls, whose names say all of them.
+    `rules`, the whole text of each arm's rule, but for controls, whose names say all of them.
 
     **Raises:** `CheckpointError` for a comparison that is in the way or is another one.
     """
@@ -70,7 +70,7 @@ def open_folder(
         if record.get("digest") != digest:
             raise CheckpointError(
                 f"{folder} was started with another network, recipe or data of {options['task']}, "
-                "or by a version that did not note them: start a new comparison"
+                "or by another version of altprop: start a new comparison"
             )
         started = record.get("started")
         for outcome in outcomes_in(folder).values():

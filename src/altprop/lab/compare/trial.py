@@ -70,7 +70,7 @@ def run_job(task: AbstractTask, job: Job, comparison: Path) -> dict[str, Any]:
     folder = job.folder(comparison)
     folder.mkdir(parents=True, exist_ok=True)
     outcome: dict[str, Any] = {
-        "arm": job.arm.name, "rule": job.arm.text, "phase": job.phase, "lr": job.rate,
+        "arm": job.arm.name, "rule": job.arm.whole, "phase": job.phase, "lr": job.rate,
         "seed": job.seed, "steps": job.steps, "refused": None, "failed": None, "score": None,
     }  # fmt: skip
     started = time.process_time()
