@@ -7,9 +7,12 @@ import inspect
 import io
 import json
 import math
+import os
 import shlex
 import shutil
-from dataclasses import replace
+import subprocess
+import sys
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,7 @@ import pytest
 import torch
 import yaml
 from rich.console import Console
-from torch import nn
+from torch import Tensor, nn
 
 import altprop as ap
 from altprop.errors import AltpropError
@@ -205,6 +208,25 @@ def test_the_folder_s_command_and_options_compute_the_same_again() -> None:
     for folder in ("again", "third"):
         results = json.loads(Path(folder, "results.json").read_text())
         assert without_times(results) == without_times(json.loads(json.dumps(first.results)))
+
+
+@dataclass(frozen=True)
+class Shrunk(ap.AbstractTransport):
+    """A rule of one's own."""
+
+    def matrix(self, W: Tensor, B: Tensor | None, noise: Tensor | None) -> Tensor:
+        return W * 0.5
+
+
+def test_the_command_names_the_module_of_a_rule_of_one_s_own() -> None:
+    small(rules=(Shrunk(),), controls=("backprop",), equal_cost=False)
+    command = json.loads(Path("out/record.json").read_text())["command"]
+    assert command.split()[:2] == ["altprop", "compare"]
+    words = [sys.executable, "-m", *shlex.split(command), "--out", "again"]
+    elsewhere = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    subprocess.run(words, check=True, env=elsewhere)
+    first, again = (json.loads(Path(f, "results.json").read_text()) for f in ("out", "again"))
+    assert without_times(first) == without_times(again)
 
 
 def test_anybody_s_model_and_data_are_a_task() -> None:

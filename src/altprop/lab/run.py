@@ -5,7 +5,6 @@ from __future__ import annotations
 import shlex
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ from torch import Tensor
 from altprop import CheckpointError, ConvergenceError
 from altprop.files import write_whole
 from altprop.lab import checkpoint
-from altprop.lab.choices import types_of
 from altprop.lab.corpus import keep
 from altprop.lab.folder import (
     LOCK,
@@ -36,6 +34,7 @@ from altprop.lab.ranks import Ranks
 from altprop.lab.record import Record
 from altprop.lab.settings import TrainConfig
 from altprop.lab.state import State
+from altprop.lab.values import homes
 from altprop.lm.text import Corpus
 
 # what a part of a run raises that is given another's state
@@ -332,15 +331,3 @@ class Run:
             self.resume_options() if kept else f"--out {shlex.quote(str(self.folder))} --overwrite"
         )
         return f": free some space, then altprop train {how}"
-
-
-def homes(value: Any) -> set[str]:
-    """Return the modules of the classes in a value that are not altprop's: those to `--import`."""
-    own = set()
-    if is_dataclass(value):
-        own = {type(value).__module__}
-        value = {name: getattr(value, name) for name in types_of(type(value))}
-    inside = value.values() if isinstance(value, Mapping) else value
-    if isinstance(value, (tuple, list, Mapping)):
-        own = own.union(*map(homes, inside))
-    return {module for module in own if module.partition(".")[0] != "altprop"}

@@ -14,7 +14,7 @@ import typing
 import warnings
 from abc import ABC
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -248,3 +248,15 @@ def plain(value: Any) -> Any:
         f"a configuration cannot hold {shown(value)} of type {type(value).__name__} ({why}): use "
         "numbers, texts, paths, lists, mappings, and public dataclasses of these"
     )
+
+
+def homes(value: Any) -> set[str]:
+    """Return the modules of the classes in a value that are not altprop's: those to `--import`."""
+    own = set()
+    if is_dataclass(value):
+        own = {type(value).__module__}
+        value = {name: getattr(value, name) for name in types_of(type(value))}
+    inside = value.values() if isinstance(value, Mapping) else value
+    if isinstance(value, (tuple, list, Mapping)):
+        own = own.union(*map(homes, inside))
+    return {module for module in own if module.partition(".")[0] != "altprop"}

@@ -33,7 +33,7 @@ from altprop.lab.display import Trials
 from altprop.lab.folder import check_ways
 from altprop.lab.gradient import drawing
 from altprop.lab.tasks import AbstractTask
-from altprop.lab.values import plain
+from altprop.lab.values import homes, plain
 
 
 def compare(
@@ -93,7 +93,7 @@ def compare(
     folder = out or _new_folder(task)
     held = {name: _held(value) for name, value in options.items()}
     digest = _digest(task, plan)
-    command = _command(task, held)
+    command = _command(task, held, homes(options))
     rules_of = {arm.name: arm.whole for arm in arms if not arm.control}
     outcomes = open_folder(
         folder, held, command, digest, rules_of, resume=resume, overwrite=overwrite
@@ -228,12 +228,17 @@ def _digest(task: AbstractTask, plan: Plan) -> str:
     return found.hexdigest()
 
 
-def _command(task: AbstractTask, held: Mapping[str, Any]) -> str:
-    """Return what computes the same again: words, or for a task of one's own that it is Python."""
+def _command(task: AbstractTask, held: Mapping[str, Any], modules: set[str]) -> str:
+    """Return what computes the same again: words, or for a task of one's own that it is Python.
+
+    **Arguments:** `modules`, where classes are from that are not altprop's.
+    """
     if not _is_said(task):
         given = ", ".join(f"{k}={v!r}" for k, v in held.items() if k != "task" and v is not None)
         return f"in Python: compare({task.name}, {given})"
     words = ["altprop", "compare", str(held["task"])]
+    for module in sorted(modules):
+        words += ["--import", module]
     for name, value in held.items():
         if name != "task" and value is not None:
             words += [f"--{name}", value if isinstance(value, str) else dumps(value)]

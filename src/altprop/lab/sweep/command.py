@@ -32,10 +32,9 @@ from altprop.lab.folder import (
 from altprop.lab.help import brief
 from altprop.lab.lock import Lock
 from altprop.lab.reporting.picture import plot_sweep
-from altprop.lab.run import homes
 from altprop.lab.settings import TrainConfig
 from altprop.lab.sweep.spec import Range, Spec, read_spec
-from altprop.lab.values import plain
+from altprop.lab.values import homes, plain
 from altprop.lm.text import check_context
 from altprop.terminal import printable
 
