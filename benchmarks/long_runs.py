@@ -8,12 +8,14 @@ Every folder below the given one is a run; `<arm>-<seed>` names it. Its metrics 
 hundredth step, every evaluation, and every step that was refused or took unusually long) and kept
 with the table, and so are the runs of an earlier table whose folders are not there any more. The
 cost of an arm's step is measured in units of a step of an ordinary model of as many blocks: both
-are trained on from the runs' last checkpoints, in turn, in one process.
+are trained on from the runs' last checkpoints, in turn, in one process. With `--at`, an arm's seeds
+share a row.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import random
 import statistics
@@ -34,6 +36,7 @@ from common import RESULTS, markdown, write
 from throughput import Loop, quartiles, seconds
 
 EVERY, FREE, ADJOINT = 100, 25, 15  # steps that are kept; evaluations that are unusual
+KINDS = ("free", "adjoint")
 ROUNDS = 24  # pairs of steps that a cost is the median of
 
 
@@ -78,8 +81,11 @@ def summary(records: list[dict[str, Any]]) -> dict[str, Any]:
     return out
 
 
-def cost(folder: Path, data: str) -> tuple[float, float, float]:
-    """Return quartiles of a run's step in units of the ordinary model's, as the docstring says."""
+def cost(folder: Path, data: str, step: int) -> tuple[float, float, float]:
+    """Return quartiles of a run's step in units of the ordinary model's, as the docstring says.
+
+    **Arguments:** `step`, how many the run has made, by which a stabiliser's margin may go.
+    """
     model, tokenizer = load_run(folder, "last", "cpu")
     corpus = load_corpus(data)
     config = read_config(folder / "config.yaml", TrainConfig)
@@ -89,7 +95,7 @@ def cost(folder: Path, data: str) -> tuple[float, float, float]:
     sizes = {n: getattr(config, n) for n in ("d_model", "heads", "context", "batch")}
     plain = TrainConfig(model="gpt", layers=layers, lr=1e-7, **sizes)
     unit = Loop(build_model(plain, len(tokenizer)), plain, corpus)
-    own.step = unit.step = 1000  # past the warm-up
+    own.step, unit.step = step, 1000  # past the warm-up
     ratios = []
     for number in range(ROUNDS + 2):
         spent = {}
@@ -152,6 +158,22 @@ def earlier(name: str, folders: Collection[str]) -> dict[str, dict[str, Any]]:
     return runs
 
 
+def together(runs: Collection[str], by_arm: bool) -> list[list[str]]:
+    """Return the names that share a row: an arm's seeds, or each its own."""
+    ordered = sorted(runs, key=lambda name: (arm_of(name), name))
+    if not by_arm:
+        return [[name] for name in ordered]
+    return [list(names) for _, names in itertools.groupby(ordered, arm_of)]
+
+
+def counted(counts: list[list[float] | None]) -> str:
+    """Return the mean of evaluations over runs, and the worst of any step."""
+    known = [count for count in counts if count is not None]
+    if not known:
+        return "–"
+    return f"{statistics.mean(c[0] for c in known):.1f} / {max(c[1] for c in known):.0f}"
+
+
 def number(loss: float | None) -> str:
     return "–" if loss is None else f"{loss:.3f}"
 
@@ -187,29 +209,31 @@ def main() -> None:
         (kept / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
         arm = arm_of(name)
         if arm not in costs:
-            runs[name]["cost"] = cost(folder, given.data)
+            runs[name]["cost"] = cost(folder, given.data, runs[name]["steps"])
             costs[arm] = runs[name]["cost"][1]
     runs = dict(sorted(runs.items()))
-    for name, run in runs.items():
-        counts = [run[f"{kind}_evaluations"] for kind in ("free", "adjoint")]
+    for names in together(runs, by_arm=bool(given.at)):
+        beside = [runs[name] for name in names]
+        if given.at:
+            told = [[run["losses"].get(step) for run in beside] for step in given.at]
+        else:
+            told = [[run[figure] for run in beside] for figure in ("validation", "whole")]
+        seeds = ", ".join(name.rpartition("-")[2] for name in names)
+        arm = arm_of(names[0])
         rows.append(
             [
-                name,
-                f"{run['steps']:,}".replace(",", " "),
-                *(
-                    [number(run["losses"].get(step)) for step in given.at]
-                    if given.at
-                    else [number(run["validation"]), number(run["whole"])]
-                ),
-                *("–" if c is None else f"{c[0]:.1f} / {c[1]:.0f}" for c in counts),
-                str(run["refused"]),
-                f"{costs[arm_of(name)]:.1f}",
+                f"{arm}-{seeds}",
+                f"{max(run['steps'] for run in beside):,}".replace(",", " "),
+                *(", ".join(map(number, losses)) for losses in told),
+                *(counted([run[f"{kind}_evaluations"] for run in beside]) for kind in KINDS),
+                ", ".join(str(run["refused"]) for run in beside),
+                f"{costs[arm]:.1f}",
             ]
         )
-    told = [f"at {step:,}".replace(",", " ") for step in given.at or ()]
-    head = ["run", "steps", *(told or ["validation", "whole part"]), "free, mean / worst"]
+    told_at = [f"at {step:,}".replace(",", " ") for step in given.at or ()]
+    head = ["run", "steps", *(told_at or ["validation", "whole part"]), "free, mean / worst"]
     head += ["adjoint, mean / worst", "refused", "cost of a step"]
-    whole_part = "" if told else ", and on the whole part in windows that do not overlap"
+    whole_part = "" if given.at else ", and on the whole part in windows that do not overlap"
     note = (
         f"Validation: cross-entropy in nats on 320 fixed windows{whole_part}; evaluations per "
         "step; cost in steps of the ordinary model."
