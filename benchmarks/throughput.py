@@ -40,6 +40,7 @@ from altprop.lab.sample_command import load_run
 from altprop.lab.settings import TrainConfig
 from altprop.lab.timing import now
 from altprop.lab.train import learning_rate, train
+from altprop.lm.blocks import STABILISER
 from altprop.lm.model import LanguageModel, generate
 from altprop.lm.text import Batches, Corpus, load_corpus
 from common import markdown, write
@@ -56,14 +57,14 @@ LOOPS: dict[str, dict[str, Any]] = {
 }
 STEPS: dict[str, dict[str, Any]] = {
     "AEP with stabiliser": {},
-    "AEP, stabiliser every fourth step": {"stabiliser": ap.JacobianHinge(every=4)},
+    "AEP, stabiliser every fourth step": {"stabiliser": replace(STABILISER, every=4)},
     "AEP without stabiliser": {"stabiliser": None},
     "Implicit with stabiliser": {"estimator": ap.Implicit()},
     "OneStep with stabiliser": {"estimator": ap.OneStep()},
     "AEP with stabiliser, as before": {
         "estimator": ap.AEP(),
         "solver": ap.Anderson(),
-        "stabiliser": ap.JacobianHinge(weight=1.0, power=0, token_target=None, per="batch"),
+        "stabiliser": ap.JacobianHinge(0.3, None, weight=1.0, power=0, per="batch"),
     },
 }
 

@@ -267,7 +267,7 @@ def test_a_margin_may_move() -> None:
     block = prepared(gated(gate=0.9))
     found = gain(ap.JacobianHinge(), block)
     # at half the way it passes the gain
-    hinge = ap.JacobianHinge(target=0.5 * found, final=1.5 * found, over=100, every=1)
+    hinge = ap.JacobianHinge(target=1.5 * found, start=0.5 * found, over=100, every=1)
     pushed = []
     for step in (0, 40, 49, 51, 100, 10_000):
         block.zero_grad()
@@ -367,12 +367,12 @@ def test_a_state_of_its_own_makes_it_repeatable_and_resumable() -> None:
         *({"fresh": v} for v in (-0.1, math.inf)),
         *({"power": v} for v in (-1, 0.5)),
         *({"per": v} for v in ("layer", 1)),
-        {"final": 0.5},
+        {"start": 0.5},
         {"over": 10},
-        {"final": -1.0, "over": 10},
+        {"start": -1.0, "over": 10},
     ],
     ids=str,
 )
 def test_numbers_that_make_no_hinge_are_refused(wrong: dict[str, Any]) -> None:
-    with pytest.raises(ap.ConfigError, match=f"JacobianHinge: ({'|'.join(wrong)}|final) is"):
+    with pytest.raises(ap.ConfigError, match=f"JacobianHinge: ({'|'.join(wrong)}|start) is"):
         ap.JacobianHinge(**wrong)

@@ -145,13 +145,13 @@ class JacobianHinge(AbstractStabiliser):
     what `⟨v, g⟩` changes by between two states that differ along `u`. Without a gate in the
     dynamics it also shrinks what the block computes: use it with `GatedBlock`.
 
-    **Arguments:** `target`, the margin `τ` (`None`: the dynamics' own `margin`, 0.3 for most);
+    **Arguments:** `target`, the margin `τ` (`None`: the dynamics' own `margin`, 0.5);
     `token_target`, that of the worst token's own block (`None`: tokens are not looked at); `every`,
     act on every so many steps, with `every` times the weight; `weight`, `w` for `every=1`; `fresh`,
     the size of the random part of the next probe relative to a unit vector; `power`, steps of power
-    iteration before a gain is measured; `final`, where `target` goes to in equal parts over the
-    first `over` steps (`None`: it stays); `per`, what has a `v` of its own: `"sample"`, or
-    `"batch"`, all of it together, which sees the root of the samples' mean square.
+    iteration before a gain is measured; `start`, from where the margin goes to `target` in equal
+    parts over the first `over` steps (`None`: it stays there); `per`, what has a `v` of its own:
+    `"sample"`, or `"batch"`, all of it together, which sees the root of the samples' mean square.
     """
 
     target: float | None = None
@@ -160,7 +160,7 @@ class JacobianHinge(AbstractStabiliser):
     weight: float = 4.0
     fresh: float = 0.05
     power: int = 1
-    final: float | None = None
+    start: float | None = None
     over: int | None = None
     per: Literal["sample", "batch"] = "sample"
 
@@ -168,13 +168,13 @@ class JacobianHinge(AbstractStabiliser):
         for name in ("target", "token_target"):
             if getattr(self, name) is not None:
                 check_fields("JacobianHinge", **{name: getattr(self, name)})
-        if (self.final is None) != (self.over is None):
+        if (self.start is None) != (self.over is None):
             raise ConfigError(
-                f"JacobianHinge: final is {self.final!r} and over is {self.over!r}: a margin that "
-                "moves needs both, such as final=0.5, over=14000"
+                f"JacobianHinge: start is {self.start!r} and over is {self.over!r}: a margin that "
+                "moves needs both, such as start=0.15, over=3000"
             )
-        if self.final is not None and self.over is not None:
-            check_fields("JacobianHinge", final=self.final)
+        if self.start is not None and self.over is not None:
+            check_fields("JacobianHinge", start=self.start)
             check_counts("JacobianHinge", over=self.over)
         check_fields("JacobianHinge", weight=self.weight)
         check_counts("JacobianHinge", every=self.every)
@@ -233,8 +233,8 @@ class JacobianHinge(AbstractStabiliser):
             accumulate([None] * len(parameters), parameters, group)
             return None
         target = dynamics.margin if self.target is None else self.target
-        if self.final is not None and self.over is not None:
-            target += (self.final - target) * min(1.0, step / self.over)
+        if self.start is not None and self.over is not None:
+            target += (self.start - target) * max(0.0, 1 - step / self.over)
         with torch.autocast(z.device.type, enabled=False), system.recalled():
             products = system.linearise(z)
             kinds = [(path, target, _Blocks(self.per, products.vjp, system.step))]

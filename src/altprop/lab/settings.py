@@ -13,7 +13,6 @@ from altprop import (
     AbstractSolver,
     AbstractStabiliser,
     ConfigError,
-    JacobianHinge,
 )
 from altprop.errors import unknown
 from altprop.lab.choices import defaults_of
@@ -22,7 +21,7 @@ from altprop.lab.folder import TRACKERS, check_ways, is_run
 from altprop.lab.memory import FLOAT, check_memory, training, weights
 from altprop.lab.moved import KEY, found_from
 from altprop.lab.seal import has_seal
-from altprop.lm.blocks import ESTIMATOR, SOLVER, ModelConfig
+from altprop.lm.blocks import ESTIMATOR, SOLVER, STABILISER, ModelConfig
 
 
 @dataclass(frozen=True)
@@ -119,7 +118,7 @@ class TrainConfig:
     context: int = 64
     estimator: AbstractEstimator = ESTIMATOR
     solver: AbstractSolver = SOLVER
-    stabiliser: AbstractStabiliser | None = JacobianHinge()
+    stabiliser: AbstractStabiliser | None = STABILISER
     batch: int = 16
     steps: int = 1000
     lr: float = 3e-3

@@ -21,6 +21,7 @@ from altprop import (
     FixedPoint,
     GatedBlock,
     GatedStack,
+    JacobianHinge,
     ThickBlock,
 )
 from altprop.errors import unknown
@@ -38,6 +39,8 @@ STACKING = ("joint", "separate")
 # given up: the step is refused, and the hinge acts alone.
 SOLVER = Fallback((FixedPoint(max_steps=8), Anderson(max_steps=15)), tol=1e-2, max_steps=24)
 ESTIMATOR = AEP(tol=6e-2, solver=Anderson())
+# Strict while the rate is high and the feedback is young, and loose enough at last to gain by it.
+STABILISER = JacobianHinge(start=0.15, over=3000)
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,6 @@ class DampedAttention(AbstractAttentive):
     `N(0, 1/C)`. **Input and state:** `(B, T, C)`.
     """
 
-    margin = 0.5  # no gate: what pushes the gain back weakens all that the attention does
-
     def __init__(self, d_model: int, heads: int, scale: float = 1.0, damping: float = 1.0) -> None:
         super().__init__()
         if not 1 + scale * damping > 0:

@@ -42,7 +42,7 @@ class AbstractDynamics(nn.Module, ABC):
     evaluations of a call, as dropout's always are, or `"fresh"`, noise that is new in each."""
     feedforward: bool = False
     """Whether nothing feeds back, so that the fixed point cannot be lost."""
-    margin: float = 0.3
+    margin: float = 0.5
     """How large the gain `‖J_gᵀv‖` may grow before a stabiliser pushes it back."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
