@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from altprop import Anderson, CheckpointError, ConfigError, DataError
+from altprop import Anderson, CheckpointError, ConfigError, DataError, JacobianHinge
 from altprop.lab import checkpoint
 from altprop.lab.cli import main
 from altprop.lab.sample_command import load_run, sample
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("no_curves")
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("trained") / "run"
-    train(small(folder, steps=160, eval_every=80, lr=1e-2))
+    train(small(folder, steps=120, eval_every=60, lr=1e-2, stabiliser=JacobianHinge(target=0.3)))
     return folder
 
 

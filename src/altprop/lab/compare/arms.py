@@ -50,8 +50,7 @@ class Arm:
     @property
     def whole(self) -> str:
         """The rule with every field, defaults too, by which a resumed comparison knows it."""
-        told = self.name if self.rule is None else repr(self.rule)
-        return re.sub(r" at 0x[0-9a-f]+", "", told)  # where a field of one's own lies in memory
+        return self.name if self.rule is None else repr(self.rule)
 
     @property
     def folder(self) -> str:
