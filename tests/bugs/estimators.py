@@ -41,8 +41,14 @@ BUGS = [
     ),
     Bug(
         _AEP + "confirm.py",
-        "hidden |= curved & (beside >= before / 2)",
-        "hidden |= curved",
+        "hidden = hidden | curved & (beside >= before / 2)",
+        "hidden = hidden | curved",
+        _CONTRAST,
+    ),
+    Bug(
+        _AEP + "confirm.py",
+        "_ASTRAY = 0.1",
+        "_ASTRAY = 1e30",
         _CONTRAST,
     ),
     Bug(

@@ -297,3 +297,33 @@ def test_one_side_and_two_pairs_tell_of_a_coarse_linear_solution_what_a_pair_tel
     s = system("gated", 1)
     pair, other = (gradient(s, ap.AEP(tol=0.05, sides=n))[0] for n in (2, sides))
     assert error(other, pair) <= 1e-6 < error(pair, exact(s))
+
+
+class Slow(ap.AbstractDynamics):
+    """A force with waves of a length of 1e-3, which settles the slower the nearer `pull` is to 1."""
+
+    def __init__(self, pull: Tensor) -> None:
+        super().__init__()
+        self.pull = pull[:, None]
+
+    def forward(self, z: Tensor, x: Tensor) -> Tensor:
+        return x - (1 - self.pull) * z + torch.sin(1e3 * z) / 5e4
+
+
+def test_a_sample_far_from_its_fixed_point_keeps_its_nudge_and_the_linear_adjoint() -> None:
+    pull = torch.tensor([0.0, 0.9], dtype=torch.float64)
+    block = ap.Equilibrium(
+        Slow(pull), ap.FixedPoint(tol=1e-9, max_steps=8), ap.AEP(), on_failure="accept"
+    )
+    leaf = torch.linspace(0.5, 1, 6, dtype=torch.float64).repeat(2, 1).requires_grad_()
+    state = block(leaf)
+    torch.sin(3 * state).sum().backward()
+    seen = block.certificate
+    assert seen.state_error[0] < 1e-3 and seen.state_error[1] > 0.1
+    # it bends as the other does, and only the other's nudge is made smaller for that
+    assert seen.response[0] < 1e-6 / 7
+    torch.testing.assert_close(float(seen.response[1]), 1e-6, rtol=1e-2, atol=0)
+    assert float(seen.adjoint_residual.max()) <= 5e-3 and seen.adjoint_result
+    slope = 1 - pull[:, None] - torch.cos(1e3 * seen.state) / 50
+    wanted = 3 * torch.cos(3 * state.detach()) / slope
+    assert error(leaf.grad[1], wanted[1]) < 5e-3 and error(leaf.grad[0], wanted[0]) < 1e-4

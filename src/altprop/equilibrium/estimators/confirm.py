@@ -4,7 +4,8 @@ At mirror images of the linear solution `a` the contrast's residual is that of t
 which is known, and what the nudge adds to it: a bias of order `β²`, kinks that lie between the two
 phases, and round-off, of order `1/β`. So no phase has to be iterated. Where a sample shows more
 than round-off beside its linear problem its nudge is made as small as that asks for; what a smaller
-nudge does not make smaller is no curvature, and is not taken either.
+nudge does not make smaller is no curvature, and is not taken either. Nor is anything that the phases
+show of a sample whose own state is further from its fixed point than they are from each other.
 """
 
 from __future__ import annotations
@@ -15,14 +16,20 @@ import torch
 from torch import Tensor
 
 from altprop.equilibrium.estimators.phases import Phases, Sides, displacement, finest_response
-from altprop.equilibrium.estimators.problem import Adjoint, step_on
+from altprop.equilibrium.estimators.problem import Adjoint, Problem, step_on
 from altprop.equilibrium.estimators.roundoff import ROUNDING, floor_of
 from altprop.equilibrium.levels import choose, level_norms, relative_to_levels, worst_level
-from altprop.equilibrium.solvers.solver import Solution, conclude, sample_norm
+from altprop.equilibrium.solvers.solver import (
+    Solution,
+    conclude,
+    relative_residual,
+    sample_norm,
+)
 
 _SHRINK = 8.0  # at least: a bias of order β² falls 64-fold
 _MOST = 512.0  # where nothing is known of the bias, as beside a floor of 0
 _LOOKS = 3  # smaller nudges that are tried
+_ASTRAY = 0.1  # a state's relative error, beside which a nudge of some 1e-4 of it tells nothing
 
 
 def confirm(
@@ -40,7 +47,7 @@ def confirm(
     # what a nudge of the finest response hides of a level whatever its state's size
     allowed = ROUNDING * torch.finfo(first.dtype).eps / finest_response(first) * size
     seen, ends = _look(phases, first, across, sides)
-    looks, hidden = 1, torch.zeros_like(size, dtype=torch.bool)
+    looks, hidden = 1, (_state_error(problem, first) > _ASTRAY).unsqueeze(1).expand_as(size)
     lost = ~torch.isfinite(linear.residual).unsqueeze(1)
     beside = level_norms(seen - linear.force, widths)
     for _ in range(_LOOKS):
@@ -52,7 +59,7 @@ def confirm(
         seen, ends = _look(phases, first, across, sides)
         looks += 1
         before, beside = beside, level_norms(seen - linear.force, widths)
-        hidden |= curved & (beside >= before / 2)
+        hidden = hidden | curved & (beside >= before / 2)
     floor = torch.where(hidden, beside, floor_of(problem, phases.beta))
     # below its floor a level keeps what the linear problem itself still shows
     untold = hidden | (level_norms(seen, widths) <= floor)
@@ -69,6 +76,14 @@ def confirm(
         nudged_residuals=torch.stack([sample_norm(end) for end in ends]),
         floor=relative_to_levels(floor, first, widths).mT,
     )
+
+
+def _state_error(problem: Problem, first: Tensor) -> Tensor:
+    """Return `‖F‖/‖z‖ · ‖a‖/‖g‖`, `(B,)`: how far a sample's state is from a fixed point.
+
+    A cotangent has norm 1, or is 0, as its adjoint is. NaN where the linear problem was lost.
+    """
+    return relative_residual(problem.still, problem.state, None) * sample_norm(first)
 
 
 def _shrink(beyond: Tensor, curved: Tensor) -> Tensor:
