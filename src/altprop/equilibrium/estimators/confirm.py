@@ -4,8 +4,8 @@ At mirror images of the linear solution `a` the contrast's residual is that of t
 which is known, and what the nudge adds to it: a bias of order `β²`, kinks that lie between the two
 phases, and round-off, of order `1/β`. So no phase has to be iterated. Where a sample shows more
 than round-off beside its linear problem its nudge is made as small as that asks for; what a smaller
-nudge does not make smaller is no curvature, and is not taken either. Nor is anything that the phases
-show of a sample whose own state is further from its fixed point than they are from each other.
+nudge does not make smaller is no curvature, and is not taken either. Nor is what they show of a
+sample whose own state is further from its fixed point than they are from each other.
 """
 
 from __future__ import annotations

@@ -91,12 +91,12 @@ class Images(Fashion):
 
 
 @contextmanager
-def _inputs(blocks: nn.ModuleList) -> Iterator[list[Tensor]]:
-    """Collect what each block is given, without its history."""
-    seen: list[Tensor] = []
+def _inputs(blocks: nn.ModuleList) -> Iterator[dict[nn.Module, Tensor]]:
+    """Collect what each block was given last, after a rule's probes, without its history."""
+    seen: dict[nn.Module, Tensor] = {}
 
-    def note(_: nn.Module, given: tuple[Any, ...]) -> None:
-        seen.append(given[0].detach())
+    def note(block: nn.Module, given: tuple[Any, ...]) -> None:
+        seen[block] = given[0].detach()
 
     handles = [block.register_forward_pre_hook(note) for block in blocks]
     try:
@@ -117,7 +117,7 @@ def held(task: AbstractTask, strength: float, converted: bool) -> Loss:
         with _inputs(blocks) as seen:
             value = task.loss(model, batch)
         with rules_off(model) if converted else nullcontext():
-            outputs = [block(h) for block, h in zip(blocks, seen, strict=True)]
+            outputs = [block(seen[block]) for block in blocks]
         return value + strength * sum((h.square().mean() for h in outputs), value.new_zeros(()))
 
     return loss
