@@ -79,6 +79,7 @@ class Made(nn.Module):
 
 
 MASK = (torch.rand(5, 8) > 0.3).float()
+TURN, ROWS = torch.linalg.qr(torch.randn(8, 8))[0], torch.randn(2, 8)
 
 
 @pytest.mark.parametrize(
@@ -90,18 +91,86 @@ MASK = (torch.rand(5, 8) > 0.3).float()
         (lambda w: w * MASK, Read.MATRIX),
         (lambda w: w + torch.randn(5, 8), Read.MATRIX),
         (lambda w: w / w.norm(), Read.MATRIX),
+        (lambda w: w[torch.tensor([3, 1, 4, 0, 2])], Read.MATRIX),
+        (lambda w: w @ TURN, Read.MATRIX),
+        (lambda w: torch.cat([w[:3], ROWS]), Read.MATRIX),
+        (lambda w: torch.fake_quantize_per_tensor_affine(w, 0.1, 0, -128, 127), Read.MATRIX),
         (lambda w: w.detach().sign(), Read.SIGN),
         (lambda w: (w.detach() > 0).float() - 0.5, Read.SIGN),
         (lambda w: w.detach().norm(dim=1, keepdim=True).expand(5, 8), Read.NORM),
         (lambda w: torch.ones_like(w), Read.NOT),
     ],
-    ids="itself cast cut masked noisy normed sign above_zero norm like".split(),
+    ids="itself cast cut masked noisy normed rows turned joined quantised sign above_zero norm "
+    "like".split(),
 )
 def test_what_is_made_of_a_weight_is_that_weight(
     make: Callable[[Tensor], Tensor], how: Read
 ) -> None:
     model = nn.Sequential(nn.Linear(8, 8), Made(make))
     assert seen(model, backward(model))["1.weight"] is how
+
+
+def test_a_weight_that_is_picked_for_each_sample_is_carried() -> None:
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(4, 9, 8))
+
+        def forward(self, h: Tensor) -> Tensor:
+            best = h[:, :4].argmax(1)  # by what the sample is
+            return torch.bmm(self.w[best], h[:, :, None])[:, :, 0]
+
+    model = nn.Sequential(nn.Linear(8, 8), Experts())
+    assert seen(model, backward(model))["1.w"] is Read.MATRIX
+
+
+class Tokens(nn.Module):
+    """Tokens with their places, as parameters, before a map: as a vision transformer begins."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.place, self.first = nn.Parameter(torch.randn(1, 9, 8)), nn.Linear(8, 8)
+        self.named = nn.Embedding(9, 8)
+        self.last = nn.Linear(8, 5)
+
+    def forward(self, h: Tensor) -> Tensor:
+        h = h + self.place + self.named(torch.arange(9))
+        return self.last(torch.relu(self.first(h)).mean(1))
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_what_is_added_to_the_data_makes_them_no_weight(batch: int) -> None:
+    model, given = ap.convert(Tokens(), ap.FeedbackAlignment()), torch.randn(batch, 9, 8)
+    assert set(seen(model, backward(model, given)).values()) == {Read.NOT}
+
+
+def test_memory_that_once_held_a_weight_holds_what_was_written_over_it() -> None:
+    model = nn.Sequential(nn.Linear(8, 9), nn.Linear(9, 7))
+    scratch = torch.empty(7, 9)
+    for write, how in ((lambda: scratch.normal_(), Read.NOT), (lambda: None, Read.MATRIX)):
+
+        def step(write: Callable[[], Any] = write) -> None:
+            with torch.no_grad():
+                scratch.copy_(model[1].weight)
+                write()
+                torch.ones(3, 7) @ scratch
+
+        assert seen(model, step)["1.weight"] is how
+
+
+def test_what_is_no_product_and_no_backward_reads_nothing() -> None:
+    model, old = mlp(), torch.zeros(7, 9)
+    names = {n: p.detach() for n, p in model.named_parameters()}
+    ways = {n: torch.randn_like(p) for n, p in names.items()}
+
+    def step() -> None:
+        torch.allclose(model[3].weight, old)
+        nn.functional.mse_loss(model[3].weight, old)
+        torch.dist(model[3].weight, old)
+        torch.stack([model[3].weight.detach(), old])
+        torch.func.jvp(lambda p: torch.func.functional_call(model, p, (x,)), (names,), (ways,))
+
+    assert set(seen(model, step).values()) == {Read.NOT}
 
 
 def test_parameters_that_share_memory_are_told_apart() -> None:

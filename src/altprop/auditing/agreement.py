@@ -89,8 +89,9 @@ def compare_all(
     """Compare the gradients of every parameter, by name, and all of them as one vector.
 
     **Arguments:** `floor`, the norm of a parameter's reference, relative to the norm of the whole
-    reference, up to which it counts as noise (`None`: `32 eps` of its floating-point type, for a
-    gradient that is zero in exact arithmetic keeps a remainder of that size).
+    reference, up to which it counts as noise (`None`: `32 eps` of its floating-point type, but at
+    most a thousandth, for a gradient that is zero in exact arithmetic keeps a remainder of that
+    size).
     """
     if gradients.keys() != references.keys():
         odd = sorted(gradients.keys() ^ references.keys())
@@ -103,14 +104,17 @@ def compare_all(
     size = size if math.isfinite(size) else 0.0
     named = {}
     for name, reference in references.items():
-        share = 32 * torch.finfo(reference.dtype).eps if floor is None else floor
+        share = min(32 * torch.finfo(reference.dtype).eps, 1e-3) if floor is None else floor
         lowest = torch.finfo(reference.dtype).smallest_normal * math.sqrt(reference.numel())
         named[name] = compare(gradients[name], reference, max(share * size, lowest))
     return named, whole
 
 
 def _joined(tensors: Sequence[Tensor]) -> Tensor:
-    return torch.cat([t.detach().to_dense().cpu().double().flatten() for t in tensors])
+    """Return the numbers of all as one vector; a complex number is two of them."""
+    whole = (t.detach().to_dense().cpu() for t in tensors)
+    real = (torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in whole)
+    return torch.cat([t.double().flatten() for t in real])
 
 
 @dataclass(frozen=True)

@@ -100,13 +100,13 @@ def audit_step(
     `loss_fn(model, batch)` returns the loss, a scalar, whose gradient is the exact one; `batch`,
     handed on to both.
 
-    **Raises:** `ConfigError` for a loss that is no scalar with a gradient, and for a step that
-    trains the model that it holds and not the one that it is given.
+    **Raises:** `ConfigError` for a loss that is no scalar with a gradient, for a model that cannot
+    be copied, and for a loss or step of the model that it holds and not of the one it is given.
     """
-    theirs, ours = copy.deepcopy(model), copy.deepcopy(model)
-    for copied in (theirs, ours):
-        copied.zero_grad(set_to_none=True)
-    exact = _exact(ours, loss_fn, _own(batch))
+    theirs, ours = _copy(model), _copy(model)
+    with _frozen(model):  # so that a loss of the model that it holds has no gradient
+        exact = _exact(ours, loss_fn, _own(batch))
+    _hook_alike(theirs, model)
     before = {name: p.detach().clone() for name, p in theirs.named_parameters()}
     held = _versions(model)
     with torch.random.fork_rng(), watch(theirs) as seen, _written(theirs, before) as wrote:
@@ -122,13 +122,52 @@ def audit_step(
     told, changes = _compare(given, exact), _compare(moved, exact)
     rows = {}
     for name, p in before.items():
-        spread, by_change = 1 / math.sqrt(p.numel()), name in moved and name not in wrote
+        count = p.numel() * (2 if p.is_complex() else 1)
+        spread, by_change = 1 / math.sqrt(count), name in moved and name not in wrote
         # what a change of the weight has lost of the gradient by rounding, relative to it
         lost = float(p.norm() * torch.finfo(p.dtype).eps / moved[name].norm()) if by_change else 0.0
         found, change = told.get(name), changes.get(name)
-        verdict = _verdict(found, name in given, p.numel(), lost)
+        verdict = _verdict(found, name in given, count, lost)
         rows[name] = StepRow(verdict, found, change, spread, seen[name], by_change)
     return StepAudit(rows)
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    """Return a copy that has no gradients yet."""
+    try:
+        copied = copy.deepcopy(model)
+    except RuntimeError as error:
+        raise ConfigError(
+            f"the {type(model).__name__} cannot be copied ({str(error).splitlines()[0]}): keep "
+            "tensors that were computed of its parameters out of its attributes, as "
+            "nn.utils.parametrizations do (and nn.utils.weight_norm does not)"
+        ) from error
+    copied.zero_grad(set_to_none=True)
+    return copied
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """Let nothing that is computed of `model` have a gradient."""
+    learning = [p for p in model.parameters() if p.requires_grad]
+    for p in learning:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in learning:
+            p.requires_grad_(True)
+
+
+def _hook_alike(copied: nn.Module, model: nn.Module) -> None:
+    """Give a copy the hooks of its model's parameters, which are a part of the step."""
+    for p, q in zip(copied.parameters(), model.parameters(), strict=True):
+        if not p.requires_grad:
+            continue
+        for hook in (q._backward_hooks or {}).values():
+            p.register_hook(hook)
+        for hook in (getattr(q, "_post_accumulate_grad_hooks", None) or {}).values():
+            p.register_post_accumulate_grad_hook(hook)
 
 
 def _own(batch: Any) -> Any:
@@ -158,17 +197,20 @@ def _written(model: nn.Module, before: Mapping[str, Tensor]) -> Iterator[dict[st
 
     def note(p: Tensor) -> None:
         name = names.get(id(p))
-        if name is None or p.grad is None:
+        if name is None:
             return
         with _disable_current_modes():  # what is looked at here is no reading of the step's
-            gradient, changed = p.grad.detach().to_dense(), not torch.equal(p, before[name])
-            if bool(gradient.any()) and not (changed and (name in wrote or not ended)):
+            changed = not torch.equal(p, before[name])
+            gradient = None if p.grad is None else p.grad.detach().to_dense()
+            if gradient is None or not bool(gradient.any()):
+                if not changed:  # what was there before came to nothing
+                    wrote.pop(name, None)
+            elif not (changed and (name in wrote or not ended)):
                 wrote[name] = gradient.clone()
 
-    def stepping(optimiser: torch.optim.Optimizer, *_: Any) -> None:
-        for group in optimiser.param_groups:
-            for p in group["params"]:
-                note(p)
+    def stepping(*_: Any) -> None:
+        for p in model.parameters():
+            note(p)
 
     ended = False
     with ExitStack() as stack:
@@ -197,8 +239,9 @@ def _backward(loss: Any) -> None:
     if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
         given = f"a tensor {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(type(loss))
         raise ConfigError(
-            f"loss_fn returned {given}, expected a scalar loss that depends on the parameters: "
-            "write loss_fn=lambda model, batch: criterion(model(batch[0]), batch[1])"
+            f"loss_fn returned {given}, expected a scalar loss that depends on the parameters of "
+            "the model that it is given, and not of one that it holds: write "
+            "loss_fn=lambda model, batch: criterion(model(batch[0]), batch[1])"
         )
     loss.backward()
 

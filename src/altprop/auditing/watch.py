@@ -10,7 +10,7 @@ from __future__ import annotations
 import enum
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cache
@@ -19,6 +19,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -99,7 +100,8 @@ def watch(model: nn.Module) -> Iterator[Watched]:
     mode = _Mode(parameters, watched)
     with ExitStack() as stack:
         for module in model.modules():
-            before = module.register_forward_pre_hook(observing(lambda *_: mode.enter()))
+            enter = observing(lambda _, *given: mode.enter(given))
+            before = module.register_forward_pre_hook(enter, with_kwargs=True)
             leave = observing(lambda *_: mode.leave())
             after = module.register_forward_hook(leave, always_call=True)
             stack.callback(before.remove)
@@ -117,7 +119,14 @@ _SUMS = frozenset(
 )
 _SHAPES = frozenset({"zeros_like", "ones_like", "empty_like", "full_like", "rand_like"}) | {
     "randn_like", "new_zeros", "new_ones", "new_empty", "new_full", "new_empty_strided",
-    "zero_", "fill_", "set_", "resize_",
+    "zero_", "fill_", "set_", "resize_", "is_same_size", "_has_same_storage_numel",
+}  # fmt: skip
+_WRITES = frozenset({"copy_", "zero_", "fill_", "normal_", "uniform_", "bernoulli_", "random_"})
+_ROWS = frozenset({"index", "index_select", "embedding", "gather", "take"})  # picked of a tensor
+_JOINS = frozenset({"cat", "stack"})
+_COMPARES = _JOINS | {  # that take two tensors and are no product
+    "allclose", "equal", "dist", "mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss",
+    "mse_loss_backward", "l1_loss_backward", "smooth_l1_loss_backward", "huber_loss_backward",
 }  # fmt: skip
 
 
@@ -130,6 +139,7 @@ class _Mode(TorchDispatchMode):
         self._depth = 0  # of the forward passes that are running
         self._parts: dict[int, list[tuple[int, int, str]]] = {}  # of a storage, in bytes
         self._derived: dict[int, _Source] = {}
+        self._data: dict[int, StorageWeakRef] = {}  # made of what the running forward was given
         self._held: list[Any] = []  # a storage's address is its name as long as it lives
         self._opened: dict[int, bool] = {}  # whether autograd was on where a backward began
         self._parameters = parameters
@@ -143,13 +153,32 @@ class _Mode(TorchDispatchMode):
                 self._parts.setdefault(place[0], []).append((*place[1:], name))
                 self._held.append(p.untyped_storage())
 
-    def enter(self) -> None:
+    def enter(self, given: Any) -> None:
         if self._depth == 0:
             self._find()
+            self._mark([t for t in _tensors(given) if not self._source(t)])
         self._depth += 1
 
     def leave(self) -> None:
         self._depth -= 1
+        if self._depth == 0:
+            self._data.clear()
+
+    def _mark(self, data: Sequence[Tensor]) -> None:
+        """Note that tensors hold data and are no weights, whatever is added to them."""
+        for t in data:
+            place = _place(t)
+            if place is not None and place[0] not in self._parts and place[0] not in self._data:
+                self._data[place[0]] = StorageWeakRef(t.untyped_storage())
+
+    def _is_data(self, t: Tensor) -> bool:
+        place = _place(t)
+        return place is not None and place[0] in self._data
+
+    @property
+    def _forward(self) -> bool:
+        """Whether a forward pass runs, and no backward around it."""
+        return self._depth > 0 and torch._C._current_graph_task_id() == -1
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -158,8 +187,12 @@ class _Mode(TorchDispatchMode):
         self._opened.setdefault(torch._C._current_graph_task_id(), torch.is_grad_enabled())
         out = func(*args, **kwargs)
         name = func.overloadpacket.__name__
+        if name in _WRITES:
+            self._forget(args[0])
         if func.is_view or name in _SHAPES:  # nothing of the numbers is read
             return out
+        if self._forward and any(map(self._is_data, _tensors((args, kwargs)))):
+            self._mark(_tensors(out))
         if name.startswith(_EACH):
             for one, made in _one_by_one(args, out):
                 self._look(func, name.removeprefix(_EACH), one, kwargs, made)
@@ -171,7 +204,7 @@ class _Mode(TorchDispatchMode):
         self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
     ) -> None:
         unread = _unread(name, args)
-        operands = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        operands = _tensors((args, kwargs))
         given = [(t, {} if any(t is u for u in unread) else self._source(t)) for t in operands]
         if any(source for _, source in given):
             self._see(func, name.rstrip("_"), args, given, out)
@@ -184,26 +217,46 @@ class _Mode(TorchDispatchMode):
         given: list[tuple[Tensor, _Source]],
         out: Any,
     ) -> None:
-        outs = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
+        outs = _tensors(out)
         written = args[0] if _writes_first(func) and isinstance(args[0], Tensor) else None
-        alone = all(source for t, source in given if t is not written)
+        others = [t for t, source in given if not source and t is not written and _counts(t)]
         pointwise = torch.Tag.pointwise in func.tags or func.__name__.startswith(_EACH)
-        if alone:
+        if name in _ROWS and not self._gathered(args[0], outs):
+            return
+        if not others:
             for made in outs:
                 self._derive(made, given, name)
             return
+        # a token that the data are added to is no matrix, and one that is masked or noisy is
+        still = not (self._forward and any(map(self._is_data, others)))
         larger = max((t.numel() for t in outs), default=0)
         for t, source in given:
             if not source or t is written:  # to be written to is not to be read
                 continue
             spread = t.dim() > 1 and min(t.shape) > 1 and larger > t.numel()
-            product = t.dim() > 1 if not pointwise else spread
+            product = spread if pointwise else t.dim() > 1 and name not in _COMPARES
             if self._makes_gradients(product):
                 self._record(source, name, product)
-            if pointwise and t.dim() > 1:  # masked, or noisy, it is that matrix still
+            # turned by a constant, it is that matrix too
+            if still and t.dim() > 1 and (not product or pointwise or self._forward):
                 for made in outs:
-                    if made.shape == t.shape:
+                    if made.shape == t.shape or name in _JOINS:
                         self._derive(made, [(t, source)], name)
+
+    def _gathered(self, t: Any, outs: Sequence[Tensor]) -> bool:
+        """Tell whether rows that are picked of a weight are that matrix, and not what data look up.
+
+        Which they are in a backward pass, or where its rows are all there, in whatever order.
+        """
+        if torch._C._current_graph_task_id() != -1 and not _computed_anew():
+            return True
+        return isinstance(t, Tensor) and t.dim() > 1 and outs[0].shape[-2:] == t.shape[-2:]
+
+    def _forget(self, t: Tensor) -> None:
+        """Note that a tensor's memory is overwritten, if that is all of it."""
+        place = _place(t)
+        if place is not None and t.numel() * t.itemsize == t.untyped_storage().nbytes():
+            self._derived.pop(place[0], None)
 
     def _record(self, source: _Source, name: str, product: bool) -> None:
         for parameter, what in source.items():
@@ -247,6 +300,15 @@ class _Mode(TorchDispatchMode):
             return False
         # gradients of gradients run with autograd on, and so does what a rule computes anew
         return not torch.is_grad_enabled() or (self._opened[task] and self._depth == 0)
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [t for t in tree_leaves(tree) if isinstance(t, Tensor)]
+
+
+def _counts(t: Tensor) -> bool:
+    """Tell whether a tensor may be what a weight is multiplied with: not an index or a scale."""
+    return t.dim() > 0 and (t.is_floating_point() or t.is_complex())
 
 
 def _computed_anew() -> bool:

@@ -35,10 +35,10 @@ STACKING = ("joint", "separate")
 
 # At these the gradient's cosine to the exact one rounds to 0.9999 or more on trained blocks, and
 # the loss is that of the exact state to 3e-4. One token that excites itself makes plain iteration
-# slow, or diverge, by a single mode: what extrapolation is best at. A state that needs more
-# evaluations is given up: the step is refused, and the hinge acts alone.
+# slow, or diverge, by a single mode: what extrapolation is best at. A state or an adjoint that
+# needs more evaluations is given up: the step is refused, and the hinge acts alone.
 SOLVER = Fallback((FixedPoint(max_steps=8), Anderson(max_steps=15)), tol=1e-2, max_steps=24)
-ESTIMATOR = AEP(tol=6e-2, solver=Anderson())
+ESTIMATOR = AEP(tol=6e-2, max_steps=11, solver=Anderson())
 # Strict while the rate is high and the feedback is young, and loose enough at last to gain by it.
 STABILISER = JacobianHinge(start=0.15, over=3000)
 

@@ -5,7 +5,8 @@ which is known, and what the nudge adds to it: a bias of order `β²`, kinks tha
 phases, and round-off, of order `1/β`. So no phase has to be iterated. Where a sample shows more
 than round-off beside its linear problem its nudge is made as small as that asks for; what a smaller
 nudge does not make smaller is no curvature, and is not taken either. Nor is what they show of a
-sample whose own state is further from its fixed point than they are from each other.
+sample whose linear problem is not solved, or whose state is further from its fixed point than they
+are from each other.
 """
 
 from __future__ import annotations
@@ -47,7 +48,10 @@ def confirm(
     # what a nudge of the finest response hides of a level whatever its state's size
     allowed = ROUNDING * torch.finfo(first.dtype).eps / finest_response(first) * size
     seen, ends = _look(phases, first, across, sides)
-    looks, hidden = 1, (_state_error(problem, first) > _ASTRAY).unsqueeze(1).expand_as(size)
+    looks = 1
+    # no smaller nudge makes good what the state, or the linear problem, is off by
+    off = (_state_error(problem, first) > _ASTRAY) | (linear.residual > phases.tol)
+    hidden = off.unsqueeze(1).expand_as(size)
     lost = ~torch.isfinite(linear.residual).unsqueeze(1)
     beside = level_norms(seen - linear.force, widths)
     for _ in range(_LOOKS):
