@@ -32,8 +32,8 @@ BUGS = [
     ),
     Bug(
         "auditing/agreement.py",
-        "t.detach().to_dense().cpu().double().flatten()",
-        "t.detach().to_dense().cpu().flatten()",
+        "t.double().flatten() for t in real",
+        "t.flatten() for t in real",
         _AGREEMENT,
     ),
     Bug(

@@ -300,7 +300,7 @@ def test_one_side_and_two_pairs_tell_of_a_coarse_linear_solution_what_a_pair_tel
 
 
 class Slow(ap.AbstractDynamics):
-    """A force with waves of a length of 1e-3, which settles the slower the nearer `pull` is to 1."""
+    """A force with short waves, which settles the slower the nearer `pull` is to 1."""
 
     def __init__(self, pull: Tensor) -> None:
         super().__init__()

@@ -63,14 +63,12 @@ class Arm:
     def apply(self, task: AbstractTask, model: nn.Module, seed: int) -> None:
         """Put the rule into a task's model; its feedback is drawn from the seed.
 
-        **Raises:** `RuleError` for a rule that does not fit.
+        **Raises:** `RuleError` for a rule that does not fit, or without a layer to freeze.
         """
-        if self.frozen:
-            hidden = task.hidden or tuple(
-                name for name, _ in model.named_parameters()
-                if not name.startswith(f"{output_of(task, model)}.")
-            )  # fmt: skip
-            freeze(model, hidden)
+        if self.frozen and task.hidden:
+            freeze(model, task.hidden)
+        elif self.frozen:
+            _freeze_below(model, output_of(task, model))
         if isinstance(self.rule, AbstractRule) and self.rule.seam == "adjoint":
             _estimate(model, self.rule)
         elif self.rule is not None:
@@ -84,13 +82,40 @@ class Arm:
 
 
 def output_of(task: AbstractTask, model: nn.Module) -> str:
-    """Return the path of the linear map that makes the logits."""
+    """Return the path of the linear map that makes the logits: the last one that runs.
+
+    **Raises:** `ConfigError` where none does.
+    """
     if task.output is not None:
         return task.output
-    maps = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
-    if not maps:
-        raise ConfigError(f"{task.name}: the model has no nn.Linear: name its output=")
-    return maps[-1]
+    ran: list[str] = []
+    maps = [(path, m) for path, m in model.named_modules() if isinstance(m, nn.Linear)]
+    handles = [m.register_forward_hook(lambda *_, at=path: ran.append(at)) for path, m in maps]
+    modes = [(m, m.training) for m in model.modules()]
+    try:
+        with torch.random.fork_rng():
+            task.loss(model.eval(), task.batches(0).draw())  # moves no running statistic
+    finally:
+        for handle in handles:
+            handle.remove()
+        for m, training in modes:
+            m.training = training
+    if not ran:
+        raise ConfigError(f"{task.name}: no nn.Linear of the model runs: name its output=")
+    return ran[-1]
+
+
+def _freeze_below(model: nn.Module, output: str) -> None:
+    """Freeze all but the output's map, which may share its weight with an embedding."""
+    head = {id(p) for p in model.get_submodule(output).parameters()}
+    below = [p for p in model.parameters() if id(p) not in head]
+    if not below:
+        raise RuleError(
+            f"frozen: {output or 'the model'} holds every parameter, and there is no hidden layer "
+            "to freeze"
+        )
+    for parameter in below:
+        parameter.requires_grad_(False)
 
 
 def _estimate(model: nn.Module, estimator: Any) -> None:
@@ -155,18 +180,35 @@ class CalibrationAlone(AbstractBroadcast):
         return torch.zeros(site.rows, site.columns)
 
 
+def _rule(given: Any) -> Rule:
+    """Return what an arm is given, if it is a rule or some by name pattern."""
+    parts = list(given.values()) if isinstance(given, Mapping) else [given]
+    for part in parts:
+        if not isinstance(part, AbstractRule):
+            name = part.__name__ if isinstance(part, type) else "FeedbackAlignment"
+            raise ConfigError(f"a rule is {part!r}, expected an object such as {name}()")
+    return given
+
+
 def arms_of(rules: Sequence[Rule] | Mapping[str, Rule], controls: Sequence[str]) -> list[Arm]:
     """Return the arms of a comparison: the controls first, and then the rules.
 
-    **Raises:** `ConfigError` for two arms of one name, and for a control that is none.
+    **Raises:** `ConfigError` for two arms of one name, for a control that is none, and for what is
+    no rule.
     """
+    if isinstance(rules, AbstractRule | str) or not isinstance(rules, Mapping | Sequence):
+        raise ConfigError(
+            f"rules is {rules!r}, expected several: write rules=(FeedbackAlignment(),)"
+        )
     for control in controls:
         if control not in CONTROLS:
             raise unknown("control", control, CONTROLS)
     named = rules if isinstance(rules, Mapping) else {}
-    arms = [Arm(name, rule) for name, rule in named.items()]
+    arms = [Arm(name, _rule(rule)) for name, rule in named.items()]
     if not isinstance(rules, Mapping):
-        arms = [Arm(brief(rule), rule) for rule in rules]
+        arms = [Arm(brief(_rule(rule)), rule) for rule in rules]
+    if odd := [arm.name for arm in arms if not isinstance(arm.name, str) or not arm.name.strip()]:
+        raise ConfigError(f"an arm is called {odd[0]!r}, expected a name")
     beside = [
         arm
         for arm in (Arm("backprop", control=True), Arm("frozen", frozen=True, control=True))

@@ -24,7 +24,7 @@ from altprop.lab.compare.cost import measure_cost
 from altprop.lab.gradient import drawing
 from altprop.lab.settings import TrainConfig
 from altprop.lab.state import Batch, State
-from altprop.lab.tasks.task import AbstractTask
+from altprop.lab.tasks.task import AbstractTask, Part
 from altprop.lab.train import begin_with, steps
 
 Phase = Literal["search", "final", "equal", "cost"]
@@ -113,7 +113,7 @@ def _train(task: AbstractTask, job: Job, folder: Path) -> dict[str, Any]:
             if "free_evaluations" in record:
                 evaluations.append(record["free_evaluations"] + record["adjoint_evaluations"])
             if progress.step in looks and job.phase != "search":
-                record["score"] = task.score(model, "test")
+                record["score"] = float(task.score(model, "test"))
                 curve["steps"].append(progress.step)
                 curve["loss"].append(_finite(math.fsum(since) / len(since)))
                 curve["score"].append(_finite(record["score"]))
@@ -129,7 +129,8 @@ def _train(task: AbstractTask, job: Job, folder: Path) -> dict[str, Any]:
         failed = f"diverged: {progress.refused} of {progress.step} steps were refused"
         score = None
     else:
-        score = _finite(task.score(model, "validation" if job.phase == "search" else "test"))
+        part: Part = "validation" if job.phase == "search" else "test"
+        score = _finite(float(task.score(model, part)))
         if score is None:
             failed = "diverged: its score is not finite"
     mean = math.fsum(evaluations) / len(evaluations) if evaluations else None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -42,8 +43,13 @@ class AbstractTask(ABC):
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the data that was read: another process reads its own."""
-        fields = self.__dataclass_fields__  # type: ignore[attr-defined]
-        return {name: value for name, value in self.__dict__.items() if name in fields}
+        read = {
+            name
+            for part in type(self).__mro__
+            for name, value in vars(part).items()
+            if isinstance(value, cached_property)
+        }
+        return {name: value for name, value in self.__dict__.items() if name not in read}
 
     @property
     @abstractmethod

@@ -1,0 +1,96 @@
+"""An audit judges what a step kept, of anybody's parameters, and leaves the caller's alone."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as nnf
+from steps import BATCH, LAST, audited, backprop, loss, model, verdicts
+from torch import Tensor, nn
+
+import altprop as ap
+from altprop import Verdict
+
+V = Verdict
+
+
+def test_a_loss_of_the_model_it_holds_is_refused_and_leaves_no_gradient() -> None:
+    held = model()
+    with pytest.raises(ap.ConfigError, match="of the model that it is given, and not of one that"):
+        ap.audit_step(backprop, held, lambda _, batch: loss(held, batch), BATCH)
+    assert all(p.grad is None and p.requires_grad for p in held.parameters())
+
+
+def test_a_model_that_cannot_be_copied_is_refused_in_a_line() -> None:
+    old = model()
+    old.doubled = 2 * old[0].weight  # as the old weight_norm keeps what it computes
+    with pytest.raises(ap.ConfigError, match="Sequential cannot be copied .*parametrizations"):
+        audited(backprop, old)
+
+
+def dropped(m: nn.Module, batch: Any, how: str) -> None:
+    """Make every gradient, drop the hidden layers' before they serve, and train the head."""
+    optimiser = torch.optim.SGD(m.parameters(), 0.1)
+    backprop(m, batch)
+    for layer in list(m.children())[:-1]:
+        layer.zero_grad(set_to_none=how != "zero")
+    optimiser.step()
+    if how == "hebb":
+        with torch.no_grad():
+            m[0].weight += 0.01 * torch.tanh(m[0](batch[0])).T @ batch[0] / 64  # type: ignore[index,operator]
+
+
+@pytest.mark.parametrize("how", ["none", "zero", "hebb"])
+def test_a_gradient_that_was_thrown_away_is_none_of_the_steps(how: str) -> None:
+    found = audited(partial(dropped, how=how))
+    assert found[LAST].verdict is V.EXACT and found["2.weight"].verdict is V.UNTOUCHED
+    first = found["0.weight"]
+    assert first.by_change == (how == "hebb")
+    assert (first.verdict is V.UNTOUCHED) == (how != "hebb") and first.verdict is not V.EXACT
+    # nor is one that was only looked at
+    looked = audited(lambda m, batch: (backprop(m, batch), m.zero_grad()))
+    assert {row.verdict for row in looked.values()} == {V.UNTOUCHED}
+
+
+def test_hooks_of_the_parameters_are_a_part_of_the_step() -> None:
+    m = model()
+    m[0].weight.register_hook(torch.randn_like)
+    m[2].weight.register_hook(lambda g: 3 * g)
+    m[4].weight.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", -p.grad))
+    found = audited(backprop, m)
+    assert verdicts(found) == [V.UNCORRELATED, V.SCALED, V.BIASED]
+    assert found["4.bias"].verdict is V.EXACT
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_backprop_in_half_precision_is_exact(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    layers = [nn.TransformerEncoderLayer(32, 4, 64, 0.0, batch_first=True) for _ in range(4)]
+    deep = nn.Sequential(nn.Embedding(30, 32), *layers, nn.Linear(32, 30)).to(dtype)
+    batch = torch.randint(30, (4, 8)), torch.randint(30, (4, 8))
+
+    def of_tokens(m: nn.Module, batch: Any) -> Tensor:
+        return nnf.cross_entropy(m(batch[0]).float().flatten(0, 1), batch[1].flatten())
+
+    found = ap.audit_step(lambda m, b: of_tokens(m, b).backward(), deep, of_tokens, batch)
+    assert {row.verdict for row in found.values()} == {V.EXACT}
+
+
+def test_both_parts_of_a_complex_gradient_are_judged() -> None:
+    class Wave(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(40, 10, dtype=torch.cfloat))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (x.to(torch.cfloat) @ self.w).abs()
+
+    def conjugated(m: nn.Module, batch: Any) -> None:
+        backprop(m, batch)
+        m.w.grad = m.w.grad.conj()  # type: ignore[union-attr]
+
+    assert audited(backprop, Wave())["w"].verdict is V.EXACT
+    assert audited(conjugated, Wave())["w"].verdict is not V.EXACT
