@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import pickle
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -243,17 +241,3 @@ def test_a_vocabulary_with_a_fault(here: Path, refused: Refused) -> None:
 
 
 # A process
-
-
-def test_a_process_says_the_same_with_status_2_and_no_traceback(here: Path) -> None:
-    before = tree(here)
-    done = subprocess.run(
-        [sys.executable, "-m", "altprop", *tiny(here, data="missing.txt")],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"},
-    )
-    assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.count("\n") == 1
-    assert done.stderr.startswith("altprop: error: no file or folder 'missing.txt'")
-    assert tree(here) == before

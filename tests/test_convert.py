@@ -147,24 +147,6 @@ def test_explain_tells_tied_weights_and_remaining_transports() -> None:
     assert rows["norm.weight"].signal == "exact"
 
 
-def test_learned_feedback_joins_its_weights_group() -> None:
-    model = TinyModel(tied=False)
-    slow = list(model.blocks[0].parameters())
-    ids = {id(p) for p in slow}
-    rest = [p for p in model.parameters() if id(p) not in ids]
-    optimizer = torch.optim.SGD([{"params": rest}, {"params": slow, "lr": 0.5}], lr=0.1)
-    ap.convert(model, ap.KolenPollack())
-    ap.add_feedback(optimizer, model)
-    ap.add_feedback(optimizer, model)  # the second time adds nothing
-    B = model.blocks[0].first.up.B
-    assert sum(p is B for p in optimizer.param_groups[1]["params"]) == 1
-    counts = [len(group["params"]) for group in optimizer.param_groups]
-    assert counts == [len(rest) + 5, len(slow) + 4]
-    assert len(ap.feedback_parameters(model)) == 9
-    with pytest.raises(ap.RuleError, match="add_param_group"):
-        ap.add_feedback(torch.optim.SGD([nn.Parameter(torch.zeros(1))]), model)
-
-
 def encoder(norm_first: bool = False, **options: object) -> nn.Sequential:
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(
@@ -276,14 +258,6 @@ def test_sublayer_taps_exist_where_the_summed_residual_is_an_output() -> None:
     assert model[0].layers[0].norm1.weight.grad.abs().max() > 0
     with pytest.raises(ap.RuleError, match="granularity='block'"):
         ap.convert(encoder(norm_first=True), rule, output="1")
-
-
-def test_parts_of_a_converted_model_may_not_learn_alone() -> None:
-    model = ap.convert(TinyModel(), ap.DirectFeedback(granularity="block"), output="head")
-    with pytest.raises(ap.RuleError, match="outside the forward"):
-        model.blocks[0](torch.randn(2, 3, 8))
-    with torch.no_grad():
-        model.blocks[0](torch.randn(2, 3, 8))
 
 
 def test_a_pass_that_fails_leaves_nothing_behind() -> None:

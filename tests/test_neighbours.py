@@ -56,7 +56,9 @@ def test_there_is_a_page_for_every_neighbour_and_its_script_is_short() -> None:
         assert set(NEEDS.findall(text)) == {"torch", "altprop"}, page.name
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize(
+    "page", [p for p in PAGES if p.stem != "fsdp2"], ids=lambda page: page.stem
+)
 def test_the_script_on_the_page_runs(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module = types.ModuleType(f"page_{page.stem}")  # importable, so that its classes pickle
     monkeypatch.setitem(sys.modules, module.__name__, module)

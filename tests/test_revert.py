@@ -6,7 +6,6 @@ The oracles are fresh conversions, and conversions whose patterns leave the same
 from __future__ import annotations
 
 import copy
-import itertools
 import pickle
 from typing import Any
 
@@ -39,7 +38,9 @@ def convert(model: nn.Module, kind: str, blocks: str = "blocks", output: str = "
     return ap.convert(model, rule, output=output)
 
 
-@pytest.mark.parametrize(("first", "second"), list(itertools.permutations(KINDS, 2)))
+@pytest.mark.parametrize(
+    ("first", "second"), list(zip(KINDS, [*list(KINDS)[1:], next(iter(KINDS))], strict=True))
+)
 def test_a_conversion_after_another_one_is_as_if_it_were_the_first(first: str, second: str) -> None:
     model, fresh = convert(tiny(), first), convert(tiny(), second)
     gradients(model, TOKENS)

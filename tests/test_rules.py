@@ -32,9 +32,13 @@ RULES = [
 ]
 
 
+# whose kind is compiled in another one's case
+LIKE = {RULES[i] for i in (2, 5, 9, 13, 18)}
+
+
 @pytest.mark.parametrize("rule", RULES, ids=str)
 def test_rule_keeps_the_contract(rule: ap.AbstractRule) -> None:
-    check_rule(rule, distributed=False)
+    check_rule(rule, compiled=rule not in LIKE, distributed=False)
 
 
 def test_the_contract_takes_an_independent_formula_and_finds_a_rule_that_is_another() -> None:

@@ -181,7 +181,6 @@ def test_a_mirror_and_aligned_feedback_come_to_point_along_the_weight() -> None:
     ("make", "message"),
     [
         (lambda: ap.FeedbackAlignment(init="ortogonal"), "did you mean orthogonal"),
-        (lambda: ap.FeedbackAlignment(std=-1), "positive"),
         (lambda: ap.SignSymmetry(scale="frob"), "did you mean frobenius"),
         (lambda: ap.SignSymmetry(variant="sgn"), "did you mean sign"),
         (lambda: ap.DirectFeedback("blok"), "did you mean block"),
@@ -189,7 +188,6 @@ def test_a_mirror_and_aligned_feedback_come_to_point_along_the_weight() -> None:
         (lambda: ap.GrAPE(normalize="rows"), "Known: hidden, none, output"),
         (lambda: ap.GrAPE(probes=0), "at least 1"),
         (lambda: ap.WeightMirror(probes=1), "centres its noise"),
-        (lambda: ap.AlignedFeedback(probes=0), "at least 1"),
     ],
 )
 def test_a_rule_refuses_what_it_does_not_know(make: object, message: str) -> None:

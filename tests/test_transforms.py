@@ -153,7 +153,7 @@ def test_what_is_frozen_gets_no_gradient_from_a_vmapped_loss(rule: ap.AbstractRu
 @pytest.mark.filterwarnings("ignore")  # torch's compiler warns of what it does itself
 @pytest.mark.parametrize(
     "rule",
-    [ap.FeedbackAlignment(), ap.SignSymmetry(), ap.KolenPollack(), ap.DirectFeedback()],
+    [ap.KolenPollack(), ap.DirectFeedback()],  # one of each seam
     ids=str,
 )
 def test_compiled_transforms_give_the_gradients_of_uncompiled_ones(rule: ap.AbstractRule) -> None:

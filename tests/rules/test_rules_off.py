@@ -122,6 +122,8 @@ def test_a_tap_alone_learns_nothing_unless_it_is_switched_off_or_reverted() -> N
     x = torch.randn(4, 3, 8, dtype=torch.float64)
     with pytest.raises(ap.RuleError, match="rules_off .*or revert this part"):
         model.blocks[0](x)
+    with torch.no_grad():
+        model.blocks[0](x)  # where nothing learns
     want = gradients(tiny().blocks[0], x)
     with ap.rules_off(model):
         assert_equal(gradients(model.blocks[0], x), want)
