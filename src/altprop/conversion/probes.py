@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib
 import math
-import warnings
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -22,20 +20,13 @@ from torch.utils._pytree import tree_map_only
 
 from altprop.conversion.channel import Call, Channel, Kind, Run, Tap, kind_of
 from altprop.conversion.record import record_of, sites_of
+from altprop.equilibrium.dynamics.products import load_forward_mode
 from altprop.errors import AltpropError, RuleError
 from altprop.feedback import randn
 from altprop.layouts import MIXED, SEVERAL, Fit, Layout, fits, undecided
 from altprop.parts import now
 from altprop.recording import in_backward
 from altprop.rule import Site
-
-
-@functools.cache
-def _load_forward_mode() -> None:
-    """Load torch's forward-mode formulas, whose import warns of torch's own deprecations."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        importlib.import_module("torch._decomp.decompositions_for_jvp")
 
 
 def _process_group() -> Any:
@@ -167,7 +158,7 @@ class JacobianProbe(_Probe):
         self._index, self._generator = tap, generator
         self._tangent: Tensor | None = None
         self._response: Tensor | None = None
-        _load_forward_mode()
+        load_forward_mode()
         if (kept := _stateful(self.call[1:])) is not None:
             raise RuleError(
                 f"{type(self.channel.rule).__name__} runs the model once more to measure, which "

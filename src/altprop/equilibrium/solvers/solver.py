@@ -150,10 +150,7 @@ def check_solver_fields(solver: AbstractSolver) -> None:
     name = type(solver).__name__
     if not (is_positive(solver.tol) or solver.tol == 0):
         raise ConfigError(f"{name}: tol is {solver.tol!r}, expected a number ≥ 0, such as 1e-3")
-    if not is_count(solver.max_steps):
-        raise ConfigError(
-            f"{name}: max_steps is {solver.max_steps!r}, expected a whole number, at least 1"
-        )
+    check_counts(name, max_steps=solver.max_steps)
 
 
 def in_rows(z: Tensor) -> Tensor:
