@@ -28,6 +28,7 @@ from altprop.lab.train import begin_with, steps
 from common import markdown, results, write
 
 NAME = "below_frozen"
+NEVER = 1_000_000_000
 DIRECT = ap.DirectFeedback("block")
 APART = ap.DirectFeedback("block", feedback="independent")
 
@@ -51,28 +52,29 @@ def only(block: int) -> tuple[str, ...]:
 TRIALS = {
     "backprop": Trial(),
     "frozen blocks": Trial(freeze=("blocks.*",)),
-    "direct feedback": Trial(DIRECT),
     "noise instead of gradients": Trial(noise=True),
+    "direct feedback": Trial(DIRECT),
     "direct feedback, rate × 0.1": Trial(DIRECT, factor=0.1),
+    "direct feedback, penalty 0.01": Trial(DIRECT, penalty=0.01),
     "direct feedback, penalty 0.1": Trial(DIRECT, penalty=0.1),
     "direct feedback, penalty 1": Trial(DIRECT, penalty=1.0),
-    "direct feedback, penalty 0.01": Trial(DIRECT, penalty=0.01),
-    "independent matrices": Trial(APART),
-    "independent matrices, penalty 0.1": Trial(APART, penalty=0.1),
+    "direct feedback, penalty 10": Trial(DIRECT, penalty=10.0),
+    "penalty 1 alone": Trial(CalibrationAlone(replace(DIRECT, calibrate_every=NEVER)), penalty=1.0),
     "GrAPE": Trial(ap.GrAPE()),
-    "GrAPE, penalty 0.1": Trial(ap.GrAPE(), penalty=0.1),
+    "GrAPE, penalty 1": Trial(ap.GrAPE(), penalty=1.0),
+    "independent matrices": Trial(APART),
+    "independent matrices, penalty 1": Trial(APART, penalty=1.0),
+    "calibrated every 20": Trial(replace(DIRECT, calibrate_every=20)),
+    "calibration alone, every 20": Trial(CalibrationAlone(replace(DIRECT, calibrate_every=20))),
+    "calibrated every 20, penalty 1": Trial(replace(DIRECT, calibrate_every=20), penalty=1.0),
     "block 0 alone, direct feedback": Trial(DIRECT, freeze=only(0)),
     "block 3 alone, direct feedback": Trial(DIRECT, freeze=only(3)),
     "block 0 alone, backprop": Trial(freeze=only(0)),
     "block 3 alone, backprop": Trial(freeze=only(3)),
-    "calibrated every 20": Trial(replace(DIRECT, calibrate_every=20)),
-    "calibration alone, every 20": Trial(CalibrationAlone(replace(DIRECT, calibrate_every=20))),
-    "calibrated every 20, penalty 0.1": Trial(replace(DIRECT, calibrate_every=20), penalty=0.1),
-    "error before the head": Trial(replace(DIRECT, error="head_input")),
+    "backprop, penalty 1": Trial(penalty=1.0),
     "std 0.3": Trial(replace(DIRECT, std=0.3)),
+    "error before the head": Trial(replace(DIRECT, error="head_input")),
     "direct feedback, rate × 0.01": Trial(DIRECT, factor=0.01),
-    "backprop, rate × 0.1": Trial(factor=0.1),
-    "GrAPE, rate × 0.1": Trial(ap.GrAPE(), factor=0.1),
 }
 
 
