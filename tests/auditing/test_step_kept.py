@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import random
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as nnf
@@ -94,3 +96,25 @@ def test_both_parts_of_a_complex_gradient_are_judged() -> None:
 
     assert audited(backprop, Wave())["w"].verdict is V.EXACT
     assert audited(conjugated, Wave())["w"].verdict is not V.EXACT
+
+
+class Dropping(nn.Module):
+    """Leaves out layers that it draws by Python's numbers, and units by numpy's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(40, 40) for _ in range(8)])
+        self.head = nn.Linear(40, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            if random.random() < 0.5:
+                x = torch.tanh(layer(x)) * torch.from_numpy(np.random.rand(40)).float()
+        return self.head(x)
+
+
+def test_what_is_drawn_by_others_is_drawn_alike_in_both_runs() -> None:
+    seen = random.getstate(), np.random.get_state()[1].tolist()  # type: ignore[index,union-attr]
+    found = audited(backprop, Dropping())
+    assert {row.verdict for row in found.values()} <= {V.EXACT, V.UNTOUCHED}
+    assert seen == (random.getstate(), np.random.get_state()[1].tolist())  # type: ignore[index,union-attr]

@@ -8,11 +8,13 @@ from __future__ import annotations
 import copy
 import enum
 import math
+import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
@@ -109,7 +111,7 @@ def audit_step(
     _hook_alike(theirs, model)
     before = {name: p.detach().clone() for name, p in theirs.named_parameters()}
     held = _versions(model)
-    with torch.random.fork_rng(), watch(theirs) as seen, _written(theirs, before) as wrote:
+    with _drawing(), watch(theirs) as seen, _written(theirs, before) as wrote:
         step(theirs, _own(batch))
     if _versions(model) != held:
         raise ConfigError(
@@ -144,6 +146,18 @@ def _copy(model: nn.Module) -> nn.Module:
         ) from error
     copied.zero_grad(set_to_none=True)
     return copied
+
+
+@contextmanager
+def _drawing() -> Iterator[None]:
+    """Draw inside what would be drawn afterwards, of torch's numbers, Python's and numpy's."""
+    python, array = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(array)
 
 
 @contextmanager
@@ -229,7 +243,7 @@ def _exact(
 ) -> dict[str, Tensor]:
     modules = list(model.modules())
     off = any(record_of(m) is not None or isinstance(m, Equilibrium) for m in modules)
-    with torch.random.fork_rng(), torch.enable_grad(), rules_off(model) if off else nullcontext():
+    with _drawing(), torch.enable_grad(), rules_off(model) if off else nullcontext():
         loss = loss_fn(model, batch)
         _backward(loss)
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
