@@ -26,6 +26,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "altprop.reading": ("altprop.errors",),
     "altprop.auditing.memory": (),
     "altprop.recording": (),
+    "altprop.drawing": (),
     "altprop.transforms": ("altprop.errors",),
     "altprop.layouts": ("altprop.errors",),
     "altprop.once": ("altprop.transforms",),
@@ -105,6 +106,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "altprop.lab.tasks": ("altprop.lab.tasks.*",),
     "altprop.lab.*": (
         "altprop",
+        "altprop.drawing",
         "altprop.errors",
         "altprop.files",
         "altprop.statistics",

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import pickle
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 import altprop as ap
 from altprop.lab.compare import Comparison, compare
-from altprop.lab.compare.arms import Arm
+from altprop.lab.compare.arms import Arm, output_of
 from altprop.lab.tasks import Parity
 from altprop.lab.tasks.supervised import Supervised
 from made_comparisons import compare_quickly
@@ -100,3 +103,81 @@ def test_what_is_no_rule_is_refused_in_a_line(rules: Any, said: str) -> None:
     with pytest.raises(ap.ConfigError, match=said):
         small(rules=rules)
     assert not Path("out").exists()
+
+
+class Counting(nn.Module):
+    """Gives another thing in training, counts its passes, and draws by numpy."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.norm, self.head = nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Any:
+        out = self.head(torch.tanh(self.norm(self.body(x))) + np.random.rand())
+        return {"out": out} if self.training else out
+
+
+def test_looking_for_the_output_leaves_model_and_draws_as_they_were() -> None:
+    pair = torch.randn(90, 3), torch.randint(2, (90,))
+    task = Supervised(
+        "own", Counting, pair, pair,
+        criterion=lambda out, y: nn.functional.cross_entropy(out["out"], y),
+    )  # fmt: skip
+    model, drawn = task.model(0), np.random.get_state()[1].tolist()  # type: ignore[index,union-attr]
+    assert output_of(task, model) == "head"
+    assert int(model.norm.num_batches_tracked) == 0 and not model.norm.running_mean.any()
+    assert np.random.get_state()[1].tolist() == drawn  # type: ignore[index,union-attr]
+
+
+class Ends(nn.Module):
+    """Makes its logits by a map of its own, by none, by two, or by an attention's."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.body, self.head = kind, nn.Linear(4, 4), nn.Linear(4, 4)
+        self.other, self.attention = nn.Linear(4, 4), nn.MultiheadAttention(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.body(x))
+        if self.kind == "functional":
+            return h @ self.head.weight
+        if self.kind == "two":
+            return self.head(h) + self.other(h).mean()
+        if self.kind == "attention":
+            return self.attention(h[:, None], h[:, None], h[:, None])[0][:, 0]
+        return self.head(h)
+
+
+@pytest.mark.parametrize(
+    ("kind", "found"),
+    [
+        ("map", "head"), ("attention", "attention.out_proj"),
+        ("functional", "body is the last .* and head.weight reaches the loss past it"),
+        ("two", "other is the last .* and body.weight reaches the loss past it"),
+    ],
+)  # fmt: skip
+def test_logits_that_no_single_map_makes_are_asked_for(kind: str, found: str) -> None:
+    pair = torch.randn(90, 4), torch.randint(4, (90,))
+    task = Supervised("own", lambda: Ends(kind), pair, pair)
+    if kind in ("map", "attention"):
+        assert output_of(task, task.model(0)) == found
+    else:
+        with pytest.raises(ap.RuleError, match=f"{found}: name .*output="):
+            output_of(task, task.model(0))
+        told = replace(task, output="head", hidden=("body.*",))
+        Arm("frozen", frozen=True).apply(told, model := task.model(0), 0)
+        assert not model.body.weight.requires_grad and model.head.weight.requires_grad
+
+
+@dataclass(frozen=True)
+class Kept(Parity):
+    """Keeps what it has read in an attribute, as a frozen dataclass can."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "file", open(__file__))  # noqa: SIM115
+
+
+def test_a_task_is_sent_without_what_it_has_read() -> None:
+    task = Kept(bits=4, k=1, examples=64, width=6)
+    assert pickle.loads(pickle.dumps(task)) == task
+    task.file.close()  # type: ignore[attr-defined]

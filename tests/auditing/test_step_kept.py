@@ -118,3 +118,62 @@ def test_what_is_drawn_by_others_is_drawn_alike_in_both_runs() -> None:
     found = audited(backprop, Dropping())
     assert {row.verdict for row in found.values()} <= {V.EXACT, V.UNTOUCHED}
     assert seen == (random.getstate(), np.random.get_state()[1].tolist())  # type: ignore[index,union-attr]
+
+
+def test_what_an_optimiser_was_given_is_the_steps_though_it_moved_nothing() -> None:
+    def warming(m: nn.Module, batch: Any) -> None:
+        optimiser = torch.optim.AdamW(m.parameters(), lr=0.0)  # a warm-up begins there
+        backprop(m, batch)
+        optimiser.step()
+        optimiser.zero_grad()
+
+    assert {row.verdict for row in audited(warming).values()} == {V.EXACT}
+
+
+def test_a_hook_of_another_optimiser_leaves_the_callers_model_alone() -> None:
+    m = model()
+    optimiser = torch.optim.SGD(m.parameters(), lr=0.1)
+    backprop(m, BATCH)
+    before = [(p.detach().clone(), p.grad, p.grad.clone()) for p in m.parameters()]  # type: ignore[union-attr]
+
+    def apply(_: Tensor) -> None:
+        optimiser.step()
+        optimiser.zero_grad()
+
+    handle = m[0].weight.register_post_accumulate_grad_hook(apply)
+    with pytest.raises(ap.ConfigError, match="or a hook of the model's parameters, trained"):
+        audited(backprop, m)
+    for p, (weight, gradient, numbers) in zip(m.parameters(), before, strict=True):
+        assert torch.equal(p, weight) and p.grad is gradient and torch.equal(gradient, numbers)  # type: ignore[arg-type]
+    handle.remove()
+    of = {m[0].weight: optimiser}  # as torch's page of optimisers in the backward writes it
+    m[0].weight.register_post_accumulate_grad_hook(lambda p: of[p].step())
+    with pytest.raises(ap.ConfigError, match=r"a hook of 0.weight fails on the copy .*KeyError"):
+        audited(backprop, m)
+
+
+def test_an_update_by_a_hook_is_judged_by_the_gradient_it_had() -> None:
+    m = model()
+
+    def apply(p: Tensor) -> None:
+        with torch.no_grad():
+            p.sub_(0.1 * p.grad)  # type: ignore[operator]
+        p.grad = None
+
+    for p in m.parameters():
+        p.register_post_accumulate_grad_hook(apply)
+    found = audited(backprop, m)
+    assert {(row.verdict, row.by_change) for row in found.values()} == {(V.EXACT, False)}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_change_that_rounding_has_eaten_tells_nothing(dtype: torch.dtype) -> None:
+    def wandering(m: nn.Module, batch: Any) -> None:
+        with torch.no_grad():
+            for p in m.parameters():
+                p.add_(1e-4 * torch.randn_like(p))
+
+    half = BATCH[0].to(dtype), BATCH[1]
+    found = ap.audit_step(wandering, model().to(dtype), loss, half)
+    wanted = V.ROUNDED if dtype is torch.bfloat16 else V.UNCORRELATED
+    assert {found[n].verdict for n in ("0.weight", "2.weight")} == {wanted}

@@ -8,13 +8,11 @@ from __future__ import annotations
 import copy
 import enum
 import math
-import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
@@ -25,6 +23,7 @@ from altprop.auditing.agreement import Agreement, Flag, compare_all
 from altprop.auditing.watch import PerParameter, Reading, watch
 from altprop.conversion.convert import rules_off
 from altprop.conversion.record import record_of
+from altprop.drawing import drawing_alike
 from altprop.equilibrium.module import Equilibrium
 from altprop.errors import ConfigError
 from altprop.statistics import t_quantile
@@ -33,6 +32,7 @@ from altprop.statistics import t_quantile
 _SAME, _PARALLEL = 1e-3, 1e-5
 # A random direction's cosine is below three standard deviations with this probability.
 _SPREAD, _SURE = 3.0, 0.9973
+_MUDDY = 0.3  # the share of a change that rounding may take before it says nothing
 _MANY = 200  # numbers from which on the normal law serves
 
 
@@ -45,6 +45,7 @@ class Verdict(enum.Enum):
     UNCORRELATED = "no nearer than a random direction"
     UNTOUCHED = "untouched"
     LOST = "not finite"
+    ROUNDED = "lost in the rounding of the weight"
     UNKNOWN = "the exact gradient is zero, not finite or none"
 
 
@@ -108,16 +109,11 @@ def audit_step(
     theirs, ours = _copy(model), _copy(model)
     with _frozen(model):  # so that a loss of the model that it holds has no gradient
         exact = _exact(ours, loss_fn, _own(batch))
-    _hook_alike(theirs, model)
     before = {name: p.detach().clone() for name, p in theirs.named_parameters()}
-    held = _versions(model)
-    with _drawing(), watch(theirs) as seen, _written(theirs, before) as wrote:
+    watched = watch(theirs)
+    with _kept(model), drawing_alike(), watched as seen, _written(theirs, before) as wrote:
+        _hook_alike(theirs, model)
         step(theirs, _own(batch))
-    if _versions(model) != held:
-        raise ConfigError(
-            "the step trained the model that it holds, not the one that it is given: write it as "
-            "step(model, batch) and use that model, with an optimiser made of its parameters"
-        )
     moved = {n: before[n] - p.detach() for n, p in theirs.named_parameters() if n in before}
     moved = {name: delta for name, delta in moved.items() if bool(delta.any())}
     given = {**moved, **wrote}
@@ -138,7 +134,7 @@ def _copy(model: nn.Module) -> nn.Module:
     """Return a copy that has no gradients yet."""
     try:
         copied = copy.deepcopy(model)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         raise ConfigError(
             f"the {type(model).__name__} cannot be copied ({str(error).splitlines()[0]}): keep "
             "tensors that were computed of its parameters out of its attributes, as "
@@ -146,18 +142,6 @@ def _copy(model: nn.Module) -> nn.Module:
         ) from error
     copied.zero_grad(set_to_none=True)
     return copied
-
-
-@contextmanager
-def _drawing() -> Iterator[None]:
-    """Draw inside what would be drawn afterwards, of torch's numbers, Python's and numpy's."""
-    python, array = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng():
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(array)
 
 
 @contextmanager
@@ -173,15 +157,65 @@ def _frozen(model: nn.Module) -> Iterator[None]:
             p.requires_grad_(True)
 
 
+@contextmanager
+def _kept(model: nn.Module) -> Iterator[None]:
+    """Leave a model's weights and gradients as they are.
+
+    **Raises:** `ConfigError` where what runs inside has changed them.
+    """
+    hooked = any(any(_hooks(p)) for p in model.parameters())
+    before = [
+        (p, p.detach().clone(), p.grad, None if p.grad is None else p.grad.clone())
+        for p in model.parameters()
+        if hooked  # only then is anything of the caller's run
+    ]
+    held = _versions(model)
+    try:
+        yield
+    finally:
+        changed = _versions(model) != held
+        for p, weight, grad, gradient in before if changed else ():
+            p.grad = grad
+            with torch.no_grad():
+                p.copy_(weight)
+                if grad is not None and gradient is not None:
+                    grad.copy_(gradient)
+    if changed:
+        raise ConfigError(
+            "the step, or a hook of the model's parameters, trained the model that it holds, not "
+            "the one that it is given: write it as step(model, batch) and use that model, with "
+            "hooks and an optimiser made of its parameters in the step"
+        )
+
+
+def _hooks(p: Tensor) -> tuple[dict[int, Any], dict[int, Any]]:
+    """Return the hooks of a parameter: of its gradient, and of what is done once it is there."""
+    return p._backward_hooks or {}, getattr(p, "_post_accumulate_grad_hooks", None) or {}
+
+
 def _hook_alike(copied: nn.Module, model: nn.Module) -> None:
     """Give a copy the hooks of its model's parameters, which are a part of the step."""
-    for p, q in zip(copied.parameters(), model.parameters(), strict=True):
-        if not p.requires_grad:
-            continue
-        for hook in (q._backward_hooks or {}).values():
-            p.register_hook(hook)
-        for hook in (getattr(q, "_post_accumulate_grad_hooks", None) or {}).values():
-            p.register_post_accumulate_grad_hook(hook)
+    for (name, p), q in zip(copied.named_parameters(), model.parameters(), strict=True):
+        for hooks, register in zip(
+            _hooks(q), (p.register_hook, p.register_post_accumulate_grad_hook), strict=True
+        ):
+            for hook in hooks.values() if p.requires_grad else ():
+                register(_told(hook, name))
+
+
+def _told(hook: Callable[[Tensor], Any], name: str) -> Callable[[Tensor], Any]:
+    """Return a hook that says in one line that it cannot work on a copy."""
+
+    def call(t: Tensor) -> Any:
+        try:
+            return hook(t)
+        except Exception as error:
+            raise ConfigError(
+                f"a hook of {name} fails on the copy of the model ({type(error).__name__}): "
+                "register it in the step, on the model that it is given"
+            ) from error
+
+    return call
 
 
 def _own(batch: Any) -> Any:
@@ -207,6 +241,7 @@ def _versions(model: nn.Module) -> list[tuple[int, int | None]]:
 def _written(model: nn.Module, before: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
     """Collect what is in each `.grad` when the weight is first changed, or at the end."""
     wrote: dict[str, Tensor] = {}
+    served: set[str] = set()  # an optimiser, however little it moved the weight
     names = {id(p): name for name, p in model.named_parameters()}
 
     def note(p: Tensor) -> None:
@@ -217,14 +252,16 @@ def _written(model: nn.Module, before: Mapping[str, Tensor]) -> Iterator[dict[st
             changed = not torch.equal(p, before[name])
             gradient = None if p.grad is None else p.grad.detach().to_dense()
             if gradient is None or not bool(gradient.any()):
-                if not changed:  # what was there before came to nothing
+                if not changed and name not in served:  # what was there came to nothing
                     wrote.pop(name, None)
             elif not (changed and (name in wrote or not ended)):
                 wrote[name] = gradient.clone()
 
-    def stepping(*_: Any) -> None:
+    def stepping(optimiser: torch.optim.Optimizer, *_: Any) -> None:
         for p in model.parameters():
             note(p)
+        moving = [p for group in optimiser.param_groups for p in group["params"]]
+        served.update(names[id(p)] for p in moving if id(p) in names and p.grad is not None)
 
     ended = False
     with ExitStack() as stack:
@@ -243,7 +280,7 @@ def _exact(
 ) -> dict[str, Tensor]:
     modules = list(model.modules())
     off = any(record_of(m) is not None or isinstance(m, Equilibrium) for m in modules)
-    with _drawing(), torch.enable_grad(), rules_off(model) if off else nullcontext():
+    with drawing_alike(), torch.enable_grad(), rules_off(model) if off else nullcontext():
         loss = loss_fn(model, batch)
         _backward(loss)
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
@@ -274,6 +311,8 @@ def _verdict(found: Agreement | None, touched: bool, count: int, lost: float) ->
         return Verdict.LOST
     if found is None or found.cosine is None or found.relative_error is None:
         return Verdict.UNKNOWN
+    if lost > _MUDDY:
+        return Verdict.ROUNDED
     if found.relative_error <= _SAME:
         return Verdict.EXACT
     if found.cosine >= 1 - max(_PARALLEL, lost**2):

@@ -8,21 +8,28 @@ in a parameter's memory, or was computed from parameters alone, was read.
 from __future__ import annotations
 
 import enum
-import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import cache
-from types import FrameType
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from altprop.auditing.operands import (
+    computed_anew,
+    counts,
+    one_by_one,
+    opened,
+    place_of,
+    tensors,
+    unread_of,
+    unwrapped,
+    writes_first,
+)
 from altprop.equilibrium.dynamics.plain import observing
 
 T = TypeVar("T")
@@ -97,7 +104,7 @@ def watch(model: nn.Module) -> Iterator[Watched]:
     """
     parameters = dict(model.named_parameters())
     watched = Watched({name: Reading() for name in parameters})
-    mode = _Mode(parameters, watched)
+    mode = _Mode(parameters, list(model.buffers()), watched)
     with ExitStack() as stack:
         for module in model.modules():
             enter = observing(lambda _, *given: mode.enter(given))
@@ -133,13 +140,15 @@ _COMPARES = _JOINS | {  # that take two tensors and are no product
 class _Mode(TorchDispatchMode):
     """Shows every operation its operands' sources, and records what is read in making gradients."""
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], watched: Watched) -> None:
+    def __init__(
+        self, parameters: Mapping[str, nn.Parameter], buffers: Sequence[Tensor], watched: Watched
+    ) -> None:
         super().__init__()
-        self._watched = watched
+        self._watched, self._buffers = watched, buffers
         self._depth = 0  # of the forward passes that are running
         self._parts: dict[int, list[tuple[int, int, str]]] = {}  # of a storage, in bytes
         self._derived: dict[int, _Source] = {}
-        self._data: dict[int, StorageWeakRef] = {}  # made of what the running forward was given
+        self._data: dict[int, StorageWeakRef] = {}  # made of what the last forward was given
         self._held: list[Any] = []  # a storage's address is its name as long as it lives
         self._opened: dict[int, bool] = {}  # whether autograd was on where a backward began
         self._parameters = parameters
@@ -148,7 +157,7 @@ class _Mode(TorchDispatchMode):
     def _find(self) -> None:
         """Note where the parameters lie, besides where they lay before."""
         for name, p in self._parameters.items():
-            place = _place(p)
+            place = place_of(p)
             if place is not None and (*place[1:], name) not in self._parts.get(place[0], ()):
                 self._parts.setdefault(place[0], []).append((*place[1:], name))
                 self._held.append(p.untyped_storage())
@@ -156,29 +165,37 @@ class _Mode(TorchDispatchMode):
     def enter(self, given: Any) -> None:
         if self._depth == 0:
             self._find()
-            self._mark([t for t in _tensors(given) if not self._source(t)])
+            if torch._C._current_graph_task_id() == -1:
+                self._data.clear()
+            self._mark([t for t in map(unwrapped, opened(given)) if not self._source(t)])
         self._depth += 1
 
     def leave(self) -> None:
         self._depth -= 1
-        if self._depth == 0:
-            self._data.clear()
 
     def _mark(self, data: Sequence[Tensor]) -> None:
         """Note that tensors hold data and are no weights, whatever is added to them."""
         for t in data:
-            place = _place(t)
+            place = place_of(t)
             if place is not None and place[0] not in self._parts and place[0] not in self._data:
                 self._data[place[0]] = StorageWeakRef(t.untyped_storage())
 
-    def _is_data(self, t: Tensor) -> bool:
-        place = _place(t)
-        return place is not None and place[0] in self._data
+    def _heard(self, operands: Sequence[Tensor]) -> list[Tensor]:
+        """Return those that hold data, in a forward pass; a single figure of them is none."""
+        if not self._forward:
+            return []
+        placed = [(t, place_of(t)) for t in operands if t.dim() > 0 and t.numel()]
+        # no weight is sparse, which has no place
+        return [t for t, place in placed if place is None or place[0] in self._data]
 
     @property
     def _forward(self) -> bool:
-        """Whether a forward pass runs, and no backward around it."""
-        return self._depth > 0 and torch._C._current_graph_task_id() == -1
+        """Whether a forward pass runs, for the first time or anew."""
+        return self._depth > 0 and not self._backward
+
+    @property
+    def _backward(self) -> bool:
+        return torch._C._current_graph_task_id() != -1 and not computed_anew()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -191,10 +208,10 @@ class _Mode(TorchDispatchMode):
             self._forget(args[0])
         if func.is_view or name in _SHAPES:  # nothing of the numbers is read
             return out
-        if self._forward and any(map(self._is_data, _tensors((args, kwargs)))):
-            self._mark(_tensors(out))
+        if self._heard(tensors((args, kwargs))):
+            self._mark(tensors(out))
         if name.startswith(_EACH):
-            for one, made in _one_by_one(args, out):
+            for one, made in one_by_one(args, out):
                 self._look(func, name.removeprefix(_EACH), one, kwargs, made)
         else:
             self._look(func, name, args, kwargs, out)
@@ -203,8 +220,8 @@ class _Mode(TorchDispatchMode):
     def _look(
         self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
     ) -> None:
-        unread = _unread(name, args)
-        operands = _tensors((args, kwargs))
+        unread = unread_of(name, args)
+        operands = tensors((args, kwargs))
         given = [(t, {} if any(t is u for u in unread) else self._source(t)) for t in operands]
         if any(source for _, source in given):
             self._see(func, name.rstrip("_"), args, given, out)
@@ -217,18 +234,22 @@ class _Mode(TorchDispatchMode):
         given: list[tuple[Tensor, _Source]],
         out: Any,
     ) -> None:
-        outs = _tensors(out)
-        written = args[0] if _writes_first(func) and isinstance(args[0], Tensor) else None
-        others = [t for t, source in given if not source and t is not written and _counts(t)]
-        pointwise = torch.Tag.pointwise in func.tags or func.__name__.startswith(_EACH)
-        if name in _ROWS and not self._gathered(args[0], outs):
+        outs = tensors(out)
+        written = args[0] if writes_first(func) and isinstance(args[0], Tensor) else None
+        data = self._heard([t for t, _ in given])
+        if name in _ROWS:
+            if self._picked(args[0], outs, data):
+                for made in outs:
+                    self._derive(made, [(t, source) for t, source in given if t is args[0]], name)
             return
-        if not others:
+        if data and written is not None:
+            self._derived.pop((place_of(written) or (0,))[0], None)
+        others = [t for t, source in given if not source and t is not written and counts(t)]
+        pointwise = torch.Tag.pointwise in func.tags or func.__name__.startswith(_EACH)
+        if not others and not data:
             for made in outs:
                 self._derive(made, given, name)
             return
-        # a token that the data are added to is no matrix, and one that is masked or noisy is
-        still = not (self._forward and any(map(self._is_data, others)))
         larger = max((t.numel() for t in outs), default=0)
         for t, source in given:
             if not source or t is written:  # to be written to is not to be read
@@ -237,24 +258,34 @@ class _Mode(TorchDispatchMode):
             product = spread if pointwise else t.dim() > 1 and name not in _COMPARES
             if self._makes_gradients(product):
                 self._record(source, name, product)
-            # turned by a constant, it is that matrix too
-            if still and t.dim() > 1 and (not product or pointwise or self._forward):
+            if pointwise:  # masked, noisy or scaled it is that matrix still, and a token is data
+                still = all(other is t or other.numel() < t.numel() for other in data)
+            elif name in _JOINS:  # to what the model keeps beside it
+                still = self._backward or (not data and all(map(self._kept, others)))
+            else:  # turned by a constant
+                still = self._forward and not data
+            if still and t.dim() > 1:
                 for made in outs:
                     if made.shape == t.shape or name in _JOINS:
                         self._derive(made, [(t, source)], name)
 
-    def _gathered(self, t: Any, outs: Sequence[Tensor]) -> bool:
-        """Tell whether rows that are picked of a weight are that matrix, and not what data look up.
+    def _kept(self, t: Tensor) -> bool:
+        place = place_of(t)
+        return place is not None and place[0] in {(place_of(b) or (0,))[0] for b in self._buffers}
 
-        Which they are in a backward pass, or where its rows are all there, in whatever order.
+    def _picked(self, t: Tensor, outs: Sequence[Tensor], data: Sequence[Tensor]) -> bool:
+        """Tell whether rows that are picked of a weight are a weight, and not what data look up.
+
+        Which they are in a backward pass, where no data choose them, or where these choose among
+        matrices.
         """
-        if torch._C._current_graph_task_id() != -1 and not _computed_anew():
+        if self._backward or (self._forward and not data):
             return True
-        return isinstance(t, Tensor) and t.dim() > 1 and outs[0].shape[-2:] == t.shape[-2:]
+        return t.dim() > (2 if data else 1) and outs[0].shape[-2:] == t.shape[-2:]
 
     def _forget(self, t: Tensor) -> None:
         """Note that a tensor's memory is overwritten, if that is all of it."""
-        place = _place(t)
+        place = place_of(t)
         if place is not None and t.numel() * t.itemsize == t.untyped_storage().nbytes():
             self._derived.pop(place[0], None)
 
@@ -268,7 +299,7 @@ class _Mode(TorchDispatchMode):
             reading.operations[name] += 1
 
     def _derive(self, made: Tensor, given: list[tuple[Tensor, _Source]], name: str) -> None:
-        place = _place(made)
+        place = place_of(made)
         if place is None:
             return
         own = {parameter for *_, parameter in self._parts.get(place[0], ())}
@@ -284,7 +315,7 @@ class _Mode(TorchDispatchMode):
         self._derived[place[0]] = sources
 
     def _source(self, t: Tensor) -> _Source:
-        place = _place(t)
+        place = place_of(t)
         if place is None:
             return {}
         key, low, high = place
@@ -296,70 +327,7 @@ class _Mode(TorchDispatchMode):
         task = torch._C._current_graph_task_id()
         if task == -1:
             return product and self._depth == 0
-        if _computed_anew():
+        if computed_anew():
             return False
         # gradients of gradients run with autograd on, and so does what a rule computes anew
         return not torch.is_grad_enabled() or (self._opened[task] and self._depth == 0)
-
-
-def _tensors(tree: Any) -> list[Tensor]:
-    return [t for t in tree_leaves(tree) if isinstance(t, Tensor)]
-
-
-def _counts(t: Tensor) -> bool:
-    """Tell whether a tensor may be what a weight is multiplied with: not an index or a scale."""
-    return t.dim() > 0 and (t.is_floating_point() or t.is_complex())
-
-
-def _computed_anew() -> bool:
-    """Tell whether activation checkpointing runs a forward pass within the innermost backward.
-
-    Neither the grad mode nor a module's hooks say so: a function of somebody's own switches
-    autograd off while it runs forward, and what is checkpointed may be no module.
-    """
-    frame: FrameType | None = sys._getframe()
-    while frame is not None and frame.f_code.co_name != "_engine_run_backward":
-        if frame.f_globals.get("__name__") == "torch.utils.checkpoint":
-            return True
-        frame = frame.f_back
-    return False
-
-
-def _one_by_one(args: tuple[Any, ...], out: Any) -> Iterator[tuple[tuple[Any, ...], Any]]:
-    """Yield what an operation on lists does to each of their members, and what it makes of it."""
-    made = args[0] if out is None else out  # None: it wrote into the first list
-    for index, one in enumerate(made):
-        yield tuple(a[index] if isinstance(a, list | tuple) else a for a in args), one
-
-
-def _place(t: Tensor) -> tuple[int, int, int] | None:
-    """Return a tensor's storage and the bytes in it, or nothing if it has no memory of its own."""
-    try:
-        key = int(t.untyped_storage()._cdata)
-    except (RuntimeError, NotImplementedError):
-        return None
-    if not t.numel():
-        return None
-    extent = 1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
-    low = int(t.storage_offset()) * t.itemsize
-    return key, low, low + int(extent) * t.itemsize
-
-
-@cache
-def _writes_first(func: Any) -> bool:
-    arguments = func._schema.arguments
-    return bool(arguments) and cast(bool, getattr(arguments[0].alias_info, "is_write", False))
-
-
-def _unread(name: str, args: tuple[Any, ...]) -> list[Tensor]:
-    """Return the operands that a backward formula is given and does not need.
-
-    Of a layer whose input has no gradient no weight is read, and of a norm's bias nothing ever.
-    """
-    first = args[-1][0] if args and isinstance(args[-1], list | tuple) and args[-1] else True
-    if name == "convolution_backward":
-        return [] if first else [args[2]]
-    if name == "native_layer_norm_backward":
-        out = [args[6]] if first else [args[5], args[6]]
-        return [t for t in out if t is not None]
-    return []

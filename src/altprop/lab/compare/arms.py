@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from altprop import (
     AbstractBroadcast,
@@ -20,6 +21,7 @@ from altprop import (
     convert,
     equilibria,
 )
+from altprop.drawing import drawing_alike
 from altprop.errors import unknown
 from altprop.lab.building import freeze
 from altprop.lab.help import brief
@@ -84,25 +86,54 @@ class Arm:
 def output_of(task: AbstractTask, model: nn.Module) -> str:
     """Return the path of the linear map that makes the logits: the last one that runs.
 
-    **Raises:** `ConfigError` where none does.
+    **Raises:** `ConfigError` where none does, `RuleError` where other parameters reach the loss
+    past it.
     """
     if task.output is not None:
         return task.output
+    maps: dict[str, nn.Module] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, nn.MultiheadAttention):  # which does not call its map
+            maps[f"{path}.out_proj".lstrip(".")] = module
+        elif isinstance(module, nn.Linear):
+            maps.setdefault(path, module)
     ran: list[str] = []
-    maps = [(path, m) for path, m in model.named_modules() if isinstance(m, nn.Linear)]
-    handles = [m.register_forward_hook(lambda *_, at=path: ran.append(at)) for path, m in maps]
-    modes = [(m, m.training) for m in model.modules()]
+    handles = [
+        m.register_forward_hook(lambda *_, at=path: ran.append(at)) for path, m in maps.items()
+    ]
+    _loss_alone(task, model, handles)
+    if not ran:
+        raise ConfigError(f"{task.name}: no nn.Linear of the model runs: name its output=")
+    output = ran[-1]
+    cut = maps[output].register_forward_hook(lambda *found: tree_map_only(Tensor, _leaf, found[-1]))
+    loss = _loss_alone(task, model, [cut])
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    reached = torch.autograd.grad(loss, [p for _, p in named], allow_unused=True)
+    past = [name for (name, _), g in zip(named, reached, strict=True) if g is not None]
+    if past:
+        raise RuleError(
+            f"{task.name}: {output} is the last nn.Linear that runs, and {past[0]} reaches the "
+            "loss past it: name the map that makes the logits, output=, and what is below, hidden="
+        )
+    return output
+
+
+def _leaf(t: Tensor) -> Tensor:
+    return t.detach().requires_grad_(t.is_floating_point())
+
+
+def _loss_alone(task: AbstractTask, model: nn.Module, handles: Sequence[Any]) -> Tensor:
+    """Return the loss of a batch, from which nothing of the model's buffers or of draws changes."""
+    buffers = [(b, b.clone()) for b in model.buffers()]
     try:
-        with torch.random.fork_rng():
-            task.loss(model.eval(), task.batches(0).draw())  # moves no running statistic
+        with drawing_alike():
+            return task.loss(model, task.batches(0).draw())
     finally:
         for handle in handles:
             handle.remove()
-        for m, training in modes:
-            m.training = training
-    if not ran:
-        raise ConfigError(f"{task.name}: no nn.Linear of the model runs: name its output=")
-    return ran[-1]
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)
 
 
 def _freeze_below(model: nn.Module, output: str) -> None:
