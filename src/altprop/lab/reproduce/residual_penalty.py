@@ -34,8 +34,8 @@ ARMS = {
     "direct feedback, penalty": (Arm("direct feedback", RULE), True),
     "frozen blocks": (Arm("frozen", frozen=True), False),
 }
-# of the mean square of a block's output
-STRENGTHS = {"images": 0.01, "text": 0.01}
+# of the mean square of a block's output, the best of powers of ten on held-out data of one seed
+STRENGTHS = {"images": 0.01, "text": 1.0}
 PUBLISHED = {
     "backprop": 58.5,
     "backprop, penalty": 53.2,
