@@ -67,14 +67,11 @@ TRIALS = {
     "calibrated every 20": Trial(replace(DIRECT, calibrate_every=20)),
     "calibration alone, every 20": Trial(CalibrationAlone(replace(DIRECT, calibrate_every=20))),
     "calibrated every 20, penalty 1": Trial(replace(DIRECT, calibrate_every=20), penalty=1.0),
+    "std 0.3": Trial(replace(DIRECT, std=0.3)),
     "block 0 alone, direct feedback": Trial(DIRECT, freeze=only(0)),
     "block 3 alone, direct feedback": Trial(DIRECT, freeze=only(3)),
     "block 0 alone, backprop": Trial(freeze=only(0)),
     "block 3 alone, backprop": Trial(freeze=only(3)),
-    "backprop, penalty 1": Trial(penalty=1.0),
-    "std 0.3": Trial(replace(DIRECT, std=0.3)),
-    "error before the head": Trial(replace(DIRECT, error="head_input")),
-    "direct feedback, rate × 0.01": Trial(DIRECT, factor=0.01),
 }
 
 

@@ -55,6 +55,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "altprop.errors",
         "altprop.assign",
         "altprop.rule",
+        "altprop.transforms",
         "altprop.equilibrium.call",
         "altprop.equilibrium.dynamics.products",
         "altprop.equilibrium.solvers.solver",

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 from altprop.errors import RuleError
 
@@ -33,6 +34,13 @@ def _wraps_gradient(t: torch.Tensor) -> bool:
     while functorch.is_functorch_wrapped_tensor(t) and not t.requires_grad:
         t = functorch.get_unwrapped(t)
     return t.requires_grad
+
+
+def has_tangent(t: torch.Tensor) -> bool:
+    """Say whether a forward-mode derivative is being taken of what a tensor was computed from."""
+    if forward_ad._current_level < 0:
+        return False
+    return forward_ad.unpack_dual(t).tangent is not None
 
 
 def refuse_transforms(what: str) -> None:

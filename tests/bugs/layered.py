@@ -10,14 +10,14 @@ _STACK = "equilibrium/dynamics/test_stack_blocks.py test_layered.py"
 BUGS = [
     Bug(
         _EQ + "dynamics/habits.py",
-        "candidates = [Layout(axis) for axis in (0, 1, None)]",
-        "candidates = [Layout(axis) for axis in (0, None)]",
+        "for axis in (0, 1, None):",
+        "for axis in (0, None):",
         _STACK,
     ),
     Bug(
         _EQ + "dynamics/conduct.py",
-        "for one in {0, len(z) - 1} if len(z) > 1 else ():",
-        "for one in {0} if len(z) > 1 else ():",
+        "for some in (numbers[has], numbers[~has]):",
+        "for some in (numbers[has],):",
         _EQ + "dynamics/test_interaction.py",
     ),
     Bug(

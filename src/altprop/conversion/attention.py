@@ -10,7 +10,7 @@ Shapes: (L, N, E) target, (S, N, E) source, (L, N, E) swapped to (N, L, E) if `b
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
 import torch
@@ -58,11 +58,9 @@ class AttentionRole(Role):
     ) -> tuple[Tensor, Tensor | None]:
         m = cast(nn.MultiheadAttention, self)
         inputs = (query, key, value)
-        known = all(
-            t is None or (isinstance(t, Tensor) and not t.is_nested)
-            for t in (*inputs, attn_mask, key_padding_mask)
-        )
-        if not known or not _records(m, inputs):
+        given = [t for t in (*inputs, attn_mask, key_padding_mask) if t is not None]
+        known = all(isinstance(t, Tensor) and not t.is_nested for t in given)
+        if not known or not _records(m, given):
             refuse_unrecorded(m)
             return super().forward(  # type: ignore[misc]
                 *inputs,
@@ -178,7 +176,7 @@ class AttentionRole(Role):
         return cast(Tensor, site(self, x, W, b, rows))
 
 
-def _records(module: nn.Module, inputs: tuple[Tensor, ...]) -> bool:
+def _records(module: nn.Module, inputs: Sequence[Tensor]) -> bool:
     """Say whether autograd records what a module makes of `inputs`."""
     return torch.is_grad_enabled() and any(map(wants_gradient, (*inputs, *module.parameters())))
 

@@ -15,15 +15,23 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from altprop.assign import assign_adjoint
-from altprop.conversion.record import Description, record_of, sites_of
+from altprop.conversion.record import Description, sites_of
 from altprop.conversion.roles import Role
 from altprop.equilibrium.dynamics.layered import BlockCall, DrivenLayers, Layered, first_of
 from altprop.equilibrium.module import Equilibrium
 from altprop.errors import RuleError
 from altprop.recording import in_backward
 from altprop.transforms import refuse_vmap
+
+# what autograd calls operations that leave numbers and gradients as they are
+_PASSES = frozenset(
+    {"Alias", "AsStrided", "Clone", "Expand", "NativeDropout", "Permute", "ReshapeAlias", "Slice",
+     "Squeeze", "ToCopy", "Transpose", "UnsafeView", "Unsqueeze", "View",
+     "RegisterPostBackwardFunction"}  # the last of FSDP2
+)  # fmt: skip
 
 
 @dataclass(eq=False)
@@ -107,7 +115,7 @@ class Stack:
                 "anew: write revert(model) for the rest of it, too"
             )
         parts = (m for block in self.blocks for m in block.modules() if m not in self.blocks)
-        if any(record_of(part) is not None for part in parts):
+        if any(sites_of(part) for part in parts):
             raise RuleError(
                 f"a part of the stack that {place} belongs to was converted by itself, and its "
                 "rule would falsify the adjoint: write revert(model), which reverts them all"
@@ -172,24 +180,67 @@ class _Run:
         # what is called again must find the arguments as they were the first time
         again = partial(_again, stack.paths[level], level, self.driven.coarse)
         call = BlockCall(block, again(args), again(kwargs))
-        whole = self.driven.push(
-            h if level == 0 else self.last.detach(), BlockCall(block, args, kwargs)
-        )
+        single = cast(Layered, stack.equilibrium.dynamics).habits.single
+        if level:  # what else the block computes of it shows that it does
+            h = self.last.detach().requires_grad_(self.last.requires_grad and level not in single)
+        whole = self.driven.push(h, BlockCall(block, args, kwargs))
         self.calls.append(call)
+        (single.add if len(_tensors(whole)) == 1 else single.discard)(level)
         out = first_of(whole)
         if level + 1 < len(stack.blocks):
             self.last = handed = _handed_on(out, stack.paths[level])
         else:
             self.driven.close()
             handed = stack.equilibrium.relax(self.driven)
-        return handed if isinstance(whole, Tensor) else (handed, *whole[1:])
+        if isinstance(whole, Tensor):
+            return handed
+        rest = whole[1:] if level == 0 else _shut(whole[1:], (args, kwargs), stack.paths[level])
+        return (handed, *rest)
 
 
 def _same(h: Any, last: Tensor) -> bool:
+    """Tell whether a block is given what the one before gave, and its gradient goes back to it."""
     if h is last:
         return True
     alike = isinstance(h, Tensor) and h.shape == last.shape and h.dtype == last.dtype
-    return alike and h.device == last.device and torch.equal(h, last)
+    if not alike or h.device != last.device or not torch.equal(h, last):
+        return False
+    if not last.requires_grad or not h.requires_grad:
+        return last.requires_grad == h.requires_grad
+    node, end = h.grad_fn, last.grad_fn
+    while node is not end:
+        if (
+            node is None
+            or type(node).__name__.rstrip("0123456789").removesuffix("Backward") not in _PASSES
+        ):
+            return False
+        (node, _), *_ = node.next_functions
+    return True
+
+
+def _tensors(given: Any) -> list[Tensor]:
+    return [t for t in tree_leaves(given) if isinstance(t, Tensor)]
+
+
+def _shut(rest: Any, given: Any, path: str) -> Any:
+    """Return what a block gives beside its state, by which no gradient gets to the levels below.
+
+    What it hands on as it was given comes from elsewhere.
+    """
+    was_given = set(map(id, _tensors(given)))
+
+    def refuse(cotangent: Tensor) -> Tensor:
+        raise RuleError(
+            f"a gradient reached another output of {path} than its first, and would be lost to the "
+            "levels below: detach it, add a residual to the first output and return one tensor, or "
+            "leave auxiliary losses out of the stack"
+        )
+
+    def shut(t: Tensor) -> Tensor:
+        open_ = not t.requires_grad or id(t) in was_given
+        return t if open_ else assign_adjoint(t, t.detach(), refuse)
+
+    return tree_map_only(Tensor, shut, rest)
 
 
 def _handed_on(out: Tensor, path: str) -> Tensor:

@@ -24,7 +24,7 @@ from altprop.equilibrium.estimators.problem import Certificate, Cost
 from altprop.equilibrium.solvers.anderson import Anderson
 from altprop.equilibrium.solvers.landing import land
 from altprop.equilibrium.solvers.solver import AbstractSolver
-from altprop.errors import ConfigError
+from altprop.errors import ConfigError, RuleError
 from altprop.transforms import refuse_vmap
 
 CONVERTED = "_altprop"  # where a module keeps its record of `convert`, stacks of blocks among it
@@ -61,6 +61,11 @@ class Equilibrium(nn.Module):
     ) -> None:
         super().__init__()
         self.dynamics = _expect(dynamics, AbstractDynamics, "dynamics", "GatedBlock(128, heads=4)")
+        if ruled := [path for path, m in dynamics.named_modules() if _has_rule(m)]:
+            raise RuleError(
+                f"{ruled[0] or 'the dynamics'} has a learning rule, which would falsify the "
+                "equilibrium's adjoint: write revert(...) first (an nn.Linear for a LocalLinear)"
+            )
         self.solver = _expect(
             Anderson() if solver is None else solver, AbstractSolver, "solver", "Anderson()"
         )
@@ -143,6 +148,11 @@ class Equilibrium(nn.Module):
 
     def extra_repr(self) -> str:
         return f"solver={self.solver}, estimator={self.estimator}, on_failure={self.on_failure!r}"
+
+
+def _has_rule(module: nn.Module) -> bool:
+    """Tell whether a module itself was converted, or is a `LocalLinear` of another rule."""
+    return CONVERTED in module.__dict__ or module.__dict__.get("_site") is not None
 
 
 def _exact_enough(x: Tensor) -> Tensor:

@@ -277,18 +277,31 @@ def refuse_unrepeatable(*solvers: Any) -> None:
 def seeing(products: AbstractLinearisation, z: Tensor) -> tuple[int, int] | None:
     """Return a sample of the state `z`, `(B, ...)`, and one that it sees, or nothing.
 
-    The products of the Jacobian with cotangents of the first and the last sample alone must vanish
-    in all other samples; from both ends, for a causal axis has one that sees no other.
+    The product of the Jacobian with a cotangent of some samples must vanish in all others. Any two
+    are told apart by a digit of their numbers, so that those which have it, and those which have
+    it not, are asked for each of the `log₂ B` digits.
     """
     generator = torch.Generator("cpu").manual_seed(0)
-    for one in {0, len(z) - 1} if len(z) > 1 else ():
+    drawn = torch.randn(z.shape, generator=generator, device="cpu").to(z)
+    numbers = torch.arange(len(z), device=z.device)
+
+    def touched(some: Tensor) -> Tensor:
         cotangent = torch.zeros_like(z)
-        cotangent[one] = torch.randn(z.shape[1:], generator=generator, device="cpu").to(z)
+        cotangent[some] = drawn[some]
         # (NaN, of a sample that is lost, is no sign of interaction)
-        touched = (in_rows(products.vjp(cotangent)).abs() > 0).any(1)
-        touched[one] = False
-        if bool(touched.any()):
-            return one, int(touched.nonzero()[0])
+        found = (in_rows(products.vjp(cotangent)).abs() > 0).any(1)
+        found[some] = False
+        return found.nonzero()
+
+    for digit in range((len(z) - 1).bit_length()):
+        has = (numbers >> digit) % 2 == 1
+        for some in (numbers[has], numbers[~has]):
+            if len(seen := touched(some)):
+                while len(some) > 1:  # which of them it is
+                    half = some[: len(some) // 2]
+                    some = half if len(touched(half)) else some[len(some) // 2 :]
+                seen = touched(some) if len(touched(some)) else seen
+                return int(some[0]), int(seen[0])
     return None
 
 

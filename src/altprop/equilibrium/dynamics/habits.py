@@ -59,13 +59,17 @@ class Habits:
     """What was found out so far.
 
     `pure`: the levels that leave their input as it is. `calm`: levels, and whether in training
-    mode, that left their buffers as they were.
+    mode, that left their buffers as they were. `single`: the levels that give one tensor and
+    nothing beside it.
     """
 
     pure: set[int] = field(default_factory=set)
     calm: set[Hashable] = field(default_factory=set)
+    single: set[int] = field(default_factory=set)
     _axes: dict[int, int | None] = field(default_factory=dict)
     _asked: dict[int, Asked] = field(default_factory=dict)
+    _met: set[tuple[int, int | None]] = field(default_factory=set)
+    """The axes, of states with so many, along which some pass has shown samples to interact."""
 
     def layout(
         self,
@@ -84,14 +88,14 @@ class Habits:
         if known.fits(shapes) and not asked.due(parameters):
             asked.count(parameters)
             return known
-        candidates = [Layout(axis) for axis in (0, 1, None)]
         with unnoticed():
-            found = next(
-                layout
-                for layout in candidates
-                if layout.fits(shapes)
-                and (layout.axis is None or seeing(*linearise(layout)) is None)
-            )
+            for axis in (0, 1, None):
+                found = Layout(axis)
+                if not found.fits(shapes) or (kind, axis) in self._met:
+                    continue
+                if axis is None or seeing(*linearise(found)) is None:
+                    break
+                self._met.add((kind, axis))
         # one sample, or those without numbers, tell nothing
         if all(shape.numel() and shape[found.axis or 0] > 1 for shape in shapes if shape):
             self._axes[kind] = found.axis

@@ -26,8 +26,9 @@ from altprop.equilibrium.solvers.solver import (
     sample_norm,
     scaled_norm,
 )
-from altprop.errors import ConfigError, refuse_subclass
+from altprop.errors import ConfigError, RuleError, refuse_subclass
 from altprop.rule import AbstractRule, Scope, Seam
+from altprop.transforms import has_tangent
 
 WITHOUT_STEP = 0.4  # of the tolerance, for the error of a solve that a step follows
 
@@ -85,6 +86,13 @@ class AbstractAdjointEstimator(AbstractEstimator):
         call.report(certificate)
         call.settle(free.result, free.reached)
         value = free.value()
+        if has_tangent(free.force):
+            raise RuleError(
+                f"{type(self).__name__} gives an equilibrium's gradient, and what was asked for is "
+                "its forward-mode derivative (torch.func.jvp, a probe of GrAPE, or an estimator's "
+                "phases around it): write estimator=BPTT() for this one, or Implicit() and "
+                "AEP() with its own defaults around it"
+            )
         if not free.force.requires_grad:
             return value
 
