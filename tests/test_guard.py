@@ -155,6 +155,7 @@ def test_a_block_that_loses_its_fixed_point_for_want_of_a_stabiliser_ends_with_2
     config = small(tmp_path / "run", steps=2000, eval_every=50, lr=0.1, refused_in_a_row=4)
     line = [*words(config, "lr", "refused_in_a_row"), "--block", "thick", "--stabiliser", "null"]
     line += ["--solver", "Anderson"]  # which finds the fixed point of the start
+    line += ["--estimator.max_steps", "100"]  # and an adjoint that takes so many
     assert main(["train", *line]) == 2
     assert "the run is lost" in capsys.readouterr().err
     made = steps(tmp_path / "run")
