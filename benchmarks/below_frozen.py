@@ -194,8 +194,8 @@ def report(rows: list[dict[str, Any]], length: int) -> None:
         "arm",
         "cross-entropy",
         "recovery",
-        "mean square of the stream",
-        "cosines of the blocks",
+        "stream",
+        "cosines",
     ]
     what = (
         f"A 4-block GPT (C = 128, T = 64, batch 16) after {length} steps at 3e-3, one seed. "
