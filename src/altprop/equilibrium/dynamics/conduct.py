@@ -300,8 +300,7 @@ def seeing(products: AbstractLinearisation, z: Tensor) -> tuple[int, int] | None
                 while len(some) > 1:  # which of them it is
                     half = some[: len(some) // 2]
                     some = half if len(touched(half)) else some[len(some) // 2 :]
-                seen = touched(some) if len(touched(some)) else seen
-                return int(some[0]), int(seen[0])
+                return int(some[0]), int(torch.cat([touched(some), seen])[0])
     return None
 
 
