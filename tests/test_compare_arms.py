@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from altprop.lab.compare import Comparison, compare
 from altprop.lab.compare.arms import Arm, output_of
 from altprop.lab.tasks import Parity
 from altprop.lab.tasks.supervised import Supervised
+from altprop.lab.tasks.task import AbstractTask
 from made_comparisons import compare_quickly
 
 TASK = Parity(bits=4, k=1, examples=64, width=6)
@@ -181,3 +183,28 @@ def test_a_task_is_sent_without_what_it_has_read() -> None:
     task = Kept(bits=4, k=1, examples=64, width=6)
     assert pickle.loads(pickle.dumps(task)) == task
     task.file.close()  # type: ignore[attr-defined]
+
+
+class Plain(AbstractTask):
+    """A task that is no dataclass, and reads its numbers once."""
+
+    def __init__(self) -> None:
+        self.bits = 4
+
+    @cached_property
+    def read(self) -> int:
+        return 7
+
+    source, recipe = "here", TASK.recipe  # type: ignore[assignment]
+    network = batches = loss = score = None  # type: ignore[assignment]
+
+
+class Derived(Plain):
+    read = 7  # type: ignore[assignment]
+
+
+def test_a_task_that_is_no_dataclass_is_sent_with_what_it_was_given() -> None:
+    plain, derived = Plain(), Derived()
+    assert plain.read == 7 and plain.__getstate__() == {"bits": 4}
+    derived.__dict__["read"] = 8  # its own class keeps no such property
+    assert derived.__getstate__() == {"bits": 4, "read": 8}

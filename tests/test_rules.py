@@ -33,7 +33,14 @@ RULES = [
 
 
 # whose kind is compiled in another one's case
-LIKE = {RULES[i] for i in (2, 5, 9, 13, 18)}
+LIKE = {
+    ap.FeedbackAlignment(init="sparse", k=2),
+    ap.SignSymmetry(scale="none", variant="frsf"),
+    ap.AlignedFeedback(probes=4, normalize=True),
+    ap.DirectFeedback(granularity="block", error="head_input", feedback="independent"),
+    ap.GrAPE(probes=2, every=2, normalize="output", calibrate_every=3, error="head_input"),
+}
+assert set(RULES) > LIKE
 
 
 @pytest.mark.parametrize("rule", RULES, ids=str)

@@ -44,12 +44,13 @@ class AbstractTask(ABC):
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the data that was read: another process reads its own."""
         fields = getattr(self, "__dataclass_fields__", None)
-        parts = {name: value for kind in type(self).__mro__ for name, value in vars(kind).items()}
-        return {
-            name: value
-            for name, value in self.__dict__.items()
-            if (name in fields if fields else not isinstance(parts.get(name), cached_property))
-        }
+
+        def given(name: str) -> bool:
+            if fields is not None:
+                return name in fields
+            return not isinstance(getattr(type(self), name, None), cached_property)
+
+        return {name: value for name, value in self.__dict__.items() if given(name)}
 
     @property
     @abstractmethod
